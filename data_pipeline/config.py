@@ -1,0 +1,66 @@
+"""Which shards a run reads and how they are packed. Standard library only; imports nothing of tim_ds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AutoencoderConfig:
+    """Pictures to latents and back."""
+
+    kind: Literal["pixels", "dc_ae", "sd_vae"]
+    path: str | None = None
+    """Folder or hub name of the weights (dc_ae, sd_vae)."""
+    factor: int = 2
+    """pixels only: a factor x factor block of pixels becomes channels."""
+    channels: int = 3
+    """pixels only: channels of the picture (1: grey)."""
+
+    def __post_init__(self) -> None:
+        if self.kind != "pixels" and not self.path:
+            raise ValueError(f"data.autoencoder.path: required for kind {self.kind}")
+        if self.factor < 1 or self.channels not in (1, 3):
+            raise ValueError("data.autoencoder: factor must be at least 1 and channels 1 or 3")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextEncoderConfig:
+    """Captions to text states."""
+
+    kind: Literal["words", "gemma", "t5"]
+    path: str | None = None
+    """Folder or hub name of the weights (gemma, t5)."""
+    width: int = 64
+    """words only: width of a state."""
+    max_tokens: int = 256
+    padding: Literal["none", "constant"] = "none"
+    """`constant` appends the authors' padding states, for their weights."""
+
+    def __post_init__(self) -> None:
+        if self.kind != "words" and not self.path:
+            raise ValueError(f"data.text_encoder.path: required for kind {self.kind}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    shards: str
+    """Folder that holds the tar shards and their index."""
+    tokens_per_pack: int
+    """Token budget of one pack (one micro-batch of one rank); at least the largest image."""
+    packs_per_step: int
+    """Packs of one optimiser step, over all ranks and accumulation: the global batch. Divisible by the world size."""
+    autoencoder: AutoencoderConfig
+    text_encoder: TextEncoderConfig | None = None
+    """Null for class-conditional data."""
+    caption_dropout: float = 0.1
+    """Share of images whose caption (or label) is replaced by the null one, for guidance."""
+    workers: int = 0
+    """Loader processes a rank; 0 reads in the training process."""
+
+    def __post_init__(self) -> None:
+        if self.tokens_per_pack < 1 or self.packs_per_step < 1:
+            raise ValueError("data.tokens_per_pack and data.packs_per_step: expected at least 1")
+        if not 0.0 <= self.caption_dropout <= 1.0:
+            raise ValueError(f"data.caption_dropout: expected 0 to 1, received {self.caption_dropout}")

@@ -1,0 +1,246 @@
+"""Packed sequences: the images (or captions) of one micro-batch, laid end to end without padding.
+
+This is the contract between the data, the objective, the network and the sampler; it depends on torch alone.
+
+Letters used in shapes: T image tokens of the pack, L text tokens of the pack, S segments (one an image),
+C channels of a token, E width of a text state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, chain
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from tim_ds.errors import ShapeError
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """Where each segment of a packed sequence begins, and what grid it has.
+
+    Built once on the CPU (`from_grids`, `from_lengths`), moved once (`to`). The host-side tuples are kept, so
+    nothing in a training step asks the device for a length.
+
+    Shapes:
+        cu_seqlens: int32 [S+1], starts at 0, ends at T.   segment_ids: int32 [T].
+        token_rows, token_cols: int32 [T], position of the token in its own grid (absent for text).
+    """
+
+    lengths: tuple[int, ...]
+    grids: tuple[tuple[int, int], ...] | None
+    cu_seqlens: Tensor
+    segment_ids: Tensor
+    token_rows: Tensor | None
+    token_cols: Tensor | None
+
+    @classmethod
+    def from_grids(cls, grids: Sequence[tuple[int, int]]) -> Segments:
+        """Segments of images with `grids` = [(height, width)] in tokens; tokens are row-major.
+
+        Raises:
+            ShapeError: if a side is smaller than one token.
+        """
+        grids = tuple((int(h), int(w)) for h, w in grids)
+        for i, (h, w) in enumerate(grids):
+            if h < 1 or w < 1:
+                raise ShapeError(f"segment {i}: grid must be at least 1x1 tokens, received {h}x{w}")
+        base = cls.from_lengths([h * w for h, w in grids])
+        index = [torch.arange(h * w, dtype=torch.int32) for h, w in grids]
+        rows = [n // w for n, (_, w) in zip(index, grids, strict=True)]
+        cols = [n % w for n, (_, w) in zip(index, grids, strict=True)]
+        empty = [torch.empty(0, dtype=torch.int32)]
+        return replace(
+            base, grids=grids, token_rows=torch.cat(rows or empty), token_cols=torch.cat(cols or empty)
+        )
+
+    @classmethod
+    def from_lengths(cls, lengths: Sequence[int]) -> Segments:
+        """Segments without a grid (captions). A length of zero is allowed: an image without text.
+
+        Raises:
+            ShapeError: if a length is negative.
+        """
+        lengths = tuple(int(n) for n in lengths)
+        if any(n < 0 for n in lengths):
+            raise ShapeError(f"segment lengths must not be negative, received {lengths}")
+        ids = torch.repeat_interleave(
+            torch.arange(len(lengths), dtype=torch.int32), torch.tensor(lengths, dtype=torch.int64)
+        )
+        starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        return cls(lengths, None, starts, ids, None, None)
+
+    @property
+    def num_segments(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def max_length(self) -> int:
+        return max(self.lengths, default=0)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Segments:
+        """The same segments with their tensors on `device`."""
+
+        def move(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.to(device, non_blocking=non_blocking)
+
+        return replace(
+            self,
+            cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking),
+            segment_ids=self.segment_ids.to(device, non_blocking=non_blocking),
+            token_rows=move(self.token_rows),
+            token_cols=move(self.token_cols),
+        )
+
+    def expand(self, value_S: Tensor) -> Tensor:
+        """Per-segment values to per-token values: [S, ...] -> [T, ...]."""
+        if value_S.shape[0] != self.num_segments:
+            raise ShapeError(f"expected {self.num_segments} values, one a segment, received {value_S.shape[0]}")
+        return value_S.index_select(0, self.segment_ids)
+
+    def mean(self, value_T: Tensor) -> Tensor:
+        """Mean over the tokens of each segment: [T] -> [S]. Every segment must hold a token."""
+        total = value_T.new_zeros(self.num_segments).index_add(0, self.segment_ids, value_T)
+        count = (self.cu_seqlens[1:] - self.cu_seqlens[:-1]).to(value_T.dtype)
+        return total / count
+
+    def split(self, value_T: Tensor) -> tuple[Tensor, ...]:
+        """One view a segment, in order."""
+        return torch.split(value_T, list(self.lengths))
+
+    def token_index(self, indices: Sequence[int]) -> Tensor:
+        """int64 token positions of the segments `indices`, in that order, on this device."""
+        starts = [0, *accumulate(self.lengths)]
+        index = list(chain.from_iterable(range(starts[i], starts[i + 1]) for i in indices))
+        return torch.tensor(index, dtype=torch.int64).to(self.cu_seqlens.device, non_blocking=True)
+
+    def select(self, indices: Sequence[int]) -> Segments:
+        """Segments `indices` as a pack of their own (an index may repeat)."""
+        if self.grids is not None:
+            chosen = Segments.from_grids([self.grids[i] for i in indices])
+        else:
+            chosen = Segments.from_lengths([self.lengths[i] for i in indices])
+        return chosen.to(self.cu_seqlens.device, non_blocking=True)
+
+
+@dataclass(frozen=True, eq=False)
+class TextCondition:
+    """Captions of the pack's images, packed as a sequence of their own.
+
+    Shapes:
+        states_LE: [L, E] text states; segments: one text segment an image, in the order of the images.
+    """
+
+    states_LE: Tensor
+    segments: Segments
+
+    def __post_init__(self) -> None:
+        if self.states_LE.ndim != 2 or self.states_LE.shape[0] != self.segments.num_tokens:
+            raise ShapeError(
+                f"text states: expected [{self.segments.num_tokens}, E], received {list(self.states_LE.shape)}"
+            )
+
+    @property
+    def num_segments(self) -> int:
+        return self.segments.num_segments
+
+    def select(self, indices: Sequence[int]) -> TextCondition:
+        index = self.segments.token_index(indices)
+        return TextCondition(self.states_LE.index_select(0, index), self.segments.select(indices))
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> TextCondition:
+        return TextCondition(
+            self.states_LE.to(device, non_blocking=non_blocking),
+            self.segments.to(device, non_blocking=non_blocking),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class ClassCondition:
+    """Class labels of the pack's images; the null label is the number of classes. labels_S: int64 [S]."""
+
+    labels_S: Tensor
+
+    @property
+    def num_segments(self) -> int:
+        return self.labels_S.shape[0]
+
+    def select(self, indices: Sequence[int]) -> ClassCondition:
+        index = torch.tensor(list(indices), dtype=torch.int64).to(self.labels_S.device, non_blocking=True)
+        return ClassCondition(self.labels_S.index_select(0, index))
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> ClassCondition:
+        return ClassCondition(self.labels_S.to(device, non_blocking=non_blocking))
+
+
+Condition = TextCondition | ClassCondition
+
+
+class NetworkOutput(NamedTuple):
+    """What one forward returns: F_TC [T, C], and [T, z_dim] features of the REPA projector when asked for."""
+
+    F_TC: Tensor
+    features_TZ: Tensor | None
+
+
+class Network(Protocol):
+    """The transition network as the objective and the sampler see it.
+
+    t_S and r_S are *conditioning* times, c_noise(t) and c_noise(r), float [S]; x_TC is [T, C].
+    """
+
+    def __call__(
+        self,
+        x_TC: Tensor,
+        t_S: Tensor,
+        r_S: Tensor,
+        segments: Segments,
+        condition: Condition,
+        *,
+        with_features: bool = False,
+    ) -> NetworkOutput: ...
+
+
+def concatenate(parts: Sequence[Condition]) -> Condition:
+    """The conditions of several packs, one after the other (all of one kind)."""
+    first = parts[0]
+    if isinstance(first, TextCondition):
+        states = torch.cat([p.states_LE for p in parts])  # type: ignore[union-attr]  # one kind, see the check below
+        lengths = [n for p in parts for n in p.segments.lengths]  # type: ignore[union-attr]
+        segments = Segments.from_lengths(lengths).to(states.device, non_blocking=True)
+        return TextCondition(states, segments)
+    return ClassCondition(torch.cat([p.labels_S for p in parts]))  # type: ignore[union-attr]
+
+
+def patchify(latent: Tensor, patch_size: int) -> Tensor:
+    """One image's latent [C, H, W] -> tokens [h*w, p*p*C], row-major, last axis (row in patch, col in patch, channel).
+
+    The order of the last axis is that of the network's output (reference_spec 1.5, step 6).
+
+    Raises:
+        ShapeError: if a side is not a multiple of `patch_size`.
+    """
+    c, height, width = latent.shape
+    p = patch_size
+    if height % p or width % p:
+        raise ShapeError(f"latent {height}x{width} is not a multiple of the patch size {p}")
+    x = latent.reshape(c, height // p, p, width // p, p)
+    return x.permute(1, 3, 2, 4, 0).reshape((height // p) * (width // p), p * p * c)
+
+
+def unpatchify(tokens: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
+    """Inverse of `patchify`: tokens [h*w, p*p*C] of one image -> latent [C, H, W]."""
+    h, w = grid
+    p = patch_size
+    if tokens.shape[0] != h * w or tokens.shape[1] % (p * p):
+        raise ShapeError(f"tokens {list(tokens.shape)} do not form a grid {h}x{w} of patches {p}x{p}")
+    x = tokens.reshape(h, w, p, p, -1)
+    return x.permute(4, 0, 2, 1, 3).reshape(-1, h * p, w * p)

@@ -1,0 +1,39 @@
+"""How pictures are sampled. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tim_ds.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplerConfig:
+    """Settings of one sampling run."""
+
+    num_steps: int = 8
+    """Transitions from T_max to T_min."""
+    mode: Literal["transition", "diffusion"] = "transition"
+    """`transition`: the network is told where the step ends; `diffusion`: r = t, as an ODE solver would."""
+    cfg_scale: float = 1.0
+    """F_u + cfg_scale (F_c - F_u); 1 is unguided and costs one evaluation."""
+    cfg_interval: tuple[float, float] = (0.0, 1.0)
+    """Guided steps have low <= t / T_max <= high (see cfg_upper)."""
+    cfg_upper: Literal["inclusive", "exclusive"] = "inclusive"
+    """`exclusive` repeats the authors' strict bounds, under which the first step is never guided by default."""
+    stochasticity: float = 0.0
+    """Share of fresh noise in inner steps; only ot_fm and tim define it."""
+    schedule_dtype: Literal["float64", "bfloat16"] = "float64"
+    """`bfloat16` repeats the authors' rounding of the time grid."""
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1:
+            raise ConfigError(f"sampler.num_steps: expected at least 1, received {self.num_steps}")
+        low, high = self.cfg_interval
+        if low > high:
+            raise ConfigError(f"sampler.cfg_interval: low {low} is beyond high {high}")
+        if self.cfg_scale < 0:
+            raise ConfigError(f"sampler.cfg_scale: expected 0 or more, received {self.cfg_scale}")
+        if self.stochasticity < 0:
+            raise ConfigError(f"sampler.stochasticity: expected 0 or more, received {self.stochasticity}")

@@ -1,0 +1,83 @@
+"""How long, how fast and how safely a run trains. Standard library only.
+
+Batch sizes, accumulation, clipping and precision live here, engine matters (ZeRO stage, buckets, offload) in
+`ds_configs/*.json`; a key given in both places is an error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tim_ds.errors import ConfigError
+from tim_ds.sampler.config import SamplerConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW, as the authors set it."""
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-6
+    weight_decay: float = 0.01
+    grad_clip: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = 0
+    """Linear warm-up from 0."""
+    final_lr_share: float = 0.0
+    """cosine: lr at the last step as a share of lr."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    every_steps: int = 1000
+    keep: int = 2
+    """Newest complete checkpoints that are kept."""
+    milestones: tuple[int, ...] = ()
+    """Steps whose checkpoint is never deleted."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreviewConfig:
+    """Grids sampled from the EMA weights while training, at fixed prompts and seeds."""
+
+    every_steps: int = 0
+    """0: no grids."""
+    prompts: tuple[str, ...] = ()
+    """Captions, or class labels as text."""
+    sizes: tuple[str, ...] = ()
+    """HEIGHTxWIDTH in pixels, one a prompt."""
+    num_steps: tuple[int, ...] = (1, 4, 32)
+    seed: int = 0
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    steps: int
+    """Optimiser steps of the run."""
+    seed: int = 0
+    precision: Literal["fp32", "bf16_autocast", "bf16"] = "fp32"
+    """`bf16_autocast`: float32 parameters under autocast (the authors' numerics); `bf16`: bf16 weights, float32 masters."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ema_decay: float = 0.9999
+    """Per applied optimiser step."""
+    activation_checkpointing: bool = False
+    log_every: int = 10
+    max_skipped_steps: int = 10
+    """Consecutive non-finite steps after which the run ends, with a checkpoint."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ConfigError(f"train.steps: expected at least 1, received {self.steps}")
+        if not 0.0 <= self.ema_decay < 1.0:
+            raise ConfigError(f"train.ema_decay: expected 0 up to but not 1, received {self.ema_decay}")
+        if len(self.preview.prompts) != len(self.preview.sizes):
+            raise ConfigError(
+                f"train.preview.sizes: expected one size a prompt ({len(self.preview.prompts)}), "
+                f"received {len(self.preview.sizes)}"
+            )
