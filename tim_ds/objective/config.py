@@ -14,9 +14,10 @@ class TransportConfig:
 
     kind: Literal["ot_fm", "trigflow", "edm", "vp", "ve", "tim"] = "ot_fm"
     sigma_data: float | None = None
-    """Standard deviation of the data; enters EDM's path and every transport's time weight. Null: 1 (TrigFlow, EDM: 0.5)."""
+    """Standard deviation of the data: EDM's path, every time weight. Null: 1 (TrigFlow, EDM: 0.5)."""
     p_mean: float | None = None
-    """Mean of the normal draw behind t (ot_fm, tim: logit of t; trigflow: log tan t; edm: log t). Null: the row's default."""
+    """Mean of the normal draw behind t: the logit of t (ot_fm, tim), log tan t (trigflow) or log t (edm).
+    Null: the row's default."""
     p_std: float | None = None
     beta_min: float = 0.1
     """vp only."""
@@ -35,9 +36,13 @@ class TransportConfig:
         if self.kind in ("vp", "ve") and (self.p_mean is not None or self.p_std is not None):
             raise ConfigError(f"objective.transport.p_mean/p_std: {self.kind} draws t uniformly; remove them")
         if self.kind != "vp" and (self.beta_min, self.beta_d) != (0.1, 19.9):
-            raise ConfigError(f"objective.transport.beta_min/beta_d: belong to vp, not to {self.kind}; remove them")
+            raise ConfigError(
+                f"objective.transport.beta_min/beta_d: belong to vp, not to {self.kind}; remove them"
+            )
         if self.kind != "ve" and (self.sigma_min, self.sigma_max) != (0.02, 100.0):
-            raise ConfigError(f"objective.transport.sigma_min/sigma_max: belong to ve, not to {self.kind}; remove them")
+            raise ConfigError(
+                f"objective.transport.sigma_min/sigma_max: belong to ve, not to {self.kind}; remove them"
+            )
         if not 0 < self.sigma_min < self.sigma_max:
             raise ConfigError("objective.transport.sigma_min: expected 0 < sigma_min < sigma_max")
 
@@ -57,7 +62,7 @@ class WeightConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GuidedTargetConfig:
-    """Guidance folded into the diffusion part of the target, from the EMA network (the authors' `_mg` recipes)."""
+    """Guidance folded into the diffusion part of the target, from the EMA network (the authors' `_mg`)."""
 
     w_gt: float = 1.0
     w_cond: float = 0.75
@@ -100,6 +105,8 @@ class ObjectiveConfig:
                 f"({self.diffusion_share} + {self.consistency_share})"
             )
         if self.derivative_step is not None and self.derivative_step <= 0:
-            raise ConfigError(f"objective.derivative_step: expected a positive number, received {self.derivative_step}")
+            raise ConfigError(
+                f"objective.derivative_step: expected a positive number, received {self.derivative_step}"
+            )
         if self.repa_weight < 0:
             raise ConfigError(f"objective.repa_weight: expected 0 or more, received {self.repa_weight}")
