@@ -130,7 +130,17 @@ def _write(content: bytes) -> Callable[[Path], None]:
         (lambda path: torch.save({}, path), "holds no tensors"),
         (lambda path: torch.save({"weight": torch.ones(2), "lr": 0.1}, path), r"not tensors \(1\):\n    lr"),
     ],
-    ids=["absent", "folder", "empty", "web-page", "lfs-pointer", "header", "list", "no-tensors", "not-tensors"],
+    ids=[
+        "absent",
+        "folder",
+        "empty",
+        "web-page",
+        "lfs-pointer",
+        "header",
+        "list",
+        "no-tensors",
+        "not-tensors",
+    ],
 )
 def test_wrong_file_is_one_error_that_names_it(
     tmp_path: Path, make: Callable[[Path], None], message: str

@@ -24,7 +24,9 @@ def test_scale_0_is_unconditional_1_conditional_and_beyond_extrapolates(
 
 
 @pytest.mark.parametrize("ends", [(1.0, 0.0), (1.57, 0.0), (80.0, 0.01), (100.0, 0.02)])
-def test_default_interval_guides_every_step_and_exclusive_all_but_the_first(ends: tuple[float, float]) -> None:
+def test_default_interval_guides_every_step_and_exclusive_all_but_the_first(
+    ends: tuple[float, float],
+) -> None:
     inclusive = SamplerConfig(num_steps=4, cfg_scale=2.0)
     exclusive = SamplerConfig(num_steps=4, cfg_scale=2.0, cfg_upper="exclusive")
     assert _guided(inclusive, *ends) == [True] * 4

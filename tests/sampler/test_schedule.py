@@ -11,7 +11,9 @@ from tim_ds.sampler.schedule import time_grid
 
 @pytest.mark.parametrize("num_steps", [1, 2, 7, 250])
 @pytest.mark.parametrize("ends", [(1.0, 0.0), (1.57, 0.0), (80.0, 0.01), (1.0, 1e-5)])
-def test_grid_falls_evenly_from_exactly_T_max_to_exactly_T_min(ends: tuple[float, float], num_steps: int) -> None:
+def test_grid_falls_evenly_from_exactly_T_max_to_exactly_T_min(
+    ends: tuple[float, float], num_steps: int
+) -> None:
     times = time_grid(*ends, num_steps)
     assert times.dtype == torch.float64
     assert (times[0].item(), times[-1].item()) == ends
@@ -42,7 +44,9 @@ def test_rounding_that_repeats_a_time_is_refused() -> None:
 
 @pytest.mark.parametrize("num_steps", [0, -3])
 def test_no_steps_are_refused(num_steps: int) -> None:
-    with pytest.raises(RequestError, match=f"num_steps: expected at least 1 transition, received {num_steps}"):
+    with pytest.raises(
+        RequestError, match=f"num_steps: expected at least 1 transition, received {num_steps}"
+    ):
         time_grid(1.0, 0.0, num_steps)
 
 

@@ -110,29 +110,37 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def load_weights_into(network: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
-    """Copy `state` into `network`, whose names and shapes it must have exactly; dtypes are converted.
+def check_weights(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], *, source: str) -> None:
+    """Raises one CheckpointError with every missing, extra and misshapen key of `state`.
 
     Args:
+        expected: tensors with the right names and shapes; a network's state dict, on the meta device too.
         source: where the weights come from, for the message.
-    Raises:
-        CheckpointError: one message with all missing, extra and misshapen keys. The network is then unchanged.
     """
-    own = network.state_dict()
-    missing = [name for name in own if name not in state]
-    extra = [name for name in state if name not in own]
+    missing = [name for name in expected if name not in state]
+    extra = [name for name in state if name not in expected]
     misshapen = [
-        f"{name} (expected {list(own[name].shape)}, received {list(state[name].shape)})"
-        for name in own
-        if name in state and own[name].shape != state[name].shape
+        f"{name} (expected {list(value.shape)}, received {list(state[name].shape)})"
+        for name, value in expected.items()
+        if name in state and value.shape != state[name].shape
     ]
     if missing or extra or misshapen:
         raise CheckpointError(
-            f"{source}: not the weights of this network ({len(own)} tensors expected, {len(state)} received)"
+            f"{source}: not the weights of this network ({len(expected)} tensors expected, {len(state)} received)"
             + _listing("missing", missing)
             + _listing("extra", extra)
             + _listing("misshapen", misshapen)
         )
+
+
+def load_weights_into(network: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
+    """Copy `state` into `network`, whose names and shapes it must have exactly; dtypes are converted.
+
+    Raises:
+        CheckpointError: as `check_weights`. The network is then unchanged.
+    """
+    own = network.state_dict()
+    check_weights(own, state, source=source)
     with torch.no_grad():
         for name, value in own.items():
             value.copy_(state[name])
@@ -192,7 +200,8 @@ def _flat(content: object, path: Path) -> dict[str, Tensor]:
     other = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
     if other:
         raise CheckpointError(
-            f"{path}: expected tensors by name (or under one of {list(NESTINGS)})" + _listing("not tensors", other)
+            f"{path}: expected tensors by name (or under one of {list(NESTINGS)})"
+            + _listing("not tensors", other)
         )
     return {str(name): value for name, value in content.items()}
 

@@ -60,6 +60,7 @@ def _draw(
     grids: Sequence[tuple[int, int]], channels: int, streams: Sequence[torch.Generator], dtype: torch.dtype
 ) -> Tensor:
     parts = [
-        torch.randn(h * w, channels, generator=g, dtype=dtype) for (h, w), g in zip(grids, streams, strict=True)
+        torch.randn(h * w, channels, generator=g, dtype=dtype)
+        for (h, w), g in zip(grids, streams, strict=True)
     ]
     return torch.cat(parts) if parts else torch.empty(0, channels, dtype=dtype)

@@ -93,7 +93,9 @@ def sample(
             x_TC = transport.stochastic_step(x_TC, t, r, F_TC, fresh, config.stochasticity)
         else:
             x_TC = transport.step(x_TC, t, r, F_TC)
-        _check_finite(x_TC, segments, f"after step {i + 1} of {config.num_steps} (t={t_value:.6g} to r={r_value:.6g})")
+        _check_finite(
+            x_TC, segments, f"after step {i + 1} of {config.num_steps} (t={t_value:.6g} to r={r_value:.6g})"
+        )
         if keep_trajectory:
             states.append(x_TC.float())
         if on_step is not None:
@@ -140,7 +142,9 @@ class _Evaluator:
         return guidance.combine(F_c, F_u, self.config.cfg_scale), 2
 
     def _call(self, x_TC: Tensor, t: Tensor, r: Tensor, segments: Segments, condition: Condition) -> Tensor:
-        c_t, c_r = (self.transport.c_noise(s).to(self.time_dtype).expand(segments.num_segments) for s in (t, r))
+        c_t, c_r = (
+            self.transport.c_noise(s).to(self.time_dtype).expand(segments.num_segments) for s in (t, r)
+        )
         return self.network(x_TC, c_t, c_r, segments, condition).F_TC.double()
 
 
