@@ -156,7 +156,8 @@ def _leave_out_shm_op() -> None:
     It would need ninja, a C++ compiler and a minute, and is used for inference only. The table is otherwise
     filled on first use by trying to compile every operation that DeepSpeed has; nothing else reads it.
     """
-    vars(deepspeed.ops)["__compatible_ops__"] = {"deepspeed_shm_comm": False}
+    operations: Any = deepspeed.ops
+    operations.__compatible_ops__ = {"deepspeed_shm_comm": False}
 
 
 def _is_news(record: logging.LogRecord) -> bool:

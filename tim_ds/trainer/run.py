@@ -1,4 +1,4 @@
-"""Assembles a run from a recipe (data, network, engine, average, checkpoints), resumes it, exports its weights.
+"""Assembles a run from its recipe: data, network, engine, average, checkpoints. Resumes it, exports it.
 
     deepspeed launch/train.py RECIPE --ds ds_configs/zero3.json --run runs/NAME [section.key=value ...]
 
@@ -115,7 +115,10 @@ def train(
         if checkpoint is not None:
             check_same_run(checkpoint, recipe, index)
             if checkpoint.step >= recipe.train.steps and _exported_step(run_dir) == checkpoint.step:
-                return f"{run_dir}: finished at step {checkpoint.step}, nothing to do. Weights: {run_dir / EXPORT}"
+                return (
+                    f"{run_dir}: finished at step {checkpoint.step}, nothing to do. "
+                    f"Weights: {run_dir / EXPORT}"
+                )
         return _run(recipe, run_dir, engine_config, world, index, folder, checkpoint, make_preview)
 
 
