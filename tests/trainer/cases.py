@@ -27,6 +27,8 @@ from tim_ds.trainer.step import StepOutput, TransitionStep
 from tim_ds.trainer.world import World
 
 GUIDED = "objective.guided_target={w_gt: 0.5, w_cond: 0.5, start: 0.0, end: 1.0}"
+# Short enough for a run that stops after its first step.
+ELSEWHERE = ("train.optimizer.warmup_steps=0",)
 GATHERS = {"count": 0}
 
 
@@ -139,11 +141,11 @@ def borrow_average(world: World, folder: Path, shards: Path, poisoned: Path) -> 
     batches = micro_batches(settings, world, 3)
     every_rank_same = micro_batches(settings, World(), 1)[0][0]
     for stage, threshold in ((0, None), (1, None), (2, None), (3, 0), (3, 100_000)):
-        zero = {} if threshold is None else {"stage3_param_persistence_threshold": threshold}
+        zero: dict[str, Any] = {} if threshold is None else {"stage3_param_persistence_threshold": threshold}
         ends = []
         seen: dict[str, float] = {}
         for borrow in (False, True):
-            engine, ema = build(world, settings, folder, stage, **zero)
+            engine, ema = build(world, settings, folder, stage, None, **zero)
             for step, micro in enumerate(batches, start=1):
                 take_step(engine, micro)
                 ema.update(step)
@@ -152,10 +154,11 @@ def borrow_average(world: World, folder: Path, shards: Path, poisoned: Path) -> 
                     full = {name.removeprefix("network."): value for name, value in ema.full()}
                     reference.load_state_dict(full)
                     with ema.applied() as module, torch.no_grad():
+                        network: Any = module.network
                         x = every_rank_same
                         arguments = (x.x_TC, x.times.t_S, x.times.r_S, x.segments, x.condition)
                         seen["error"] = float(
-                            (module.network(*arguments).F_TC - reference(*arguments).F_TC).abs().max()
+                            (network(*arguments).F_TC - reference(*arguments).F_TC).abs().max()
                         )
                         seen["size"] = float(reference(*arguments).F_TC.abs().max())
             ends.append(masters(engine))
@@ -211,7 +214,7 @@ def meet_poisoned_gradient(world: World, folder: Path, shards: Path, poisoned: P
     found = {}
     settings = recipe(shards)
     for stage in range(4):
-        root = build_root(settings, world.size)
+        root: Any = build_root(settings, world.size)
         root.__class__ = _PoisonedStep
         engine, _ = build(world, settings, folder, stage, root)
         steps = micro_batches(settings, world, 3)
@@ -333,7 +336,9 @@ def continue_elsewhere(world: World, folder: Path, shards: Path, poisoned: Path)
     messages = []
     for steps_now, stage in zip(steps.split(), stages.split(), strict=True):
         file = shared_engine_file(world, folder, int(stage))
-        messages.append(train(recipe(shards, f"train.steps={steps_now}"), folder / "run", file, world))
+        messages.append(
+            train(recipe(shards, *ELSEWHERE, f"train.steps={steps_now}"), folder / "run", file, world)
+        )
     return messages
 
 

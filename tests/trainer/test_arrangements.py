@@ -13,8 +13,8 @@ from tests.trainer.plain import PlainRun, train_plainly
 from tests.trainer.ranks import recipe
 from tim_ds.trainer.metrics import read_metrics
 
-# Four float32 steps whose sums run in another order. Seen: 3e-7 in losses and weights. AdamW divides by the root
-# of a mean of squares, which magnifies rounding where a gradient is almost zero: hence the room.
+# Four float32 steps whose sums run in another order. Seen: 3e-7 in losses and weights. AdamW divides by the
+# root of a mean of squares, which magnifies rounding where a gradient is almost zero: hence the room.
 LOSS_TOLERANCE = 1e-5
 WEIGHT_TOLERANCE = 1e-5
 

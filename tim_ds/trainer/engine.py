@@ -142,6 +142,10 @@ def start_world() -> World:
         dist_backend=accelerator.communication_backend_name(), timeout=TIMEOUT, verbose=False
     )
     device = torch.device(accelerator.current_device_name())
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        # Every rank would take all cores, and they would wait for each other.
+        on_host = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // on_host))
     return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
 
 
