@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.config.recipes import TEXT, recipe
 from tim_ds.config.load import dump, load_recipe, parse_recipe, parse_yaml, split_arguments
-from tim_ds.config.node import Scalar, Section
+from tim_ds.config.node import Listing, Scalar, Section
 from tim_ds.config.recipe import recipe_hash
 from tim_ds.errors import ConfigError
 
@@ -47,7 +48,10 @@ def test_every_repeated_key_is_reported():
         ("train: !x {steps: 1}\n", "train: no tags such as !x here"),
         ("? [a, b]\n: 1\n", "f.yaml:1: a key has to be a word"),
         ("name: a\n---\nname: b\n", "f.yaml:2: one document a file"),
-        ("train:\n\tsteps: 1\n", "f.yaml:2: not valid YAML: found character '\\t' that cannot start any token; "),
+        (
+            "train:\n\tsteps: 1\n",
+            "f.yaml:2: not valid YAML: found character '\\t' that cannot start any token; ",
+        ),
         ("train: [1\n", "f.yaml:2: not valid YAML"),
         ("train:\n  steps: 1\n name: a\n", "f.yaml:3: not valid YAML"),
         ("name: a\x00b\n", "f.yaml: not valid YAML"),
@@ -77,10 +81,8 @@ def test_leaves_remember_their_lines():
     assert isinstance(root, Section)
     inner = root.entries["a"]
     assert isinstance(inner, Section)
-    listing = inner.entries["b"]
-    assert listing == type(listing)(
-        (Scalar(1, "1", False, "f.yaml:3"), Scalar("x", "x", False, "f.yaml:4")), "f.yaml:3"
-    )
+    items = (Scalar(1, "1", False, "f.yaml:3"), Scalar("x", "x", False, "f.yaml:4"))
+    assert inner.entries["b"] == Listing(items, "f.yaml:3")
 
 
 def test_file_that_cannot_be_read_is_named(tmp_path: Path):
@@ -100,7 +102,9 @@ def test_override_goes_through_the_same_checks():
     assert lines[0] == "model.dept: unknown key; did you mean 'depth'? (override model.dept=3)"
     assert lines[1].startswith("train.optimizer.lr: expected a number, received 'fast'")
     assert lines[2] == "train.lr: unknown key; did you mean 'train.optimizer.lr'? (override train.lr=1)"
-    assert lines[3].startswith("train.precision: expected one of 'fp32', 'bf16_autocast', 'bf16', received 'no' (a")
+    assert lines[3].startswith(
+        "train.precision: expected one of 'fp32', 'bf16_autocast', 'bf16', received 'no' (a"
+    )
     assert len(lines) == 4
 
 
@@ -119,7 +123,9 @@ def test_override_may_open_a_section_that_the_file_leaves_out():
 
 def test_override_takes_lists_quotes_and_null():
     changed = recipe(
-        "train.preview.prompts=[a three, 'no', \"12\"]", "train.preview.sizes=[8x8, 8x16, 24x8]", "model.z_dim=null"
+        "train.preview.prompts=[a three, 'no', \"12\"]",
+        "train.preview.sizes=[8x8, 8x16, 24x8]",
+        "model.z_dim=null",
     )
     assert changed.train.preview.prompts == ("a three", "no", "12")
     assert changed.train.preview.sizes == ("8x8", "8x16", "24x8")
@@ -158,15 +164,18 @@ def test_command_line_splits_into_paths_and_overrides():
 
 
 @pytest.mark.parametrize(
-    "shards", ["1e-4", "010", "no", "12:30", "null", "", "a: b", "# x", "- x", "'q'", '"q"', "é\t\n", " x ", "<<"]
+    "shards",
+    ["1e-4", "010", "no", "12:30", "null", "", "a: b", "# x", "- x", "'q'", '"q"', "é\t\n", " x ", "<<"],
 )
 def test_dumped_recipe_reads_back_equal(shards: str):
     values = recipe(
-        "train.optimizer.eps=1e-8", "train.checkpoint.milestones=[3, 5]", "train.preview.prompts=['1e3', 'a, b']",
-        "train.preview.sizes=[8x8, 16x8]", "objective.guided_target={}", "sampler.cfg_interval=[0.1, 1]",
-    )  # fmt: skip
-    from dataclasses import replace
-
+        "train.optimizer.eps=1e-8",
+        "train.checkpoint.milestones=[3, 5]",
+        "train.preview.prompts=['1e3', 'a, b']",
+        "train.preview.sizes=[8x8, 16x8]",
+        "objective.guided_target={}",
+        "sampler.cfg_interval=[0.1, 1]",
+    )
     original = replace(values, data=replace(values.data, shards=shards))
     again = parse_recipe(dump(original))
     assert again == original

@@ -151,9 +151,7 @@ class _Parser:
     def node(self, event: Any, path: str) -> Node:
         where = self.where(event.start_mark)
         if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
-            raise ConfigError(
-                f"{path or where}: no anchors and aliases here; write the value ({where})"
-            )
+            raise ConfigError(f"{path or where}: no anchors and aliases here; write the value ({where})")
         if event.tag is not None:
             raise ConfigError(f"{path or where}: no tags such as {event.tag} here ({where})")
         if isinstance(event, yaml.ScalarEvent):

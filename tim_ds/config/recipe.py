@@ -139,19 +139,6 @@ def _autoencoder_problems(recipe: Recipe) -> Iterator[str]:
 def _objective_problems(recipe: Recipe) -> Iterator[str]:
     objective, transport = recipe.objective, recipe.objective.transport
     end = last_time(transport)
-    # A constant weight never evaluates the warp.
-    warp = objective.weight.warp if objective.weight.time_type != "constant" else "identity"
-    if warp == "tangent" and end >= math.pi / 2:
-        yield (
-            f"objective.weight.warp: 'tangent' is valid below pi/2, but {transport.kind} runs to "
-            f"t = {end:g}; use 'identity'"
-        )
-    # At t = 1 itself the weight is its limit, 0.
-    if warp == "odds" and end > 1:
-        yield (
-            f"objective.weight.warp: 'odds' is valid up to t = 1, but {transport.kind} reaches "
-            f"t = {end:g}; use 'identity'"
-        )
     if objective.derivative == "jvp" and objective.derivative_step is not None:
         yield "objective.derivative_step: belongs to derivative 'dde'; 'jvp' has no step; remove it"
     if objective.repa_weight > 0:
