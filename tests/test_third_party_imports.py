@@ -1,9 +1,10 @@
 """The repository must not get in the way of the libraries it stands on.
 
-`kernels` is also the name of a package of Hugging Face, which transformers and diffusers import when they find
-one. Started from the repository root, Python finds our folder of that name. As long as it has no __init__.py it
-is only a namespace without content, which they ignore; with an __init__.py it would be *executed*, and one that
-carries a `__version__` makes T5, Gemma and the autoencoders fail to import. Hence the name `tim_kernels`.
+`kernels` is also the name of a package of Hugging Face, which transformers and diffusers import when they
+find one. Started from the repository root, Python finds our folder of that name. As long as it has no
+__init__.py it is only a namespace without content, which they ignore; with an __init__.py it would be
+*executed*, and one that carries a `__version__` makes T5, Gemma and the autoencoders fail to import. Hence
+the name `tim_kernels`.
 """
 
 from __future__ import annotations
