@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 OURS = ("tim_ds", "tim_kernels", "data_pipeline", "launch")
 
 # What every part of tim_ds and launch may import. Each package's config.py is added to it.
-SHARED = ("tim_ds.packed", "tim_ds.errors")
+SHARED = ("tim_ds.packed", "tim_ds.errors", "tim_ds.__version__")
 
 ALLOWED: dict[str, tuple[str, ...]] = {
     "launch": ("tim_ds.trainer", "tim_ds.eval", "tim_ds.pipeline", "tim_ds.config"),
@@ -49,7 +49,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "tim_ds.compat": ("tim_ds.model", "tim_ds.config"),
     "tim_ds.sampler": ("tim_ds.objective.transport",),
     "tim_ds.objective": (),
-    "tim_ds.model": (),
+    # The description in a folder of weights is decoded and checked like a recipe.
+    "tim_ds.model": ("tim_ds.config.decode", "tim_ds.config.node"),
     "tim_ds.config": (),
     "tim_ds.packed": (),
     "tim_ds.errors": (),
@@ -183,6 +184,7 @@ def test_the_check_saw_the_repository():
         ("tim_ds/objective/loss.py", "import numpy as np"),
         ("tim_ds/model/blocks.py", "from tim_kernels.swiglu import op"),
         ("tim_ds/model/tim.py", "from tim_ds.objective.transport import Transport"),
+        ("tim_ds/model/weights.py", "from tim_ds.config.recipe import Recipe"),
         ("tim_ds/model/config.py", "import torch"),
         ("tim_ds/model/config.py", "from tim_ds.model.tim import TiM"),
         ("tim_ds/model/config.py", "from tim_ds.packed import Segments"),
@@ -229,6 +231,10 @@ def test_a_wrong_import_is_found(tmp_path: Path, file: str, line: str):
             "from . import transport\nimport torch.nn.functional as nnf\nimport math",
         ),
         ("tim_ds/model/ops.py", "from tim_kernels.swiglu import op"),
+        (
+            "tim_ds/model/weights.py",
+            "from tim_ds.config.decode import decode\nfrom tim_ds import __version__",
+        ),
         ("tim_ds/trainer/config.py", "from tim_ds.sampler.config import SamplerConfig"),
         ("tim_ds/config/recipe.py", "from data_pipeline.config import DataConfig"),
         ("kernels/tim_kernels/swiglu/kernel.py", "import triton\nimport torch"),
