@@ -1,6 +1,7 @@
 """PackedBatch: the images of one pack, as the loader hands them on. Imports nothing of tim_ds.
 
-Letters used in shapes: T image tokens, C channels of a token, S images, L text tokens, E width of a text state.
+Letters used in shapes: T image tokens, C channels of a token, S images, L text tokens, E width of a text
+state.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ class PackedBatch:
     """Images of that step over all packs and ranks: the denominator of the loss."""
     dropped_S: tuple[bool, ...]
     """Whether the caption or label of each image was replaced by the null one."""
+    num_replaced: int = 0
+    """Images that stand in for damaged samples."""
 
     def __post_init__(self) -> None:
         tokens = sum(h * w for h, w in self.grids)
