@@ -126,7 +126,8 @@ class Index:
         """Write the index beside its shards (aside, then renamed). Returns its path."""
         path = self.folder / INDEX_NAME
         aside = path.with_name(f".{INDEX_NAME}.partial")
-        metadata = {"header": json.dumps(self._header()), "hash": self.hash}
+        # One metadata entry: safetensors writes several in an order that changes from run to run.
+        metadata = {"header": json.dumps({**self._header(), "hash": self.hash})}
         try:
             aside.write_bytes(save({**self.columns, "key_bytes": self.key_bytes}, metadata=metadata))
             os.replace(aside, path)
@@ -148,8 +149,7 @@ def load_index(folder: Path | str) -> Index:
         raise DataError(f"{path}: no index; prepare the data, or if the shards are there {rebuild}")
     try:
         with safe_open(path, framework="numpy") as stored:
-            metadata = stored.metadata() or {}
-            header = json.loads(metadata["header"])
+            header = json.loads((stored.metadata() or {})["header"])
             if header.get("format") != FORMAT:
                 raise DataError(
                     f"{path}: index format {header.get('format')}, expected {FORMAT}; re{rebuild}"
@@ -168,7 +168,7 @@ def load_index(folder: Path | str) -> Index:
         columns=columns,
         key_bytes=key_bytes,
     )
-    if index.hash != metadata.get("hash"):
+    if index.hash != header["hash"]:
         raise DataError(f"{path}: its content does not match its hash; re{rebuild}")
     for name, size in zip(index.shards, index.shard_bytes, strict=True):
         shard = folder / name

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
@@ -80,7 +81,7 @@ class StepLoader(Generic[T]):
             self.start_step * self._packs_per_rank, (self.start_step + self.num_steps) * self._packs_per_rank
         )
         if self._workers == 0:
-            source: Iterator[T] = (self._packs[i] for i in items)
+            source: Iterator[T | DataError] = (self._packs[i] for i in items)
         else:
             # batch_size None: an item is a whole pack. Items arrive in the sampler's order, whoever is first.
             # Its own generator: the loader must not advance the global one of a training process.
@@ -95,12 +96,25 @@ class StepLoader(Generic[T]):
                     pin_memory=torch.cuda.is_available(),
                 )
             )
-        for _ in range(self.num_steps):
-            yield [next(source) for _ in range(self._packs_per_rank)]
+        try:
+            for _ in range(self.num_steps):
+                step: list[T] = []
+                for item in islice(source, self._packs_per_rank):
+                    if isinstance(item, DataError):
+                        raise item
+                    step.append(item)
+                yield step
+        finally:
+            # A raised error refers to this frame. Left to the garbage collector, workers take 5 s to stop.
+            del source
 
 
-class _Packs(Dataset[T]):
-    """Pack number -> finished micro-batch of this rank; pack n belongs to step n // packs_per_rank."""
+class _Packs(Dataset["T | DataError"], Generic[T]):
+    """Pack number -> finished micro-batch of this rank; pack n belongs to step n // packs_per_rank.
+
+    A `DataError` is returned, not raised: so it reaches the training process as it is, where an exception
+    would arrive wrapped in the worker's traceback.
+    """
 
     def __init__(
         self,
@@ -133,15 +147,18 @@ class _Packs(Dataset[T]):
         self._num_read = 0
         self._corrupt: dict[int, str] = {}
 
-    def __getitem__(self, number: int) -> T:
+    def __getitem__(self, number: int) -> T | DataError:
         step, position = divmod(number, self.plan.packs_per_step // self._world_size)
         planned = self.plan.step(step)
-        batch = self._assemble(
-            planned.of_rank(self._rank, self._world_size)[position],
-            epoch=planned.epoch,
-            step=step,
-            images_in_step=planned.num_images,
-        )
+        try:
+            batch = self._assemble(
+                planned.of_rank(self._rank, self._world_size)[position],
+                epoch=planned.epoch,
+                step=step,
+                images_in_step=planned.num_images,
+            )
+        except DataError as error:
+            return error
         return self._finish(batch) if self._finish is not None else cast(T, batch)
 
     def _assemble(

@@ -168,8 +168,8 @@ class Plan:
         packs: list[list[int]] = []
         carried: list[int] = []
         position, windows = 0, 0
-        # A window places at most its capacity, so at least one capacity remains for the last: enough images for
-        # every pack of a step, and room to spread the remainder.
+        # A window places at most its capacity, so at least one capacity remains for the last: enough images
+        # for every pack of a step, and room to spread the remainder.
         while int(ends[-1] - ends[position]) + sum(carried) >= 2 * capacity:
             wanted = ends[position] + int(FILL * capacity) - sum(carried)
             take = int(np.searchsorted(ends, wanted, side="right")) - 1

@@ -83,7 +83,7 @@ class PretrainedAutoencoder:
     """
 
     def __init__(self, model: Any, *, stride: int, channels: int) -> None:
-        self.model = model.to(torch.float32).eval().requires_grad_(False)
+        self.model = model.eval().requires_grad_(False)
         self._stride = stride
         self._channels = channels
         self.scale = float(model.config.scaling_factor)
@@ -163,7 +163,7 @@ def load_sd_vae(path: str) -> PretrainedAutoencoder:
 
 def _from_pretrained(kind: Any, path: str) -> Any:
     try:
-        return kind.from_pretrained(path, torch_dtype=torch.float32)
+        return kind.from_pretrained(path, torch_dtype=torch.float32, low_cpu_mem_usage=False)
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
             f"data.autoencoder.path: cannot load {kind.__name__} from {path!r} ({error}); "

@@ -14,9 +14,9 @@ class TransportConfig:
 
     kind: Literal["ot_fm", "trigflow", "edm", "vp", "ve", "tim"] = "ot_fm"
     sigma_data: float | None = None
-    """Standard deviation of the data; enters EDM's path and every transport's time weight. Null: 1 (TrigFlow, EDM: 0.5)."""
+    """Standard deviation of the data, in EDM's path and every time weight. Null: 1 (trigflow, edm: 0.5)."""
     p_mean: float | None = None
-    """Mean of the normal draw behind t (ot_fm, tim: logit of t; trigflow: log tan t; edm: log t). Null: the row's default."""
+    """Mean of the normal draw of logit t (ot_fm, tim), log tan t (trigflow) or log t (edm)."""
     p_std: float | None = None
     beta_min: float = 0.1
     """vp only."""
@@ -35,9 +35,13 @@ class TransportConfig:
         if self.kind in ("vp", "ve") and (self.p_mean is not None or self.p_std is not None):
             raise ConfigError(f"objective.transport.p_mean/p_std: {self.kind} draws t uniformly; remove them")
         if self.kind != "vp" and (self.beta_min, self.beta_d) != (0.1, 19.9):
-            raise ConfigError(f"objective.transport.beta_min/beta_d: belong to vp, not to {self.kind}; remove them")
+            raise ConfigError(
+                f"objective.transport.beta_min/beta_d: belong to vp, not {self.kind}; remove them"
+            )
         if self.kind != "ve" and (self.sigma_min, self.sigma_max) != (0.02, 100.0):
-            raise ConfigError(f"objective.transport.sigma_min/sigma_max: belong to ve, not to {self.kind}; remove them")
+            raise ConfigError(
+                f"objective.transport.sigma_min/sigma_max: belong to ve, not {self.kind}; remove them"
+            )
         if not 0 < self.sigma_min < self.sigma_max:
             raise ConfigError("objective.transport.sigma_min: expected 0 < sigma_min < sigma_max")
 
@@ -55,9 +59,13 @@ class WeightConfig:
     """Divide every image's loss by its own detached value (+ 1e-5), as the authors' code does."""
 
 
+# tan(t) needs t < pi/2, t / (1 - t) needs t <= 1.
+_WARP_TRANSPORTS = {"tangent": ("ot_fm", "trigflow", "vp", "tim"), "odds": ("ot_fm", "vp", "tim")}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GuidedTargetConfig:
-    """Guidance folded into the diffusion part of the target, from the EMA network (the authors' `_mg` recipes)."""
+    """Guidance folded into the diffusion part of the target, from the EMA network (the authors' `_mg`)."""
 
     w_gt: float = 1.0
     w_cond: float = 0.75
@@ -99,7 +107,13 @@ class ObjectiveConfig:
                 f"objective.consistency_share: diffusion_share + consistency_share exceeds 1 "
                 f"({self.diffusion_share} + {self.consistency_share})"
             )
+        valid = _WARP_TRANSPORTS.get(self.weight.warp)
+        if self.weight.time_type != "constant" and valid is not None and self.transport.kind not in valid:
+            raise ConfigError(
+                f"objective.weight.warp: {self.weight.warp} is valid on {', '.join(valid)}; "
+                f"times of {self.transport.kind} go beyond its domain, use identity"
+            )
         if self.derivative_step is not None and self.derivative_step <= 0:
-            raise ConfigError(f"objective.derivative_step: expected a positive number, received {self.derivative_step}")
+            raise ConfigError(f"objective.derivative_step: expected above 0, received {self.derivative_step}")
         if self.repa_weight < 0:
             raise ConfigError(f"objective.repa_weight: expected 0 or more, received {self.repa_weight}")

@@ -1,0 +1,186 @@
+"""The transition objective on one pack (Eq. 13): pure, per image, unreduced.
+
+Letters used in shapes: T image tokens, C channels of a token (patch^2 cells of latent channels), S images,
+Z width of aligned features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+from tim_ds.errors import ConfigError, NonFiniteError, ShapeError
+from tim_ds.objective.alignment import alignment_loss
+from tim_ds.objective.config import ObjectiveConfig
+from tim_ds.objective.target import transition_target
+from tim_ds.objective.time_sampling import Times
+from tim_ds.objective.transport import Transport
+from tim_ds.objective.weighting import adaptive_weight, check_warp_domain, time_weight
+from tim_ds.packed import Condition, Network, Segments
+
+# Smallest norm by which a cell's vector is divided. Differs from reference (1e-8): there the cosine of a
+# zero-initialised output has a gradient of order 1e8, so that the first step is all clipping. Cells of a
+# trained network are far above it (norms of order sqrt(channels)), and their cosine is the same.
+COSINE_FLOOR = 1e-2
+
+# Samples named in one message.
+MAX_NAMED = 8
+
+
+class LossTerms(NamedTuple):
+    """Per image, [S]. Only `total_S` carries a gradient; a term that the recipe switches off is zero."""
+
+    total_S: Tensor
+    """time_weight * adaptive * (denoising + directional) + repa_weight * alignment."""
+    denoising_S: Tensor
+    """Mean squared error of F against its target, unweighted."""
+    directional_S: Tensor
+    """Mean of 1 - cos(F, target) over the cells, unweighted."""
+    alignment_S: Tensor
+    """Mean of 1 - cos(features), unweighted."""
+    weight_S: Tensor
+    """The time weight w(t, r)."""
+    adaptive_S: Tensor
+    """The adaptive weight, 1 if switched off."""
+
+
+def transition_loss(
+    network: Network,
+    transport: Transport,
+    config: ObjectiveConfig,
+    x_TC: Tensor,
+    z_TC: Tensor,
+    times: Times,
+    segments: Segments,
+    condition: Condition,
+    *,
+    latent_channels: int,
+    teacher: Network | None = None,
+    null_condition: Condition | None = None,
+    features_TZ: Tensor | None = None,
+) -> LossTerms:
+    """Loss of every image of the pack; an image counts once, however many tokens it has.
+
+    The calls without gradient (teacher, derivative) come first, so that their activations are gone before the
+    graph of the main call is built. The loss is computed in the dtype of the times, at least float32.
+
+    Shapes:
+        x_TC: clean latent tokens.   z_TC: unit noise.   features_TZ: REPA target, needed if repa_weight > 0.
+    Args:
+        latent_channels: channels of one latent cell; a token holds patch^2 cells, channel last.
+        teacher, null_condition: for the guided target.
+    Raises:
+        ShapeError: if tokens, segments, times, condition or channels do not fit together.
+        ConfigError: if the recipe asks for a term whose input is missing.
+        TimeDomainError: if the weight's warp has no meaning on this transport.
+    Source: Eq. 13.
+    """
+    _check_shapes(x_TC, z_TC, times, segments, condition, latent_channels)
+    if (config.repa_weight > 0) != (features_TZ is not None):
+        raise ConfigError(
+            f"objective.repa_weight: {config.repa_weight}, but encoder features are "
+            f"{'given' if features_TZ is not None else 'missing'}"
+        )
+    check_warp_domain(config.weight, transport)
+    x_t_TC = transport.interpolate(x_TC, z_TC, segments.expand(times.t_S)[:, None])
+    target_TC = transition_target(
+        network,
+        transport,
+        config,
+        x_TC,
+        z_TC,
+        x_t_TC,
+        times,
+        segments,
+        condition,
+        teacher=teacher,
+        null_condition=null_condition,
+    )
+    output = network(
+        x_t_TC,
+        transport.c_noise(times.t_S),
+        transport.c_noise(times.r_S),
+        segments,
+        condition,
+        with_features=features_TZ is not None,
+    )
+    if output.F_TC.shape != target_TC.shape:
+        raise ShapeError(f"network: F is {list(output.F_TC.shape)}, expected {list(target_TC.shape)}")
+    F_TC = output.F_TC.to(target_TC.dtype)
+
+    denoising_S = segments.mean((F_TC - target_TC).square().mean(-1))
+    directional_S = torch.zeros_like(denoising_S)
+    if config.directional:
+        directional_S = segments.mean(_cell_misalignment(F_TC, target_TC, latent_channels))
+    alignment_S = torch.zeros_like(denoising_S)
+    if features_TZ is not None:
+        if output.features_TZ is None:
+            raise ConfigError("objective.repa_weight: the network returned no features; set model.z_dim")
+        projected_TZ = output.features_TZ.to(target_TC.dtype)
+        alignment_S = alignment_loss(projected_TZ, features_TZ, segments)
+
+    is_diffusion_S = torch.tensor(times.is_diffusion).to(times.t_S.device, non_blocking=True)
+    weight_S = time_weight(config.weight, times.t_S, times.r_S, is_diffusion_S, transport.sigma_data)
+    loss_S = denoising_S + directional_S
+    adaptive_S = adaptive_weight(loss_S) if config.weight.adaptive else torch.ones_like(weight_S)
+    total_S = weight_S * adaptive_S * loss_S + config.repa_weight * alignment_S
+    return LossTerms(
+        total_S, denoising_S.detach(), directional_S.detach(), alignment_S.detach(), weight_S, adaptive_S
+    )
+
+
+def check_finite(terms: LossTerms, keys: Sequence[str]) -> None:
+    """Raises NonFiniteError naming the samples whose loss is NaN or infinite. Waits for the device.
+
+    Args:
+        keys: name of each image of the pack (shard:name), in order.
+    """
+    if len(keys) != terms.total_S.shape[0]:
+        raise ShapeError(f"loss of {terms.total_S.shape[0]} images, {len(keys)} keys")
+    values = torch.stack([term.detach().to(torch.float64) for term in terms]).cpu()
+    bad = (~values.isfinite().all(0)).nonzero().flatten().tolist()
+    if not bad:
+        return
+    lines = []
+    for i in bad[:MAX_NAMED]:
+        parts = ", ".join(
+            f"{name.removesuffix('_S')} {value:.4g}"
+            for name, value in zip(terms._fields, values[:, i].tolist(), strict=True)
+        )
+        lines.append(f"{keys[i]}: {parts}")
+    if len(bad) > MAX_NAMED:
+        lines.append(f"and {len(bad) - MAX_NAMED} more")
+    raise NonFiniteError(
+        f"loss: expected finite values, {len(bad)} of {len(keys)} images are not; inspect these samples, or "
+        "lower the learning rate if they change from step to step\n  " + "\n  ".join(lines)
+    )
+
+
+def _cell_misalignment(F_TC: Tensor, target_TC: Tensor, latent_channels: int) -> Tensor:
+    """Mean over a token's cells of 1 - cos over the channels, [T]."""
+    cells = (F_TC.shape[0], -1, latent_channels)
+    cosine = nnf.cosine_similarity(F_TC.reshape(cells), target_TC.reshape(cells), dim=-1, eps=COSINE_FLOOR)
+    return (1 - cosine).mean(-1)
+
+
+def _check_shapes(
+    x_TC: Tensor, z_TC: Tensor, times: Times, segments: Segments, condition: Condition, latent_channels: int
+) -> None:
+    if x_TC.ndim != 2 or x_TC.shape[0] != segments.num_tokens or z_TC.shape != x_TC.shape:
+        raise ShapeError(
+            f"pack: expected x and z of [{segments.num_tokens}, C], received {list(x_TC.shape)} and "
+            f"{list(z_TC.shape)}"
+        )
+    if not segments.num_segments == times.num_segments == condition.num_segments:
+        raise ShapeError(
+            f"pack: {segments.num_segments} segments, {times.num_segments} times, "
+            f"{condition.num_segments} conditions"
+        )
+    if min(segments.lengths, default=0) < 1:
+        raise ShapeError("pack: expected segments of at least one token each")
+    if latent_channels < 1 or x_TC.shape[1] % latent_channels:
+        raise ShapeError(f"pack: {x_TC.shape[1]} channels a token are not whole cells of {latent_channels}")
