@@ -156,19 +156,20 @@ def load_index(folder: Path | str) -> Index:
                 )
             columns = {name: stored.get_tensor(name) for name in COLUMNS}
             key_bytes = stored.get_tensor("key_bytes")
+            index = Index(
+                folder=folder,
+                shards=tuple(header["shards"]),
+                shard_bytes=tuple(header["shard_bytes"]),
+                channels=header["channels"],
+                text_width=header["text_width"],
+                num_classes=header["num_classes"],
+                columns=columns,
+                key_bytes=key_bytes,
+            )
+            recorded_hash = header["hash"]
     except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
         raise DataError(f"{path}: not a readable index ({error!r}); re{rebuild}") from error
-    index = Index(
-        folder=folder,
-        shards=tuple(header["shards"]),
-        shard_bytes=tuple(header["shard_bytes"]),
-        channels=header["channels"],
-        text_width=header["text_width"],
-        num_classes=header["num_classes"],
-        columns=columns,
-        key_bytes=key_bytes,
-    )
-    if index.hash != header["hash"]:
+    if index.hash != recorded_hash:
         raise DataError(f"{path}: its content does not match its hash; re{rebuild}")
     for name, size in zip(index.shards, index.shard_bytes, strict=True):
         shard = folder / name

@@ -120,6 +120,13 @@ def test_a_shard_that_changed_or_vanished_is_refused(text_folder, tmp_path):
         load_index(folder)
 
 
+def test_an_index_of_another_format_is_refused(text_folder, tmp_path, monkeypatch):
+    folder = shutil.copytree(text_folder, tmp_path / "copy")
+    monkeypatch.setattr(index_module, "FORMAT", 99)
+    with pytest.raises(DataError, match=r"index format 1, expected 99; rebuild it with"):
+        load_index(folder)
+
+
 @pytest.mark.parametrize("cut", ["inside_a_member", "before_the_end_mark"])
 def test_a_truncated_tar_is_refused_by_name(tmp_path, cut):
     path = tmp_path / "s.tar"
