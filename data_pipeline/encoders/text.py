@@ -82,16 +82,23 @@ def _vector(kind: str, name: str, width: int) -> np.ndarray:
 
 
 def build_text_encoder(config: TextEncoderConfig) -> TextEncoder:
-    """The encoder that `config` names.
+    """The encoder that `config` names; weights are on the CPU.
 
     Raises:
-        DataError: if this installation has no such encoder.
+        DataError: if weights cannot be loaded, or constant padding is asked of an encoder that has none.
     """
-    if config.kind != "words":
-        raise DataError(f"data.text_encoder.kind: {config.kind!r} is not available; available: 'words'")
-    if config.padding != "none":
+    constant = config.padding == "constant"
+    if constant and config.kind != "gemma":
         raise DataError(
-            "data.text_encoder.padding: 'constant' repeats the padding of released weights; "
-            "words has none, use 'none'"
+            f"data.text_encoder.padding: 'constant' repeats the padding of the released weights, which were "
+            f"trained on gemma; {config.kind} has none, use 'none'"
         )
-    return WordsEncoder(config.width, config.max_tokens)
+    if config.kind == "words":
+        return WordsEncoder(config.width, config.max_tokens)
+    # transformers takes seconds to import, which the words encoder must not cost.
+    from data_pipeline.encoders.language_model import load_gemma, load_t5
+
+    path = config.path or ""
+    if config.kind == "gemma":
+        return load_gemma(path, max_tokens=config.max_tokens, constant_padding=constant)
+    return load_t5(path, max_tokens=config.max_tokens)

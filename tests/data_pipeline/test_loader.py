@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from data_pipeline import loader as loader_module
 from data_pipeline.batch import PackedBatch
@@ -270,8 +271,6 @@ def test_the_manifest_decides_which_encoders_made_the_shards(text_folder, tmp_pa
 
 @pytest.mark.parametrize("state", ["missing", "damaged", "wrong_width"])
 def test_null_states_are_checked(text_folder, tmp_path, state):
-    from safetensors.torch import save
-
     folder = shutil.copytree(text_folder, tmp_path / "copy")
     path = folder / "null.safetensors"
     if state == "missing":

@@ -72,7 +72,7 @@ def test_a_long_caption_is_cut_with_a_warning_that_names_it(caplog):
     assert "caption of 7 tokens cut to 5: 'one two three" in caplog.text
 
 
-def test_build_says_which_encoders_there_are():
+def test_build_gives_the_encoder_of_the_recipe():
     encoder = build_text_encoder(TextEncoderConfig(kind="words", width=32))
     assert encoder.width == 32
     with pytest.raises(DataError, match="padding"):
