@@ -224,10 +224,12 @@ def test_the_gradient_is_that_of_the_main_call_against_a_fixed_target() -> None:
 
 
 def test_calls_without_gradient_come_first_and_features_only_from_the_main_call() -> None:
-    network = SmoothNetwork(8)
+    network, bare = SmoothNetwork(8), SmoothNetwork(8)
     loss(network, ObjectiveConfig(repa_weight=1.0), features_TZ=torch.ones(19, 3).double())
     assert [call.with_features for call in network.calls] == [False, True]
     assert network.calls[1].segments.grids == tuple(GRIDS)
+    loss(bare, ObjectiveConfig())
+    assert [call.with_features for call in bare.calls] == [False, False]
 
 
 def test_direction_is_compared_per_latent_cell() -> None:

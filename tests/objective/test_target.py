@@ -76,6 +76,14 @@ def test_without_transitions_the_derivative_is_made_on_segment_0_and_has_no_effe
     assert torch.equal(received, transport.diffusion_target(x, z, segments.expand(times.t_S)[:, None]))
 
 
+def test_a_derivative_that_is_not_used_cannot_spoil_the_target() -> None:
+    transport, x, z, x_t, times, segments, condition = pack(T)
+    network = SmoothNetwork(4)
+    torch.nn.init.constant_(network.outward, float("nan"))
+    received = transition_target(network, transport, ObjectiveConfig(), x, z, x_t, times, segments, condition)
+    assert len(network.calls) == 1 and received.isfinite().all()
+
+
 def test_flow_matching_never_asks_for_a_derivative() -> None:
     transport, x, z, x_t, times, segments, condition = pack(T)
     network = SmoothNetwork(4)

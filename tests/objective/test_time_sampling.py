@@ -67,6 +67,16 @@ def test_an_image_draws_the_same_times_wherever_it_stands() -> None:
     assert alone.is_diffusion[0] == whole.is_diffusion[17]
 
 
+def test_the_kind_is_drawn_apart_from_the_times() -> None:
+    """VP draws its times from the uniforms too; the third belongs to the kind alone."""
+    normals = torch.zeros(3, 2, dtype=torch.float64)
+    uniforms = torch.tensor([[0.1, 0.9, 0.49], [0.1, 0.9, 0.59], [0.1, 0.9, 0.61]], dtype=torch.float64)
+    times = draw_times(TRANSPORTS["vp"], ObjectiveConfig(), normals, uniforms)
+    torch.testing.assert_close(times.t_S, torch.full((3,), 0.9), rtol=1e-5, atol=0)
+    torch.testing.assert_close(times.r_S, torch.tensor([0.9, 1e-5, 0.1]), rtol=2e-4, atol=0)
+    assert times.is_diffusion == (True, False, False)
+
+
 def test_flow_matching_and_pure_consistency_are_the_ends_of_the_shares() -> None:
     transport = TRANSPORTS["tim"]
     flow = draw_times(transport, ObjectiveConfig(diffusion_share=1.0), *draws(300))

@@ -278,6 +278,18 @@ def test_stochastic_step_of_flow_matching_is_the_published_one() -> None:
     )
 
 
+def test_stochastic_step_of_tim_is_the_published_one() -> None:
+    transport = TiMTransport()
+    x_t, F, noise = torch.randn(3, 6, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    t, r, share = torch.tensor(0.7).double(), torch.tensor(0.4).double(), 0.2
+    angle, dt = 0.5 * math.pi * t, t - r
+    z_hat = (x_t + torch.cos(angle) * F) / (torch.cos(angle) + torch.sin(angle))
+    expected = transport.step(x_t, t, r, F) - share * 0.5 * math.pi * z_hat * dt
+    expected = expected + torch.sqrt(share * math.pi * torch.sin(angle) * dt) * noise
+    received = transport.stochastic_step(x_t, t, r, F, noise, share)
+    torch.testing.assert_close(received, expected, rtol=1e-13, atol=1e-14)
+
+
 @pytest.mark.parametrize("name", ["trigflow", "edm_sd1", "vp", "ve"])
 def test_stochastic_step_names_the_transport_that_has_none(name: str) -> None:
     transport = TRANSPORTS[name]
