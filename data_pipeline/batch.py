@@ -1,6 +1,6 @@
 """PackedBatch: the images of one pack, as the loader hands them on. Imports nothing of tim_ds.
 
-Letters used in shapes: T image tokens, C channels of a token, S images, L text tokens, E width of a text state.
+Letters in shapes: T image tokens, C channels of a token, S images, L text tokens, E width of a text state.
 """
 
 from __future__ import annotations

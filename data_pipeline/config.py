@@ -50,7 +50,7 @@ class DataConfig:
     tokens_per_pack: int
     """Token budget of one pack (one micro-batch of one rank); at least the largest image."""
     packs_per_step: int
-    """Packs of one optimiser step, over all ranks and accumulation: the global batch. Divisible by the world size."""
+    """Packs of one optimiser step over all ranks and accumulation, the global batch."""
     autoencoder: AutoencoderConfig
     text_encoder: TextEncoderConfig | None = None
     """Null for class-conditional data."""

@@ -103,7 +103,9 @@ class Segments:
     def expand(self, value_S: Tensor) -> Tensor:
         """Per-segment values to per-token values: [S, ...] -> [T, ...]."""
         if value_S.shape[0] != self.num_segments:
-            raise ShapeError(f"expected {self.num_segments} values, one a segment, received {value_S.shape[0]}")
+            raise ShapeError(
+                f"expected {self.num_segments} values, one a segment, received {value_S.shape[0]}"
+            )
         return value_S.index_select(0, self.segment_ids)
 
     def mean(self, value_T: Tensor) -> Tensor:
@@ -145,7 +147,8 @@ class TextCondition:
     def __post_init__(self) -> None:
         if self.states_LE.ndim != 2 or self.states_LE.shape[0] != self.segments.num_tokens:
             raise ShapeError(
-                f"text states: expected [{self.segments.num_tokens}, E], received {list(self.states_LE.shape)}"
+                f"text states: expected [{self.segments.num_tokens}, E], "
+                f"received {list(self.states_LE.shape)}"
             )
 
     @property
@@ -210,20 +213,28 @@ class Network(Protocol):
 
 
 def concatenate(parts: Sequence[Condition]) -> Condition:
-    """The conditions of several packs, one after the other (all of one kind)."""
-    first = parts[0]
-    if isinstance(first, TextCondition):
-        states = torch.cat([p.states_LE for p in parts])  # type: ignore[union-attr]  # one kind, see the check below
-        lengths = [n for p in parts for n in p.segments.lengths]  # type: ignore[union-attr]
-        segments = Segments.from_lengths(lengths).to(states.device, non_blocking=True)
-        return TextCondition(states, segments)
-    return ClassCondition(torch.cat([p.labels_S for p in parts]))  # type: ignore[union-attr]
+    """The conditions of several packs, one after the other.
+
+    Raises:
+        ShapeError: if captions and labels are mixed, or there is no part.
+    """
+    texts = [p for p in parts if isinstance(p, TextCondition)]
+    classes = [p for p in parts if isinstance(p, ClassCondition)]
+    if texts and not classes:
+        states = torch.cat([p.states_LE for p in texts])
+        lengths = [n for p in texts for n in p.segments.lengths]
+        return TextCondition(states, Segments.from_lengths(lengths).to(states.device, non_blocking=True))
+    if classes and not texts:
+        return ClassCondition(torch.cat([p.labels_S for p in classes]))
+    raise ShapeError(
+        f"conditions of one kind expected, received {len(texts)} of text and {len(classes)} of class"
+    )
 
 
 def patchify(latent: Tensor, patch_size: int) -> Tensor:
-    """One image's latent [C, H, W] -> tokens [h*w, p*p*C], row-major, last axis (row in patch, col in patch, channel).
+    """One image's latent [C, H, W] -> tokens [h*w, p*p*C], row-major.
 
-    The order of the last axis is that of the network's output (reference_spec 1.5, step 6).
+    The last axis is ordered (row in patch, col in patch, channel), as the network's output is.
 
     Raises:
         ShapeError: if a side is not a multiple of `patch_size`.

@@ -1,0 +1,1 @@
+"""Recipes: YAML files decoded into frozen, typed dataclasses, with every mistake named. Needs no torch."""

@@ -48,7 +48,7 @@ class ModelConfig:
     adaln_hidden: int | None = None
     """Hidden width of the blocks' AdaLN generators; null: (hidden_size // 4) * 3."""
     rope_layout: Literal["row_major", "reference"] = "row_major"
-    """`reference` repeats the authors' transposed (and on non-square grids scrambled) positions, for their weights."""
+    """`reference` repeats the authors' positions, for their weights: transposed or scrambled."""
 
     def __post_init__(self) -> None:
         for name in ("in_channels", "patch_size", "hidden_size", "depth", "num_heads", "projector_dim"):
@@ -60,7 +60,9 @@ class ModelConfig:
                 f"received {self.hidden_size} / {self.num_heads}"
             )
         if self.condition == "text" and not self.text_dim:
-            raise ConfigError("model.text_dim: required when model.condition is 'text' (width of one text state)")
+            raise ConfigError(
+                "model.text_dim: required when model.condition is 'text' (width of one text state)"
+            )
         if self.condition == "class" and not self.num_classes:
             raise ConfigError("model.num_classes: required when model.condition is 'class'")
         if self.z_dim is not None and not 1 <= self.encoder_depth <= self.depth:

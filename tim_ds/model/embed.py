@@ -27,8 +27,8 @@ class Linear(nn.Linear):
 class PreciseLinear(nn.Linear):
     """A matrix product in float32 or wider, whatever autocast or the stored dtype says.
 
-    For the paths in which the time derivative lives: times, AdaLN generators, final layer. Rounded to bfloat16 they
-    alone put an error of tens of percent on a central difference.
+    For the paths in which the time derivative lives: times, AdaLN generators, final layer. Rounded to
+    bfloat16 they alone put an error of tens of percent on a central difference.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class PatchEmbedder(nn.Module):
 
 
 def time_features(t_S: Tensor) -> Tensor:
-    """Sinusoid of a conditioning time, cosines first: [S] -> [S, 256] (reference_spec 1.4; no factor 1000)."""
+    """Sinusoid of a conditioning time, cosines first: [S] -> [S, 256]. The time is not multiplied by 1000."""
     t = ops.at_least_float32(t_S)
     k = torch.arange(TIME_FREQUENCIES, dtype=t.dtype, device=t.device)
     angle = t[:, None] * torch.exp(-math.log(10000.0) / TIME_FREQUENCIES * k)

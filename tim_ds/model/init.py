@@ -13,10 +13,10 @@ SMALL_STD = 0.02
 
 @torch.no_grad()
 def initialise(network: nn.Module) -> None:
-    """Xavier everywhere, small normal for the time and condition embedders, zero where a block must start as identity.
+    """Xavier everywhere, small normal for time and condition embedders, zero for identity blocks.
 
-    Consequence: F = 0 and every block is the identity at the first step. The interval embedder of its own stays
-    Xavier, as the authors have it.
+    At the first step F = 0 and every block is the identity. An interval embedder of its own
+    stays Xavier, as the authors have it.
     """
     for module in network.modules():
         if isinstance(module, nn.Linear):

@@ -1,7 +1,7 @@
 """The seam between the network and its kernels: every memory-bound operation of a block passes through here.
 
-Each function is the plain-PyTorch definition of its operation. They work in any floating dtype, under autocast,
-with forward-mode derivatives, and never ask the device for a length.
+Each function is the plain-PyTorch definition of its operation. They work in any floating dtype, under
+autocast, with forward-mode derivatives, and never ask the device for a length.
 
 T image tokens, L text tokens, S segments, D model width, N heads, H head width.
 """
@@ -70,7 +70,7 @@ def qk_norm_rope(
     bias_H: Tensor | None,
     table: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    """Per-head LayerNorm with affine, then rotation; either may be absent. Computed in float32, returned in x's dtype."""
+    """Per-head LayerNorm with affine, then rotation; either may be absent. float32 within, x's dtype out."""
     x = at_least_float32(x_TNH)
     if weight_H is not None:
         bias = None if bias_H is None else bias_H.to(x.dtype)
@@ -111,15 +111,15 @@ class AttentionPlan:
 def plan_attention(queries: Segments, keys: Segments) -> AttentionPlan:
     """Group segments of equal query length, so that a pack with few shapes costs few calls.
 
-    Keys of one group are padded to the longest. A padded slot repeats a key of its own segment and is masked, so no
-    value of another image can reach the result, not even a NaN.
+    Keys of one group are padded to the longest. A padded slot repeats a key of its own segment and is masked,
+    so no value of another image can reach the result, not even a NaN.
 
     Raises:
         ShapeError: if the two packs hold different numbers of segments.
     """
     if queries.num_segments != keys.num_segments:
         raise ShapeError(
-            f"attention: {queries.num_segments} image segments but {keys.num_segments} key segments in the pack"
+            f"attention: {queries.num_segments} image segments but {keys.num_segments} key segments"
         )
     device = queries.cu_seqlens.device
     members: dict[tuple[int, bool], list[int]] = defaultdict(list)

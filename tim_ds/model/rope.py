@@ -20,8 +20,8 @@ BASE = 10000.0
 def token_positions(segments: Segments, layout: Literal["row_major", "reference"]) -> tuple[Tensor, Tensor]:
     """Coordinates (a, b) of every token: int32 [T] each; a turns the first half of the head.
 
-    `row_major`: (row, column). `reference`: the authors' (n mod height, n div height) for token n = row * width +
-    column, which is a transpose on square grids and a scramble on others; their weights need it (reference_spec 1.6).
+    `row_major`: (row, column). `reference`: the authors' (n mod height, n div height) for token
+    n = row * width + column, a transpose on square grids and a scramble on others; their weights need it.
 
     Raises:
         ShapeError: if the segments have no grid.
@@ -53,7 +53,7 @@ def rotary_table(
 
 
 def rotate(x_TNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the interleaved pairs of every head: [T, N, H] with cos, sin [T, H/2] -> [T, N, H], dtype of the table."""
+    """Rotate the interleaved pairs of every head: [T, N, H] by cos, sin [T, H/2], in the table's dtype."""
     x = x_TNH.to(cos.dtype).unflatten(-1, (-1, 2))
     x0, x1 = x.unbind(-1)
     c, s = cos[:, None, :], sin[:, None, :]

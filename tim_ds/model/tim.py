@@ -60,14 +60,14 @@ class TiM(nn.Module):
         """Evaluate F for every image of a pack.
 
         Shapes:
-            x_TC: [T, C], C = patch_size^2 * in_channels. t_S, r_S: [S]. condition: one caption or label an image.
+            x_TC: [T, C], C = patch_size^2 * in_channels. t_S, r_S: [S]. condition: one entry an image.
         Units:
             t_S and r_S are c_noise(t) and c_noise(r), not multiplied by 1000.
         Returns:
-            F_TC [T, C] in float32 (float64 when x_TC is), and the projector's features when `with_features`.
+            F_TC [T, C], float32 (float64 when x_TC is), and the projector's features when `with_features`.
         Raises:
-            ShapeError: if the parts of the pack do not fit together, or features are asked of a network without
-                projector.
+            ShapeError: if the parts of the pack do not fit together, or features are asked of a network
+                without projector.
         """
         self._check(x_TC, t_S, r_S, segments, condition, with_features)
         interval_SD = self._interval(t_S, r_S)
@@ -127,11 +127,14 @@ class TiM(nn.Module):
     ) -> None:
         expected = (segments.num_tokens, self.config.token_channels)
         if tuple(x_TC.shape) != expected:
-            raise ShapeError(f"x_TC: expected {list(expected)} (tokens, channels), received {list(x_TC.shape)}")
+            raise ShapeError(
+                f"x_TC: expected {list(expected)} (tokens, channels), received {list(x_TC.shape)}"
+            )
         for name, value in (("t_S", t_S), ("r_S", r_S)):
             if tuple(value.shape) != (segments.num_segments,):
                 raise ShapeError(
-                    f"{name}: expected [{segments.num_segments}], one time an image, received {list(value.shape)}"
+                    f"{name}: expected [{segments.num_segments}], one time an image, "
+                    f"received {list(value.shape)}"
                 )
         wanted = TextCondition if self.config.condition == "text" else ClassCondition
         if not isinstance(condition, wanted):

@@ -21,7 +21,7 @@ class SamplerConfig:
     cfg_interval: tuple[float, float] = (0.0, 1.0)
     """Guided steps have low <= t / T_max <= high (see cfg_upper)."""
     cfg_upper: Literal["inclusive", "exclusive"] = "inclusive"
-    """`exclusive` repeats the authors' strict bounds, under which the first step is never guided by default."""
+    """`exclusive` repeats the authors' strict bounds: by default the first step is then never guided."""
     stochasticity: float = 0.0
     """Share of fresh noise in inner steps; only ot_fm and tim define it."""
     schedule_dtype: Literal["float64", "bfloat16"] = "float64"

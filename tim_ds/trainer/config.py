@@ -60,7 +60,8 @@ class TrainConfig:
     """Optimiser steps of the run."""
     seed: int = 0
     precision: Literal["fp32", "bf16_autocast", "bf16"] = "fp32"
-    """`bf16_autocast`: float32 parameters under autocast (the authors' numerics); `bf16`: bf16 weights, float32 masters."""
+    """`bf16_autocast`: float32 parameters under autocast (the authors' numerics); `bf16`: bf16 weights with
+    float32 masters."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema_decay: float = 0.9999
     """Per applied optimiser step."""

@@ -1,0 +1,69 @@
+"""Small networks and packs for tests. Every parameter is random: no zero initialisation hides an error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from tim_ds.model.config import ModelConfig
+from tim_ds.model.tim import TiM
+from tim_ds.packed import ClassCondition, Condition, Segments, TextCondition
+
+GRIDS = ((3, 5), (1, 1), (4, 2), (2, 2), (2, 2))
+TEXT_LENGTHS = (4, 1, 7, 0, 3)
+
+
+def text_config(**changes: object) -> ModelConfig:
+    values: dict[str, object] = dict(
+        condition="text", in_channels=4, hidden_size=32, depth=3, num_heads=2, encoder_depth=2, text_dim=12,
+        z_dim=6, projector_dim=10,
+    )  # fmt: skip
+    return ModelConfig(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def class_config(**changes: object) -> ModelConfig:
+    return text_config(
+        **{"condition": "class", "text_dim": None, "num_classes": 5, "patch_size": 2, **changes}
+    )
+
+
+def random_network(config: ModelConfig, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> TiM:
+    network = TiM(config).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            fan_in = parameter[0].numel() if parameter.ndim > 1 else 16
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=dtype) / fan_in**0.5)
+        for name, parameter in network.named_parameters():
+            if "norm.weight" in name:
+                parameter.add_(1.0)
+    return network
+
+
+def random_pack(
+    config: ModelConfig,
+    grids: Sequence[tuple[int, int]] = GRIDS,
+    text_lengths: Sequence[int] = TEXT_LENGTHS,
+    *,
+    seed: int = 1,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Segments, Any]:
+    """(x_TC, t_S, r_S, segments, condition) with r <= t."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=dtype)
+
+    segments = Segments.from_grids(grids)
+    times = torch.rand(2, len(grids), generator=generator, dtype=dtype)
+    condition: Condition
+    if config.condition == "text":
+        states = normal(sum(text_lengths), config.text_dim or 0)
+        condition = TextCondition(states, Segments.from_lengths(text_lengths))
+    else:
+        labels = torch.randint(0, (config.num_classes or 0) + 1, (len(grids),), generator=generator)
+        condition = ClassCondition(labels)
+    x = normal(segments.num_tokens, config.token_channels)
+    return x, times.amax(0), times.amin(0), segments, condition
