@@ -36,10 +36,10 @@ class WordsEncoder:
     """Fixed random vectors: one a word plus one a position. Nothing is learnt and nothing is downloaded.
 
     A state is (word + position) / sqrt(2), both standard normal, so its entries have unit variance. Words are
-    lower-cased runs of letters, digits and apostrophes; every other visible character is a word of its own. The
-    sequence starts with a begin token, so the empty caption has one state. A vector depends on its word alone:
-    two machines, or two runs, agree. Values are representable in float16, in which shards store them, so a caption
-    encoded while sampling gives exactly the states that training saw.
+    lower-cased runs of letters, digits and apostrophes; every other visible character is a word of its own.
+    The sequence starts with a begin token, so the empty caption has one state. A vector depends on its word
+    alone: two machines, or two runs, agree. Values are representable in float16, in which shards store them,
+    so a caption encoded while sampling gives exactly the states that training saw.
     """
 
     def __init__(self, width: int = 64, max_tokens: int = 256) -> None:
@@ -91,6 +91,7 @@ def build_text_encoder(config: TextEncoderConfig) -> TextEncoder:
         raise DataError(f"data.text_encoder.kind: {config.kind!r} is not available; available: 'words'")
     if config.padding != "none":
         raise DataError(
-            "data.text_encoder.padding: 'constant' repeats the padding of released weights; words has none. Use 'none'"
+            "data.text_encoder.padding: 'constant' repeats the padding of released weights; "
+            "words has none, use 'none'"
         )
     return WordsEncoder(config.width, config.max_tokens)
