@@ -1,0 +1,179 @@
+"""Pictures to latents and back: one interface for exact pixels, DC-AE and SD-VAE."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.config import AutoencoderConfig
+from data_pipeline.errors import DataError
+
+
+class Autoencoder(Protocol):
+    """Pixels in [-1, 1] to normalised latents and back.
+
+    Shapes:
+        pixels: [B, pixel_channels, H, W], sides multiples of `stride`.
+        latents: [B, channels, H / stride, W / stride].
+    """
+
+    @property
+    def stride(self) -> int:
+        """Pixels a side of one latent cell."""
+        ...
+
+    @property
+    def channels(self) -> int:
+        """Channels of a latent cell."""
+        ...
+
+    @property
+    def pixel_channels(self) -> int:
+        """Channels of a picture: 1 (grey) or 3."""
+        ...
+
+    def encode(self, pixels: Tensor) -> Tensor: ...
+
+    def decode(self, latents: Tensor) -> Tensor: ...
+
+
+class PixelAutoencoder:
+    """A factor x factor block of pixels becomes the channels of one cell. Exactly invertible.
+
+    A cell's channels run (pixel channel, row in block, column in block); values stay in [-1, 1].
+    """
+
+    def __init__(self, factor: int = 2, channels: int = 3) -> None:
+        if factor < 1 or channels not in (1, 3):
+            raise DataError(
+                f"pixels: expected factor >= 1 and 1 or 3 channels, received {factor} and {channels}"
+            )
+        self._factor = factor
+        self._pixel_channels = channels
+
+    @property
+    def stride(self) -> int:
+        return self._factor
+
+    @property
+    def channels(self) -> int:
+        return self._pixel_channels * self._factor**2
+
+    @property
+    def pixel_channels(self) -> int:
+        return self._pixel_channels
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        check_pixels(pixels, self)
+        return nn.functional.pixel_unshuffle(pixels, self._factor)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        check_latents(latents, self)
+        return nn.functional.pixel_shuffle(latents, self._factor)
+
+
+class PretrainedAutoencoder:
+    """A diffusers autoencoder in float32, frozen.
+
+    Latents are (z - shift) * scale with the constants of the model's own config, so that they have about unit
+    variance; `decode` undoes it. An encoder that predicts a distribution gives its mean, so the latent of a
+    picture is a function of the picture.
+    """
+
+    def __init__(self, model: Any, *, stride: int, channels: int) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self._stride = stride
+        self._channels = channels
+        self.scale = float(model.config.scaling_factor)
+        self.shift = float(getattr(model.config, "shift_factor", None) or 0.0)
+
+    @property
+    def stride(self) -> int:
+        return self._stride
+
+    @property
+    def channels(self) -> int:
+        return self._channels
+
+    @property
+    def pixel_channels(self) -> int:
+        return 3
+
+    def to(self, device: torch.device | str) -> PretrainedAutoencoder:
+        """Move the weights to `device`; returns self."""
+        self.model.to(device)
+        return self
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        check_pixels(pixels, self)
+        encoded = self.model.encode(pixels.to(torch.float32))
+        z = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
+        return (z - self.shift) * self.scale
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        check_latents(latents, self)
+        return self.model.decode(latents.to(torch.float32) / self.scale + self.shift).sample
+
+
+def check_pixels(pixels: Tensor, autoencoder: Autoencoder) -> None:
+    """Raises DataError unless `pixels` is [B, C, H, W] with sides that the stride divides."""
+    if pixels.ndim != 4 or pixels.shape[1] != autoencoder.pixel_channels:
+        raise DataError(
+            f"pixels: expected [B, {autoencoder.pixel_channels}, H, W], received {list(pixels.shape)}"
+        )
+    height, width = pixels.shape[2:]
+    s = autoencoder.stride
+    if height < s or width < s or height % s or width % s:
+        raise DataError(
+            f"picture of {height}x{width} pixels: both sides must be multiples of {s}, the stride of the "
+            f"autoencoder; nearest: {max(s, round(height / s) * s)}x{max(s, round(width / s) * s)}"
+        )
+
+
+def check_latents(latents: Tensor, autoencoder: Autoencoder) -> None:
+    """Raises DataError unless `latents` is [B, channels, h, w]."""
+    if latents.ndim != 4 or latents.shape[1] != autoencoder.channels or 0 in latents.shape[2:]:
+        raise DataError(
+            f"latents: expected [B, {autoencoder.channels}, h, w], received {list(latents.shape)}"
+        )
+
+
+def load_dc_ae(path: str) -> PretrainedAutoencoder:
+    """A DC-AE (diffusers' AutoencoderDC) from a folder or hub name."""
+    from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
+
+    model = _from_pretrained(AutoencoderDC, path)
+    return PretrainedAutoencoder(
+        model, stride=model.spatial_compression_ratio, channels=model.config.latent_channels
+    )
+
+
+def load_sd_vae(path: str) -> PretrainedAutoencoder:
+    """A Stable Diffusion VAE (diffusers' AutoencoderKL) from a folder or hub name."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    model = _from_pretrained(AutoencoderKL, path)
+    stride = 2 ** (len(model.config.block_out_channels) - 1)
+    return PretrainedAutoencoder(model, stride=stride, channels=model.config.latent_channels)
+
+
+def _from_pretrained(kind: Any, path: str) -> Any:
+    try:
+        return kind.from_pretrained(path, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"data.autoencoder.path: cannot load {kind.__name__} from {path!r} ({error}); "
+            f"expected a folder with config.json and safetensors weights, or a hub name"
+        ) from error
+
+
+def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
+    """The autoencoder that `config` names; weights are on the CPU, in float32."""
+    if config.kind == "pixels":
+        return PixelAutoencoder(config.factor, config.channels)
+    path = config.path or ""
+    return load_dc_ae(path) if config.kind == "dc_ae" else load_sd_vae(path)
