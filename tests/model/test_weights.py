@@ -113,8 +113,8 @@ def test_truncated_pytorch_file_is_one_clear_error_at_every_length(tmp_path: Pat
                 read_weights(_truncated(whole, tmp_path / "cut.bin", keep))
 
 
-def _write(content: bytes) -> Callable[[Path], None]:
-    return lambda path: path.write_bytes(content) and None
+def _write(content: bytes) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(content)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def _write(content: bytes) -> Callable[[Path], None]:
     ],
 )
 def test_wrong_file_is_one_error_that_names_it(
-    tmp_path: Path, make: Callable[[Path], None], message: str
+    tmp_path: Path, make: Callable[[Path], object], message: str
 ) -> None:
     path = tmp_path / "given.bin"
     make(path)

@@ -56,7 +56,7 @@ def _flow(transport: Transport, x_t: Tensor, t: Tensor, r: Tensor) -> Tensor:
 
 
 class GaussianNetwork:
-    """The exact F of Gaussian data: the transition it implies is the flow map; at r = t it is E[target | x_t]."""
+    """The exact F of Gaussian data: its transition is the flow map, at r = t it is E[target | x_t]."""
 
     def __init__(self, kind: str) -> None:
         self.kind, self.transport = kind, _transport(kind)
@@ -285,7 +285,7 @@ def test_stochastic_steps_keep_the_distribution_of_the_data(kind: str) -> None:
         SamplerConfig(num_steps=64, stochasticity=0.5),
         seeds=[1],
     )
-    # 20,000 draws: standard errors 0.003 and 0.002; the first-order steps of 1/64 add up to 1 % of the spread.
+    # 20,000 draws: standard errors 0.003 and 0.002; the first-order steps of 1/64 add up to some 0.004.
     assert result.x_TC.mean().item() == pytest.approx(MEAN, abs=0.015)
     assert result.x_TC.std().item() == pytest.approx(STD, abs=0.015)
     # The noise is really fresh: the deterministic run would be a function of z.
