@@ -43,6 +43,8 @@ class SourceConfig:
     """The imported file."""
     sha256: str | None = None
     """Of the imported file."""
+    recipe_sha256: str | None = None
+    """Of the run's resolved recipe (`tim_ds.config.recipe.recipe_hash`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
