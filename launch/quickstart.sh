@@ -16,7 +16,7 @@ RUNS=${RUNS:-runs}
 PROCESSES=${PROCESSES:-1}
 ENGINE=${ENGINE:-ds_configs/cpu_smoke.json}
 
-DATA=$RUNS/handwriting/shards
+DATA=$RUNS/handwriting
 TIM=$RUNS/handwriting_tim
 FLOW=$RUNS/handwriting_flow
 RESULTS=$RUNS/handwriting_nfe

@@ -173,12 +173,12 @@ class TestQuickstart:
         train = "deepspeed --num_gpus 1 launch/train.py launch/recipes"
         tail = "--ds ds_configs/cpu_smoke.json --run runs"
         commands = [
-            "python -m data_pipeline.handwriting --out runs/handwriting/shards",
-            f"{train}/handwriting_tim.yaml {tail}/handwriting_tim data.shards=runs/handwriting/shards",
-            f"{train}/handwriting_flow.yaml {tail}/handwriting_flow data.shards=runs/handwriting/shards",
+            "python -m data_pipeline.handwriting --out runs/handwriting",
+            f"{train}/handwriting_tim.yaml {tail}/handwriting_tim data.shards=runs/handwriting",
+            f"{train}/handwriting_flow.yaml {tail}/handwriting_flow data.shards=runs/handwriting",
             "python launch/evaluate.py nfe runs/handwriting_tim/export"
             " --baseline runs/handwriting_flow/export"
-            " --label TiM --baseline-label flow matching --data runs/handwriting/shards"
+            " --label TiM --baseline-label flow matching --data runs/handwriting"
             " --out runs/handwriting_nfe",
         ]
         assert (tmp_path / "record").read_text().splitlines() == [
