@@ -67,7 +67,7 @@ class PixelAutoencoder:
 
     def encode(self, pixels: Tensor) -> Tensor:
         check_pixels(pixels, self)
-        # Views and one copy. torch's pixel_unshuffle starts its threads whatever the size: 3 ms for an 8x8 picture
+        # Views and one copy. torch's pixel_unshuffle wakes its threads at any size: 3 ms for an 8x8 picture
         # on a busy two-core machine (measured), a thousand times its work.
         f = self._factor
         blocks = pixels.unflatten(3, (-1, f)).unflatten(2, (-1, f))
