@@ -22,14 +22,14 @@ def golden_files(folder: Path) -> list[Path]:
 
 
 def compare_file(path: Path) -> Report:
-    """Raises CheckpointError if the case is not whole, or another TimError if the project refuses what it asks."""
+    """Raises CheckpointError if the case is not whole, another TimError if the project refuses it."""
     golden = GoldenFile.read(path)
     return compare_network(golden) if "network" in golden.description else compare_formulas(golden)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.parity", description=__doc__)
-    parser.add_argument("--goldens", required=True, type=Path, metavar="DIR", help="folder with golden_*.json")
+    parser.add_argument("--goldens", required=True, type=Path, metavar="DIR", help="holds golden_*.json")
     folder = parser.parse_args(arguments).goldens
     paths = golden_files(folder)
     if not paths:

@@ -1,4 +1,4 @@
-"""Comparing one golden file tensor by tensor: what was compared, how far off it is, and what could not be compared."""
+"""Comparing one golden file tensor by tensor: what was compared, how far off it is, what could not be."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Report:
 
         Args:
             family: what the tensor is listed under; by default its name up to the first slash.
-            scale: measures the difference instead of max|golden|, for a tensor that is zero in exact arithmetic.
+            scale: measures the difference instead of max|golden|, for a tensor that is exactly zero on paper.
         """
         if tensor in self.golden and tensor not in self.skipped:
             error = relative_error(ours, self.golden[tensor], scale)

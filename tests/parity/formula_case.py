@@ -1,4 +1,4 @@
-"""Everything that a formula golden records: transports in float64 on points of their own, time features, positions."""
+"""Everything that a formula golden records: transports in float64, time features, positions."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def _kind(name: str) -> str:
 
 
 class _Recorded:
-    """A network that answers with the recorded conditional (label 0) or unconditional (label 1) prediction."""
+    """A network that answers with what is recorded: point i with label 2i, without condition 2i + 1."""
 
     def __init__(self, F_cond: Tensor, F_uncond: Tensor) -> None:
         self.F_S2 = torch.stack([F_cond, F_uncond], dim=1)

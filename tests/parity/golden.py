@@ -1,7 +1,7 @@
 """A golden case as it lies on the disk, and the passage from its padded layout to packed tokens.
 
-The format is described in tests/golden/README.md. Letters in shapes: B images, C latent channels, H and W latent
-sides, M text tokens, N tokens of one image.
+The format is described in tests/golden/README.md. Letters in shapes: B images, C latent channels, H and W
+latent sides, M text tokens, N tokens of one image.
 """
 
 from __future__ import annotations
@@ -22,7 +22,14 @@ from tim_ds.model.weights import load_weights_into, read_weights
 from tim_ds.objective.config import TransportConfig
 from tim_ds.packed import ClassCondition, Condition, Segments, TextCondition, patchify, unpatchify
 
-KINDS = {"OT_FM": "ot_fm", "TrigFlow": "trigflow", "EDM": "edm", "VP_SDE": "vp", "VE_SDE": "ve", "OPT_1": "tim"}
+KINDS = {
+    "OT_FM": "ot_fm",
+    "TrigFlow": "trigflow",
+    "EDM": "edm",
+    "VP_SDE": "vp",
+    "VE_SDE": "ve",
+    "OPT_1": "tim",
+}
 """Transport kind by the authors' class name."""
 
 _ARGUMENTS = {
@@ -61,7 +68,7 @@ class GoldenFile:
 
 
 def transport_config(entry: dict[str, Any]) -> TransportConfig:
-    """Of one entry of a description's `transports`; arguments about guided targets are not the transport's."""
+    """Of one entry of a description's `transports`; arguments about guided targets are left out."""
     arguments = {_ARGUMENTS[name]: value for name, value in entry["ctor"].items() if name in _ARGUMENTS}
     return TransportConfig(kind=KINDS[entry["cls"]], **arguments)  # type: ignore[arg-type]  # KINDS holds kinds
 

@@ -1,11 +1,12 @@
 """Everything that a network golden records, computed by this project's code.
 
-The network runs in float32 like the goldens', except where a central difference divides its rounding by 0.01 (the
-derivative, the target and what follows from them). There it runs in float64 on the float32 states and times
-(`_Wide`), so that the comparison sees the goldens' rounding alone and comes out the same on every machine.
+The network runs in float32 like the goldens', except where a central difference divides its rounding by 0.01
+(the derivative, the target and what follows from them). There it runs in float64 on the float32 states and
+times (`_Wide`), so that the comparison sees the goldens' rounding alone and comes out the same on every
+machine.
 
-Conventions of the goldens: the first `n_diffusion` images of a batch have r = t, the derivative is taken of all
-others, all images share one grid, and captions keep their padding.
+Conventions of the goldens: the first `n_diffusion` images of a batch have r = t, the derivative is taken of
+all others, all images share one grid, and captions keep their padding.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from tests.parity.compare import Report
 from tests.parity.golden import GoldenFile, Layout, build_network, transport_config
+from tim_ds.errors import ConfigError
 from tim_ds.model import embed
 from tim_ds.model.rope import rotary_table
 from tim_ds.model.tim import TiM
@@ -36,8 +38,8 @@ from tim_ds.packed import Condition, Network, NetworkOutput, Segments, TextCondi
 from tim_ds.sampler.config import SamplerConfig
 from tim_ds.sampler.transition import sample
 
-# Tolerances of tests/golden/README.md. EDM and VE reach t = 80 and 100, where a float32 time is coarse against the
-# step of the central difference.
+# Tolerances of tests/golden/README.md. EDM and VE reach t = 80 and 100, where a float32 time is coarse
+# against the step of the central difference.
 FORWARD = 1e-5
 DDE, DDE_COARSE = 3e-4, 2e-3
 TARGET, TARGET_COARSE = 3e-4, 3e-3
@@ -46,11 +48,12 @@ GRADIENT = 1e-4
 GUIDED = 3e-4
 TRACE = 1e-3
 COARSE = ("edm", "ve")
-# VP's conditioning time is 999 t: a rounding of t turns the phase of a time feature by 6e-5. Recomputed in float64
-# on the same rounded times, the goldens themselves are off by up to 1.8e-5 (jvp) and 8.1e-5 (loss): more than the
-# README grants.
+# VP's conditioning time is 999 t: a rounding of t turns the phase of a time feature by 6e-5. Recomputed in
+# float64 on the same rounded times, the goldens themselves are off by up to 1.8e-5 (jvp) and 8.1e-5 (loss):
+# more than the README grants.
 FORWARD_VP, DENOISING_VP = 3e-5, 3e-4
-# Not in the README: a few float32 operations on equal inputs; a time weight near r = t is a difference of tangents.
+# Not in the README: a few float32 operations on equal inputs; a time weight near r = t is a difference of
+# tangents.
 ELEMENTWISE = 1e-6
 WEIGHT = 1e-5
 
@@ -160,7 +163,7 @@ class _Case:
         return None
 
     def _interval_embedding(self, recorder: _Recorder, t_S: Tensor, r_S: Tensor) -> Tensor | None:
-        """The sum that `time_condition` names: its last time through the interval embedder, others through t's."""
+        """The sum that `time_condition` names: its last time by the interval embedder, others by t's."""
         given = {"t": t_S, "r": r_S, "t-r": t_S - r_S}
         *others, last = self.model.time_condition.split(",")
         last_module = "delta_embedder" if self.model.separate_interval_embedder else "t_embedder"
@@ -231,7 +234,12 @@ class _Case:
                 )
             self._compare_latent(f"{prefix}/{key}", derivative_TC, tolerance)
 
-        config = self._objective(name, directional=False)
+        try:
+            config = self._objective(name, directional=False)
+        except ConfigError as error:
+            made = (f"{prefix}/target", f"loss/{name}/", f"grad/{name}/")
+            report.skip([tensor for tensor in self.tensors if tensor.startswith(made)], f"refused: {error}")
+            return
         target_TC = transition_target(
             self.wide, transport, config, self.x_TC, self.z_TC, x_t_TC, times, self.segments, self.condition
         )
@@ -242,7 +250,8 @@ class _Case:
         report = self.report
         for variant in ("dir", "nodir"):
             prefix = f"loss/{name}/{variant}"
-            terms = self._loss(self.wide, self._objective(name, directional=variant == "dir"), transport, times)
+            config = self._objective(name, directional=variant == "dir")
+            terms = self._loss(self.wide, config, transport, times)
             tolerance = DENOISING_COARSE if coarse else DENOISING_VP if transport.name == "vp" else DENOISING
             per_image = terms.denoising_S + terms.directional_S
             report.compare(
@@ -250,8 +259,8 @@ class _Case:
             )
             report.compare(f"{prefix}/time_weight", terms.weight_S, WEIGHT, family="loss/time_weight")
             weighted, projection = _scalars(terms)
-            # Weighting by 1 / L makes this nearly mean(w): a weak check, as tight as that of the loss.
-            report.compare(f"{prefix}/weighted", weighted, tolerance, family="loss/weighted")
+            # Weighting by 1 / L makes this nearly mean(w), whatever the loss.
+            report.compare(f"{prefix}/weighted", weighted, DENOISING, family="loss/weighted")
             report.compare(f"{prefix}/proj", projection, FORWARD, family="loss/proj")
             if variant == "dir" and f"grad/{name}/global_norm" in self.tensors:
                 self._gradients(name, terms)
@@ -409,7 +418,8 @@ class _Case:
             denoising = (terms.denoising_S + terms.directional_S).mean()
             row = (weighted, projection, denoising, norm)
             rows.append(torch.stack([value.detach().double() for value in row]))
-        report.compare("trace/weighted_proj_denoising_gradnorm", torch.stack(rows), TRACE, family="trace/rows")
+        table = torch.stack(rows)
+        report.compare("trace/weighted_proj_denoising_gradnorm", table, TRACE, family="trace/rows")
         for key, trained in (("final", network), ("ema", average)):
             for parameter, value in trained.named_parameters():
                 report.compare(f"trace/{key}/{parameter}", value, TRACE, family="trace/parameters")
@@ -423,7 +433,7 @@ class _Case:
         return transport
 
     def _times(self, name: str) -> Times:
-        """The golden's times with its positional kinds; unlike ours they are not clamped to [T_min, T_max]."""
+        """The golden's times and positional kinds; unlike ours they are not clamped to [T_min, T_max]."""
         t_S, r_S = self.tensors[f"tr/{name}/t"], self.tensors[f"tr/{name}/r"]
         kinds = tuple(i < self.num_diffusion for i in range(self.images))
         others = tuple(range(self.num_diffusion, self.images))
@@ -481,7 +491,7 @@ class _Case:
 
 
 class _Wide:
-    """A float64 copy of a network that takes float32 states and times and rounds its time features as they do."""
+    """A float64 copy of a network on float32 states and times, its time features rounded like theirs."""
 
     def __init__(self, network: TiM) -> None:
         self.network = copy.deepcopy(network).double()
@@ -523,8 +533,8 @@ def _reference_difference(
 ) -> Tensor:
     """The project's central difference, divided as the reference divides it: by 2e.
 
-    The project divides by the distance that the rounded times have, which is 2e only up to 3e-4 of it in float32
-    (VP, e = 1e-4): more than the goldens' tolerance.
+    The project divides by the distance that the rounded times have, which is 2e only up to 3e-4 of it in
+    float32 (VP, e = 1e-4): more than the goldens' tolerance.
     """
     derivative_TC = central_difference(
         network, transport, x_TC, z_TC, times, segments, condition, indices, step
@@ -544,7 +554,9 @@ class _Recorder:
 
     def __enter__(self) -> _Recorder:
         self.handles = [
-            module.register_forward_hook(self._hook(name)) for name, module in self.network.named_modules() if name
+            module.register_forward_hook(self._hook(name))
+            for name, module in self.network.named_modules()
+            if name
         ]
         return self
 
