@@ -9,12 +9,14 @@
 #   RUNS       folder of data, runs and results                      (default: runs)
 #   PROCESSES  training processes, each a rank of DeepSpeed          (default: 1)
 #   ENGINE     DeepSpeed settings                                    (default: ds_configs/cpu_smoke.json)
+#   PORT       where the processes meet; the next free one is taken  (default: 29500)
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 RUNS=${RUNS:-runs}
 PROCESSES=${PROCESSES:-1}
 ENGINE=${ENGINE:-ds_configs/cpu_smoke.json}
+PORT=${PORT:-29500}
 
 DATA=$RUNS/handwriting
 TIM=$RUNS/handwriting_tim
@@ -39,7 +41,9 @@ stage() {
 
 train() {
     local title=$1 recipe=$2 run=$3
-    stage "$title" deepspeed --num_gpus "$PROCESSES" launch/train.py "$recipe" \
+    # Something answers there: another run on this machine.
+    while (exec 3<> "/dev/tcp/127.0.0.1/$PORT") 2> /dev/null; do PORT=$((PORT + 1)); done
+    stage "$title" deepspeed --num_gpus "$PROCESSES" --master_port "$PORT" launch/train.py "$recipe" \
         --ds "$ENGINE" --run "$run" "data.shards=$DATA"
 }
 
