@@ -2,11 +2,11 @@
 
     python -m data_pipeline.handwriting --out runs/handwriting
 
-Scans are scikit-learn's bundled UCI digits: 1,797 grey pictures of 8x8 pixels, values 0 to 16. A fixed seed splits
-them into training scans and held-back scans; training pictures are composed from the former only.
+Scans are scikit-learn's bundled UCI digits: 1,797 grey pictures of 8x8 pixels, values 0 to 16. A fixed seed
+splits them into training scans and held-back scans; training pictures are composed from the former only.
 
-Grammar. A prompt is one to four cells, left to right in a row or top to bottom in a column; a cell is a digit or
-blank (`a gap`). The caption determines every cell:
+Grammar. A prompt is one to four cells, left to right in a row or top to bottom in a column; a cell is a digit
+or blank (`a gap`). The caption determines every cell:
 
     one cell        a three
     row,  chained   a three before a gap before a seven
@@ -14,7 +14,8 @@ blank (`a gap`). The caption determines every cell:
     column, chained a three above a seven
     column, listed  a three, a seven in a column
 
-Four digits in a row never appear in training: that size and count are held back for evaluation.
+A row of four cells never appears in training: that aspect ratio is held back for evaluation. Columns of four
+do, so the count and the length of the captions are known.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from tqdm import tqdm
 
 from data_pipeline.config import AutoencoderConfig, TextEncoderConfig
@@ -41,15 +42,13 @@ from data_pipeline.encoders.autoencoder import PixelAutoencoder
 from data_pipeline.encoders.text import WordsEncoder
 from data_pipeline.errors import DataError
 from data_pipeline.index import build_index, load_index
-from data_pipeline.loader import NULL_NAME
-from data_pipeline.schema import Sample
+from data_pipeline.schema import MANIFEST_NAME, NULL_NAME, Sample
 from data_pipeline.shards import write_shards
 
 CELL_PX = 8
 """Side of one cell, the size of a scan."""
 
 MAX_CELLS = 4
-MAX_TRAIN_CELLS = 3
 
 NUMERALS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 GAP = "gap"
@@ -59,7 +58,6 @@ Phrasing = Literal["chained", "listed"]
 PHRASINGS: tuple[Phrasing, ...] = ("chained", "listed")
 JOINERS: dict[Orientation, str] = {"row": " before ", "column": " above "}
 
-MANIFEST_NAME = "manifest.json"
 REFERENCE_NAME = "reference.npz"
 FORMAT = 1
 
@@ -134,7 +132,8 @@ def _cell(phrase: str, text: str) -> int | None:
         if phrase == _phrase(cell):
             return cell
     raise DataError(
-        f"caption {text!r}: {phrase!r} is no cell; expected 'a gap' or 'a' or 'an' with one of {', '.join(NUMERALS)}"
+        f"caption {text!r}: {phrase!r} is no cell; "
+        f"expected {', '.join(repr(_phrase(cell)) for cell in (*range(10), None))}"
     )
 
 
@@ -180,9 +179,13 @@ def compose(prompt: Prompt, scans: Scans, rng: np.random.Generator) -> np.ndarra
 
 
 def draw_prompt(rng: np.random.Generator, *, max_cells: int, gap_share: float) -> Prompt:
-    """A random training prompt: every count of cells equally likely, then row or column, then the cells."""
+    """A random training prompt: every count of cells equally likely, then row or column, then the cells.
+
+    Four cells are always a column: the row of four is held back.
+    """
     count = int(rng.integers(1, max_cells + 1))
-    orientation: Orientation = "row" if count == 1 or rng.random() < 0.5 else "column"
+    turned = rng.random() < 0.5
+    orientation: Orientation = "row" if count == 1 or (turned and count < MAX_CELLS) else "column"
     digits = rng.integers(0, 10, count)
     gaps = rng.random(count) < gap_share
     if gaps.all():
@@ -198,28 +201,25 @@ class Settings:
     samples: int = 20_000
     seed: int = 0
     num_train: int = 1297
-    max_cells: int = MAX_TRAIN_CELLS
+    max_cells: int = MAX_CELLS
     gap_share: float = 0.1
     phrasings: tuple[Phrasing, ...] = PHRASINGS
-    factor: int = 2
+    factor: int = 4
     text_width: int = 64
     per_shard: int = 5000
 
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise DataError(f"--samples: expected at least 1, received {self.samples}")
-        if not 1 <= self.max_cells <= MAX_TRAIN_CELLS:
-            raise DataError(
-                f"--max-cells: expected 1 to {MAX_TRAIN_CELLS} ({MAX_CELLS} cells are held back), "
-                f"received {self.max_cells}"
-            )
+        if not 1 <= self.max_cells <= MAX_CELLS:
+            raise DataError(f"--max-cells: expected 1 to {MAX_CELLS}, received {self.max_cells}")
         if not 0.0 <= self.gap_share < 1.0:
             raise DataError(f"--gap-share: expected 0 up to but not 1, received {self.gap_share}")
         if not self.phrasings or any(p not in PHRASINGS for p in self.phrasings):
             raise DataError(
                 f"--phrasings: expected some of {', '.join(PHRASINGS)}, received {self.phrasings}"
             )
-        if CELL_PX % self.factor:
+        if self.factor < 1 or CELL_PX % self.factor:
             raise DataError(f"--factor: expected a divisor of {CELL_PX}, received {self.factor}")
 
 
@@ -248,7 +248,7 @@ def make_samples(settings: Settings, scans: Scans) -> Iterator[Sample]:
 def build(out: Path, settings: Settings, *, progress: bool = True) -> bool:
     """Write the data set to `out`. Returns False when it was already there, built with the same settings.
 
-    Everything is written to a hidden folder beside `out` and renamed at the end, so `out` is complete or absent.
+    Everything is written to a hidden folder beside `out` and renamed at the end: `out` is complete or absent.
 
     Raises:
         DataError: if `out` holds something else.
@@ -279,7 +279,7 @@ def _write(folder: Path, settings: Settings, wanted: dict[str, Any], *, progress
     )
     shards = write_shards(folder, "handwriting", samples, per_shard=settings.per_shard)
     null = WordsEncoder(settings.text_width).encode([""])[0].to(torch.float16)
-    save_file({"states": null}, folder / NULL_NAME)
+    (folder / NULL_NAME).write_bytes(save({"states": null}))
     index = build_index(folder, progress=progress)
     index.save()
     np.savez(
@@ -343,7 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--num-train", type=int, default=default.num_train, help="training scans; the rest is held back"
     )
     parser.add_argument(
-        "--max-cells", type=int, default=default.max_cells, help="cells of a training picture, 1 to 3"
+        "--max-cells", type=int, default=default.max_cells, help="cells of a training picture, 1 to 4"
     )
     parser.add_argument(
         "--gap-share", type=float, default=default.gap_share, help="probability that a cell is blank"
@@ -362,7 +362,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         built = build(out, Settings(**options))
         index = load_index(out)
-    except DataError as error:
+    except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     state = "built" if built else "already there with these settings, left as it is"

@@ -36,7 +36,7 @@ def test_released_model_is_told_from_its_shapes_with_or_without_projector(
 
 
 def test_other_weights_are_not_taken_for_a_released_model() -> None:
-    with pytest.raises(CheckpointError, match="none of the released models .* 3 blocks"):
+    with pytest.raises(CheckpointError, match=r"none of the released models .* 3 blocks"):
         detect_model(meta_network(text_config()).state_dict())
 
 
@@ -58,7 +58,15 @@ def test_every_switch_is_set_in_every_released_model_and_off_by_default() -> Non
     assert text_encoder is not None and text_encoder.padding == "constant"
 
 
-_COMMON: dict[str, Any] = {"patch_size": 2, "in_channels": 4, "hidden_size": 48, "encoder_depth": 1, "depth": 2, "num_heads": 4, "qk_norm": False}  # fmt: skip
+_COMMON: dict[str, Any] = {
+    "patch_size": 2,
+    "in_channels": 4,
+    "hidden_size": 48,
+    "encoder_depth": 1,
+    "depth": 2,
+    "num_heads": 4,
+    "qk_norm": False,
+}
 
 
 @pytest.mark.parametrize(
@@ -73,12 +81,27 @@ _COMMON: dict[str, Any] = {"patch_size": 2, "in_channels": 4, "hidden_size": 48,
         ("t2i", {}, {"condition": "text", "text_dim": 2048}),
         (
             "t2i",
-            {"cap_feat_dim": 7, "new_condition": "r", "use_new_embed": True, "lora_hidden_size": 24, "z_dim": 5, "distance_aware": True},
-            {"condition": "text", "text_dim": 7, "time_condition": "r", "separate_interval_embedder": True, "adaln_hidden": 24, "z_dim": 5, "distance_aware": True},
+            {
+                "cap_feat_dim": 7,
+                "new_condition": "r",
+                "use_new_embed": True,
+                "lora_hidden_size": 24,
+                "z_dim": 5,
+                "distance_aware": True,
+            },
+            {
+                "condition": "text",
+                "text_dim": 7,
+                "time_condition": "r",
+                "separate_interval_embedder": True,
+                "adaln_hidden": 24,
+                "z_dim": 5,
+                "distance_aware": True,
+            },
         ),
     ],
     ids=["class-without-null", "class-defaults", "text-defaults", "text-renamed"],
-)  # fmt: skip
+)
 def test_authors_constructor_arguments_give_the_network_they_mean(
     kind: Literal["t2i", "c2i"], arguments: dict[str, Any], expected: dict[str, Any]
 ) -> None:

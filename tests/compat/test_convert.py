@@ -158,7 +158,8 @@ def test_command_line_imports_and_exports_with_counts(
     total = sum(v.numel() for v in state.values())
     projector = sum(v.numel() for k, v in state.items() if k.startswith("projector."))
     assert main(["import", str(file), "--out", str(tmp_path / "export")]) == 0
-    counts = f"{total:,} parameters in {len(state)} tensors: {total - projector:,} and a projector of {projector:,}"
+    parts = f"{total - projector:,} and a projector of {projector:,}"
+    counts = f"{total:,} parameters in {len(state)} tensors: {parts}"
     printed = capsys.readouterr().out
     assert f"tiny_text, {counts}" in printed
     assert "model.rope_layout: reference" in printed and "text_encoder.padding: constant" in printed

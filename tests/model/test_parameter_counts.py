@@ -1,4 +1,4 @@
-"""The released models have exactly the published numbers of parameters (reference_spec 0), at no cost in memory."""
+"""The released models have exactly the numbers of parameters that the authors' code gives."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def test_bfloat16_grid_of_250_steps_is_as_uneven_as_the_authors() -> None:
     times = time_grid(1.0, 0.0, 250, "bfloat16")
     assert torch.equal(times, times.bfloat16().double())
     relative = (times[:-1] - times[1:]) * 250
-    # reference_spec 4.1, measured on the authors' code: 0.98 to 1.95 times 1/250.
+    # Measured on the authors' code: 0.98 to 1.95 times 1/250.
     assert relative.min() == pytest.approx(0.98, abs=0.005)
     assert relative.max() == pytest.approx(1.95, abs=0.005)
 

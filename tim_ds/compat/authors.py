@@ -24,13 +24,19 @@ AUTHORS_SWITCHES: Mapping[str, str] = MappingProxyType(
         "text_encoder.padding": "constant",
     }
 )
-"""Every setting that repeats a habit of the authors' code on which their weights or published numbers depend, by
-dotted key of `export.json`. Importing released weights sets them together; new trainings keep the defaults."""
+"""Every setting that repeats a habit of the authors' code on which weights or published numbers depend.
+
+By dotted key of `export.json`. Importing released weights sets all of them; new trainings keep the defaults.
+"""
 
 
 def _switches(section: str) -> dict[str, Any]:
     prefix = f"{section}."
     return {k.removeprefix(prefix): v for k, v in AUTHORS_SWITCHES.items() if k.startswith(prefix)}
+
+
+_SAMPLER = SamplerConfig(**_switches("sampler"))
+_OT_FM = TransportConfig()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,8 +46,8 @@ class ReleasedModel:
     model: ModelConfig
     autoencoder: AutoencoderConfig
     text_encoder: TextEncoderConfig | None = None
-    transport: TransportConfig = TransportConfig()
-    sampler: SamplerConfig = SamplerConfig(**_switches("sampler"))
+    transport: TransportConfig = _OT_FM
+    sampler: SamplerConfig = _SAMPLER
 
 
 _DC_AE = AutoencoderConfig(kind="dc_ae", path="mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers")
@@ -85,7 +91,7 @@ RELEASED: Mapping[str, ReleasedModel] = MappingProxyType(
         ),
     }
 )
-"""By name. All were trained on the OT-FM path. Source: reference_spec 1.1 and the model cards."""
+"""By name. All were trained on the OT-FM path. Source: the authors' configuration files and model cards."""
 
 
 _IGNORED = frozenset({"input_size", "use_checkpoint"})
@@ -112,7 +118,7 @@ _DEFAULTS: dict[str, Any] = {"use_new_embed": False, "distance_aware": False}
 
 
 def config_from_authors(kind: Literal["t2i", "c2i"], arguments: Mapping[str, Any]) -> ModelConfig:
-    """ModelConfig of the arguments that the authors' constructors take (reference_spec 1.1), positions included.
+    """ModelConfig of the arguments that the authors' constructors take, with their rotary positions.
 
     Raises:
         ConfigError: for an argument that the authors' `kind` model does not have.
@@ -137,8 +143,8 @@ def config_from_authors(kind: Literal["t2i", "c2i"], arguments: Mapping[str, Any
 def detect_model(state: Mapping[str, Tensor]) -> str:
     """Name of the released model whose shapes `state` has; it may lack the projector.
 
-    Only what tells the models apart is looked at: a file that fits a name may still fail the strict check of all its
-    keys, which says precisely what is wrong.
+    Only what tells the models apart is looked at: a file that fits a name may still fail the strict check of
+    all its keys, which says precisely what is wrong.
 
     Raises:
         CheckpointError: if none fits.
@@ -148,8 +154,9 @@ def detect_model(state: Mapping[str, Tensor]) -> str:
         if _expected_fingerprint(released.model) == found:
             return name
     raise CheckpointError(
-        f"none of the released models ({', '.join(RELEASED)}) has these weights: patch convolution {found[0]}, "
-        f"{found[1]} blocks, condition table {found[2]}; name one with --model to see every difference"
+        f"none of the released models ({', '.join(RELEASED)}) has these weights: patch convolution "
+        f"{found[0]}, {found[1]} blocks, condition table {found[2]}; "
+        "name one with --model to see every difference"
     )
 
 

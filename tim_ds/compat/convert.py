@@ -22,8 +22,8 @@ def import_weights(
     Args:
         model: name in `RELEASED`; by default told from the shapes.
     Raises:
-        CheckpointError: if the file is not exactly that model's (the projector may be absent), or the folder holds an
-            export already.
+        CheckpointError: if the file is not exactly that model's (the projector may be absent), or the
+            folder holds an export already.
     """
     state = read_weights(file)
     try:
@@ -49,9 +49,10 @@ def import_weights(
 
 
 def export_weights(folder: str | os.PathLike[str], file: str | os.PathLike[str]) -> Export:
-    """Write the weights of an export folder as one file that the authors' code loads: same names, nothing dropped.
+    """Write the weights of an export folder as one file that the authors' code loads.
 
-    `.safetensors` or, for their text model's loader, `.bin` / `.pt` (a pickled state dict).
+    The names are the same and nothing is dropped. `.safetensors` or, for the loader of their text model,
+    `.bin` or `.pt` (a pickled state dict).
 
     Raises:
         CheckpointError: if the folder is not a whole export, `file` exists or has another suffix.

@@ -1,7 +1,7 @@
 """The export folder: a trained network as it is handed on, to sampling, evaluation and other people.
 
-It holds `tim.safetensors` (the weights, under the authors' names) and `export.json` (what they are: `Export`).
-`export.json` is written last, so a folder that has one is whole.
+It holds `tim.safetensors` (the weights, under the authors' names) and `export.json` (what they are:
+`Export`). `export.json` is written last, so a folder that has one is whole.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ class SourceConfig:
     """The imported file."""
     sha256: str | None = None
     """Of the imported file."""
+    recipe_sha256: str | None = None
+    """Of the run's resolved recipe (`tim_ds.config.recipe.recipe_hash`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

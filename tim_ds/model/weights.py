@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tim_ds.errors import CheckpointError
 
 NESTINGS = ("state_dict", "model")
-"""Keys under which a pickled file may hold its tensors; anything else must be a plain name -> tensor mapping."""
+"""Keys under which a pickled file may hold its tensors; otherwise it has to be a mapping name -> tensor."""
 
 _LISTED = 8
 """Keys that an error message spells out before it only counts."""
@@ -30,8 +30,8 @@ _MAX_HEADER_BYTES = 100_000_000
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The tensors of a safetensors file or of a PyTorch `.bin` / `.pt` file, on the CPU, by name.
 
-    The format is told from the content. A pickled file is read with `weights_only=True`: one that carries code is
-    refused, not run. It may nest its tensors under one of `NESTINGS`.
+    The format is told from the content. A pickled file is read with `weights_only=True`: one that carries
+    code is refused, not run. It may nest its tensors under one of `NESTINGS`.
 
     Raises:
         CheckpointError: if the file is absent, empty, truncated, of another kind, or carries code.
@@ -60,8 +60,8 @@ def write_weights(
     """Write `state` as one safetensors file: aside, flushed to the disk, then renamed over `path`.
 
     Raises:
-        CheckpointError: if it cannot be written (full disk, no permission). Nothing half-written is left, and a file
-            that was at `path` is untouched.
+        CheckpointError: if it cannot be written (full disk, no permission). Nothing half-written is left,
+            and a file that was at `path` is untouched.
     """
     path = Path(path)
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
@@ -69,7 +69,7 @@ def write_weights(
     write_aside(path, needed, lambda aside: save_file(tensors, aside, dict(metadata or {})))
 
 
-def write_aside(path: Path, needed_bytes: int, write: Callable[[Path], None]) -> None:
+def write_aside(path: Path, needed_bytes: int, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file beside `path`, flush it to the disk and rename it to `path`.
 
     Raises:
@@ -126,7 +126,8 @@ def check_weights(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], *
     ]
     if missing or extra or misshapen:
         raise CheckpointError(
-            f"{source}: not the weights of this network ({len(expected)} tensors expected, {len(state)} received)"
+            f"{source}: not the weights of this network "
+            f"({len(expected)} tensors expected, {len(state)} received)"
             + _listing("missing", missing)
             + _listing("extra", extra)
             + _listing("misshapen", misshapen)
@@ -176,8 +177,8 @@ def _read_pickle(path: Path, size: int) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: not plain tensors: the file is damaged, or carries objects or code that loading would run, "
-            f"which is refused ({_first_line(error)}). Save its state dict alone, or ask for a safetensors file"
+            f"{path}: not plain tensors: the file is damaged, or carries objects or code that loading would "
+            f"run, which is refused ({_first_line(error)}). Save its state dict alone, or ask for safetensors"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError) as error:
         raise CheckpointError(
@@ -215,7 +216,10 @@ def _listing(title: str, names: Iterable[str]) -> str:
 
 
 def _cannot_write(path: Path, needed_bytes: int, reason: str) -> str:
-    return f"{path}: cannot be written, {needed_bytes:,} bytes needed: {reason}. Free space or choose another folder"
+    return (
+        f"{path}: cannot be written, {needed_bytes:,} bytes needed: {reason}. "
+        "Free space or choose another folder"
+    )
 
 
 def _first_line(error: BaseException) -> str:

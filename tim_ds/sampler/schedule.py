@@ -20,8 +20,8 @@ def time_grid(
     Units:
         The transport's own time, T_max = noise, T_min = data.
     Args:
-        dtype: precision that the times are rounded to; the result is float64 either way. `bfloat16` repeats the
-            authors' grid, whose steps become uneven (at 250 steps between 0.98 and 1.95 times 1/250).
+        dtype: precision that the times are rounded to; the result is float64 either way. `bfloat16` repeats
+            the authors' grid, whose steps become uneven (at 250 steps between 0.98 and 1.95 times 1/250).
     Raises:
         RequestError: if there is no step, or the rounded times no longer decrease.
     """

@@ -5,6 +5,7 @@ Letters used in shapes: T image tokens of the pack, C channels of a token, S ima
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -27,8 +28,8 @@ class SampleResult:
     """What a sampling run leaves.
 
     Shapes:
-        x_TC: float32 [T, C], clean latents: the last state over alpha(T_min), which is 1 but for EDM, whose path
-            ends at x / sigma_data, and VP. trajectory: float32 [num_steps, T, C], the state after each step.
+        x_TC: float32 [T, C], clean latents: the last state over alpha(T_min), which is 1 but for EDM, whose
+            path ends at x / sigma_data, and VP. trajectory: float32 [num_steps, T, C], state after each step.
     """
 
     x_TC: Tensor
@@ -54,10 +55,11 @@ def sample(
 ) -> SampleResult:
     """Take every image of a pack from T_max to T_min.
 
-    Per step from t to r: F = network(x_t, c_noise(t), c_noise(r)), x_r = transport.step(x_t, t, r, F). In mode
-    `diffusion` the network is told r = t while the state still moves to r. State and times are float64; the network
-    sees the state in the dtype of `z_TC`. The state starts at sigma(T_max) z, which is z but for VE's 100 z.
-    Differs from reference: it starts every transport at z, which is not VE's distribution at T_max.
+    Per step from t to r: F = network(x_t, c_noise(t), c_noise(r)), x_r = transport.step(x_t, t, r, F). In
+    mode `diffusion` the network is told r = t while the state still moves to r. State and times are float64;
+    the network sees the state in the dtype of `z_TC`. The state starts at sigma(T_max) z, which is z but for
+    VE's 100 z. Differs from reference: it starts every transport at z, which is not VE's distribution at
+    T_max.
 
     Shapes:
         z_TC: [T, C] unit noise (`rng.initial_noise`), on the network's device.
@@ -83,7 +85,7 @@ def sample(
     _check_finite(x_TC, segments, "in the initial noise")
     states: list[Tensor] = []
     nfe = 0
-    for i, (t_value, r_value) in enumerate(zip(host_times[:-1], host_times[1:], strict=True)):
+    for i, (t_value, r_value) in enumerate(itertools.pairwise(host_times)):
         t, r = times[i], times[i + 1]
         F_TC, evaluations = evaluator(x_TC, t, t if config.mode == "diffusion" else r, t_value)
         nfe += evaluations
@@ -105,7 +107,7 @@ def sample(
 
 
 class _Evaluator:
-    """F at a state, guided where the configuration says so; both halves of a guided evaluation share one call."""
+    """F at a state, guided where the configuration says so, then with both halves in one call."""
 
     def __init__(
         self,
@@ -125,8 +127,8 @@ class _Evaluator:
             return
         if null_condition is None:
             raise RequestError(
-                f"sampler.cfg_scale: {config.cfg_scale} needs a null condition (empty captions or null labels); "
-                f"pass null_condition, or set cfg_scale to 1"
+                f"sampler.cfg_scale: {config.cfg_scale} needs a null condition (empty captions or null "
+                f"labels); pass null_condition, or set cfg_scale to 1"
             )
         twice = [*range(segments.num_segments)] * 2
         self.paired_segments = segments.select(twice)
@@ -154,7 +156,8 @@ def _check_pack(z_TC: Tensor, segments: Segments, condition: Condition, null: Co
     for name, part in (("condition", condition), ("null_condition", null)):
         if part is not None and part.num_segments != segments.num_segments:
             raise ShapeError(
-                f"{name}: expected one for each of {segments.num_segments} images, received {part.num_segments}"
+                f"{name}: expected one for each of {segments.num_segments} images, "
+                f"received {part.num_segments}"
             )
     if null is not None and type(null) is not type(condition):
         raise ShapeError(

@@ -338,7 +338,7 @@ def export(recipe: Recipe, run_dir: Path, ema: Ema, world: World, step: int) -> 
             autoencoder=recipe.data.autoencoder,
             text_encoder=recipe.data.text_encoder,
             step=step,
-            source=SourceConfig(kind="run", name=recipe.name),
+            source=SourceConfig(kind="run", name=recipe.name, recipe_sha256=recipe_hash(recipe)),
         )
         try:
             write_export(run_dir / EXPORT, description, state, overwrite=True)
