@@ -141,7 +141,7 @@ def test_what_does_not_go_together_is_refused_before_training(tmp_path: Path, sh
     expected = {
         "width": "model.text_dim: 12, but the text states in",
         "channels": "model.in_channels: 1, but the latents in",
-        "budget": "data.tokens_per_pack: the largest image has 9 tokens",
+        "budget": "data.tokens_per_pack: sample 4, the largest, has 9 tokens",
         "jvp": "objective.derivative: 'jvp' cannot pass the hooks of ZeRO stage 3",
         "shards": "no index; prepare the data",
         "lock": "another process is training there",

@@ -15,7 +15,7 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,15 +26,15 @@ from typing import Any
 import torch
 from torch import nn
 
-import tim_ds
 from data_pipeline.errors import DataError
 from data_pipeline.index import Index, load_index
 from data_pipeline.loader import build_loader, load_null_states
+from tim_ds import __version__
 from tim_ds.config.load import dump, load_recipe, split_arguments
 from tim_ds.config.recipe import Recipe, recipe_hash, to_dict
 from tim_ds.errors import CheckpointError, ConfigError, TimError
 from tim_ds.model.blocks import FinalLayer, TransitionBlock
-from tim_ds.model.export_folder import EXPORT_FILE, Export, SourceConfig, write_export
+from tim_ds.model.export_folder import EXPORT_FILE, write_export
 from tim_ds.model.tim import TiM
 from tim_ds.trainer.checkpoint import (
     SPARE_BYTES,
@@ -57,6 +57,7 @@ from tim_ds.trainer.engine import (
 from tim_ds.trainer.inputs import Prepare
 from tim_ds.trainer.loop import Loop, Progress
 from tim_ds.trainer.metrics import MetricsLog, Sums
+from tim_ds.trainer.preview import Previews, describe_export
 from tim_ds.trainer.step import TransitionStep
 from tim_ds.trainer.world import World
 
@@ -87,9 +88,6 @@ MAY_CHANGE = (
     "train.preview",
 )
 
-Preview = Callable[[int, nn.Module], None]
-MakePreview = Callable[[Recipe, Path, World, "MetricsLog | None"], Preview]
-
 
 @dataclass(frozen=True, slots=True)
 class DataFacts:
@@ -118,15 +116,12 @@ def train(
     run_dir: Path,
     engine_file: Path,
     world: World,
-    *,
-    make_preview: MakePreview | None = None,
 ) -> str:
     """Train, or continue, the run of `recipe` in `run_dir`; every rank calls this.
 
     Args:
         engine_file: DeepSpeed settings in JSON (`ds_configs/`).
         world: from `start_world`.
-        make_preview: builds what samples pictures while training.
     Returns:
         One sentence for the user.
     Raises:
@@ -148,7 +143,7 @@ def train(
                     f"{run_dir}: finished at step {checkpoint.step}, nothing to do. "
                     f"Weights: {run_dir / EXPORT}"
                 )
-        return _run(recipe, run_dir, engine_config, world, data, folder, checkpoint, make_preview)
+        return _run(recipe, run_dir, engine_config, world, data, folder, checkpoint)
 
 
 def _run(
@@ -159,7 +154,6 @@ def _run(
     data: DataFacts,
     folder: CheckpointFolder,
     checkpoint: Checkpoint | None,
-    make_preview: MakePreview | None,
 ) -> str:
     config = recipe.train
     start_step = 0 if checkpoint is None else checkpoint.step
@@ -198,6 +192,13 @@ def _run(
         write_flushed(run_dir / "engine.json", json.dumps(engine.config, indent=2) + "\n")
         log = MetricsLog(run_dir, tokens_per_pack=recipe.data.tokens_per_pack, start_step=progress.step)
 
+    preview = None
+    if config.preview.every_steps:
+        export_now = describe_export(recipe, progress.step, recipe_hash(recipe))
+        preview = world.together(
+            partial(Previews, recipe, export_now, root.network, run_dir, world, log), (TimError,)
+        )
+
     def save(progress: Progress) -> None:
         if log is not None:
             log.flush()
@@ -227,9 +228,7 @@ def _run(
         progress=progress,
         save=save,
         teacher=teacher,
-        preview=make_preview(recipe, run_dir, world, log)
-        if make_preview and config.preview.every_steps
-        else None,
+        preview=preview,
         log=log,
     )
     try:
@@ -331,15 +330,7 @@ def export(recipe: Recipe, run_dir: Path, ema: Ema, world: World, step: int) -> 
             state[name.removeprefix("network.")] = value.to("cpu", copy=True)
     problem = None
     if world.is_main:
-        description = Export(
-            model=recipe.model,
-            transport=recipe.objective.transport,
-            sampler=recipe.sampler,
-            autoencoder=recipe.data.autoencoder,
-            text_encoder=recipe.data.text_encoder,
-            step=step,
-            source=SourceConfig(kind="run", name=recipe.name, recipe_sha256=recipe_hash(recipe)),
-        )
+        description = describe_export(recipe, step, recipe_hash(recipe))
         try:
             write_export(run_dir / EXPORT, description, state, overwrite=True)
         except CheckpointError as error:
@@ -351,7 +342,7 @@ def export(recipe: Recipe, run_dir: Path, ema: Ema, world: World, step: int) -> 
 
 def versions() -> dict[str, str]:
     return {
-        "tim_ds": tim_ds.__version__,
+        "tim_ds": __version__,
         "torch": torch.__version__,
         "deepspeed": version("deepspeed"),
         "python": platform.python_version(),
