@@ -25,16 +25,18 @@ from typing import Any
 import torch
 from torch import nn
 
-import tim_ds
 from data_pipeline.errors import DataError
 from data_pipeline.index import Index, load_index
 from data_pipeline.loader import build_loader, load_null_states
+from tim_ds import __version__
 from tim_ds.config.load import dump, load_recipe, split_arguments
 from tim_ds.config.recipe import Recipe, recipe_hash, to_dict
 from tim_ds.errors import CheckpointError, ConfigError, TimError
+from tim_ds.eval.preview import preview_sheet
 from tim_ds.model.blocks import FinalLayer, TransitionBlock
 from tim_ds.model.export_folder import EXPORT_FILE, Export, SourceConfig, write_export
 from tim_ds.model.tim import TiM
+from tim_ds.pipeline import write_png
 from tim_ds.trainer.checkpoint import (
     SPARE_BYTES,
     Checkpoint,
@@ -55,6 +57,7 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 EXPORT = "export"
+PREVIEWS = "previews"
 
 UNITS = (TransitionBlock, FinalLayer)
 """Modules that ZeRO-3 gathers as one piece: without it every small layer has hooks and messages of its own.
@@ -79,7 +82,6 @@ MAY_CHANGE = (
 )
 
 Preview = Callable[[int, nn.Module], None]
-MakePreview = Callable[[Recipe, Path, World, "MetricsLog | None"], Preview]
 
 
 def train(
@@ -87,15 +89,12 @@ def train(
     run_dir: Path,
     engine_file: Path,
     world: World,
-    *,
-    make_preview: MakePreview | None = None,
 ) -> str:
     """Train, or continue, the run of `recipe` in `run_dir`; every rank calls this.
 
     Args:
         engine_file: DeepSpeed settings in JSON (`ds_configs/`).
         world: from `start_world`.
-        make_preview: builds what samples pictures while training.
     Returns:
         One sentence for the user.
     Raises:
@@ -119,7 +118,7 @@ def train(
                     f"{run_dir}: finished at step {checkpoint.step}, nothing to do. "
                     f"Weights: {run_dir / EXPORT}"
                 )
-        return _run(recipe, run_dir, engine_config, world, index, folder, checkpoint, make_preview)
+        return _run(recipe, run_dir, engine_config, world, index, folder, checkpoint)
 
 
 def _run(
@@ -130,7 +129,6 @@ def _run(
     index: Index,
     folder: CheckpointFolder,
     checkpoint: Checkpoint | None,
-    make_preview: MakePreview | None,
 ) -> str:
     config = recipe.train
     root = build_root(recipe, world.size)
@@ -194,9 +192,7 @@ def _run(
         progress=progress,
         save=save,
         teacher=teacher,
-        preview=make_preview(recipe, run_dir, world, log)
-        if make_preview and config.preview.every_steps
-        else None,
+        preview=previewer(recipe, run_dir, log) if config.preview.every_steps else None,
         log=log,
     )
     try:
@@ -298,17 +294,8 @@ def export(recipe: Recipe, run_dir: Path, ema: Ema, world: World, step: int) -> 
             state[name.removeprefix("network.")] = value.to("cpu", copy=True)
     problem = None
     if world.is_main:
-        description = Export(
-            model=recipe.model,
-            transport=recipe.objective.transport,
-            sampler=recipe.sampler,
-            autoencoder=recipe.data.autoencoder,
-            text_encoder=recipe.data.text_encoder,
-            step=step,
-            source=SourceConfig(kind="run", name=recipe.name, recipe_sha256=recipe_hash(recipe)),
-        )
         try:
-            write_export(run_dir / EXPORT, description, state, overwrite=True)
+            write_export(run_dir / EXPORT, describe_export(recipe, step), state, overwrite=True)
         except CheckpointError as error:
             problem = str(error)
     problem = world.from_main(problem)
@@ -316,9 +303,40 @@ def export(recipe: Recipe, run_dir: Path, ema: Ema, world: World, step: int) -> 
         world.raise_everywhere(CheckpointError(problem))
 
 
+def describe_export(recipe: Recipe, step: int) -> Export:
+    """What the weights of `step` are, for whoever samples from them."""
+    return Export(
+        model=recipe.model,
+        transport=recipe.objective.transport,
+        sampler=recipe.sampler,
+        autoencoder=recipe.data.autoencoder,
+        text_encoder=recipe.data.text_encoder,
+        step=step,
+        source=SourceConfig(kind="run", name=recipe.name, recipe_sha256=recipe_hash(recipe)),
+    )
+
+
+def previewer(recipe: Recipe, run_dir: Path, log: MetricsLog | None) -> Preview:
+    """What samples pictures while training: a PNG sheet in RUN/previews and a TensorBoard image.
+
+    Every rank samples, because under ZeRO-3 every rank holds a part of the weights; rank 0 writes.
+    """
+
+    def preview(step: int, network: nn.Module) -> None:
+        sheet = preview_sheet(network, describe_export(recipe, step), recipe.train.preview)
+        if log is not None:
+            # A resumed run passes the steps after its checkpoint again, with the same pictures.
+            path = run_dir / PREVIEWS / f"step_{step:09d}.png"
+            path.unlink(missing_ok=True)
+            write_png(path, sheet, {"recipe": recipe.name, "step": step})
+            log.image("preview", sheet, step)
+
+    return preview
+
+
 def versions() -> dict[str, str]:
     return {
-        "tim_ds": tim_ds.__version__,
+        "tim_ds": __version__,
         "torch": torch.__version__,
         "deepspeed": version("deepspeed"),
         "python": platform.python_version(),
