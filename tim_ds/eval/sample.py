@@ -84,4 +84,3 @@ def _read_prompts(path: Path) -> list[str]:
     if not prompts:
         raise RequestError(f"--prompts-file {path}: expected at least one prompt, received none")
     return prompts
-
