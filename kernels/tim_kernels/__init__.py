@@ -1,0 +1,10 @@
+"""Training kernels for packed diffusion transformers: fused, varlen, deterministic, each with its definition.
+
+Depends on torch alone; Triton is imported when a Triton path first runs.
+"""
+
+from tim_kernels.chunks import ChunkPlan
+from tim_kernels.dispatch import path_taken, use_path
+from tim_kernels.modulated_layer_norm import modulated_layer_norm
+
+__all__ = ["ChunkPlan", "modulated_layer_norm", "path_taken", "use_path"]

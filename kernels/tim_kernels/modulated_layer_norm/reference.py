@@ -1,0 +1,35 @@
+"""The definition, in plain PyTorch: any floating dtype, forward mode, vmap and compilation included.
+
+T tokens, S segments, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+
+def modulated_layer_norm_reference(
+    x_TD: Tensor,
+    branch_TD: Tensor | None,
+    gate_SD: Tensor | None,
+    shift_SD: Tensor,
+    scale_SD: Tensor,
+    segment_ids: Tensor,
+    *,
+    eps: float,
+    h_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """x' = x + gate[s] * branch;  h = LayerNorm(x') * (1 + scale[s]) + shift[s].
+
+    Dtypes:
+        arithmetic: float32, or float64 when x is. x' is rounded to the dtype of x before it is normalised.
+    """
+    wide = torch.promote_types(x_TD.dtype, torch.float32)
+    if branch_TD is not None and gate_SD is not None:
+        gated_TD = gate_SD.index_select(0, segment_ids) * branch_TD.to(wide)
+        x_TD = (x_TD.to(wide) + gated_TD).to(x_TD.dtype)
+    normal_TD = nnf.layer_norm(x_TD.to(wide), (x_TD.shape[-1],), eps=eps)
+    scale_TD, shift_TD = scale_SD.index_select(0, segment_ids), shift_SD.index_select(0, segment_ids)
+    return x_TD, (normal_TD * (1 + scale_TD) + shift_TD).to(h_dtype)

@@ -1,0 +1,62 @@
+"""The second half of every per-segment reduction: add the partial sums of each segment's chunks, in order.
+
+S segments, K chunks, W columns.
+"""
+
+# A launch takes options that are no parameters of the kernel.
+# pyright: reportCallIssue=false
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tim_kernels.chunks import ChunkPlan
+
+COLUMNS = 64
+CHUNKS_AT_ONCE = 32
+NUM_WARPS = 4
+
+
+@triton.jit
+def segment_sum_kernel(
+    partial_ptr,
+    first_chunk_ptr,
+    out_ptr,
+    num_columns,
+    COLUMNS: tl.constexpr,
+    CHUNKS_AT_ONCE: tl.constexpr,
+):
+    """out[s] = sum of partial[k] over the chunks k of s; one program a segment and block of columns."""
+    segment = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    row = tl.arange(0, CHUNKS_AT_ONCE)
+    begin = tl.load(first_chunk_ptr + segment)
+    end = tl.load(first_chunk_ptr + segment + 1)
+    total = tl.zeros((CHUNKS_AT_ONCE, COLUMNS), tl.float32)
+    for start in range(begin, end, CHUNKS_AT_ONCE):
+        chunk = (start + row).to(tl.int64)
+        mask = (chunk < end)[:, None] & (column < num_columns)[None, :]
+        total += tl.load(partial_ptr + chunk[:, None] * num_columns + column[None, :], mask=mask, other=0.0)
+    tl.store(out_ptr + segment * num_columns + column, tl.sum(total, 0), mask=column < num_columns)
+
+
+def segment_sum(partial_KW: Tensor, plan: ChunkPlan) -> Tensor:
+    """Per-segment sums of float32 chunk sums: [K, ...] -> [S, ...]. A segment without chunks gives 0."""
+    out = torch.empty(
+        (plan.num_segments, *partial_KW.shape[1:]), dtype=torch.float32, device=partial_KW.device
+    )
+    num_columns = out[0].numel() if plan.num_segments else 0
+    if num_columns:
+        grid = (plan.num_segments, triton.cdiv(num_columns, COLUMNS))
+        segment_sum_kernel[grid](
+            partial_KW,
+            plan.first_chunk,
+            out,
+            num_columns,
+            COLUMNS=COLUMNS,
+            CHUNKS_AT_ONCE=CHUNKS_AT_ONCE,
+            num_warps=NUM_WARPS,
+        )
+    return out
