@@ -38,6 +38,8 @@ class PackedBatch:
     """Images of that step over all packs and ranks: the denominator of the loss."""
     dropped_S: tuple[bool, ...]
     """Whether the caption or label of each image was replaced by the null one."""
+    num_replaced: int = 0
+    """Images that stand in for damaged samples."""
 
     def __post_init__(self) -> None:
         tokens = sum(h * w for h, w in self.grids)

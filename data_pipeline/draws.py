@@ -1,4 +1,4 @@
-"""Random draws by counter: what one sample gets depends on (seed, stream, epoch, sample), not on who asks or when.
+"""Random draws by counter: what a sample gets depends on (seed, stream, epoch, sample), not on who asks.
 
 Philox is a counter-based generator, so each (epoch, sample) owns a block of the stream that no other draw
 reaches. The same sample in the same epoch therefore gets the same numbers on any rank, worker or resume.
@@ -32,7 +32,7 @@ def generator(seed: int, stream: str, epoch: int, sample_id: int) -> np.random.G
     for name, value in (("seed", seed), ("epoch", epoch), ("sample_id", sample_id)):
         if not 0 <= value < 2**64:
             raise ValueError(f"{name}: expected 0 to 2^64 - 1, received {value}")
-    # Philox counts in the lowest word; epoch and sample sit above it, 2^128 values away from their neighbours.
+    # Philox counts in the lowest word; epoch and sample sit above it, 2^128 blocks from their neighbours.
     counter = np.array([0, 0, sample_id, epoch], dtype=np.uint64)
     key = np.array([seed, _stream_key(stream)], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(counter=counter, key=key))

@@ -2,11 +2,11 @@
 
     python -m data_pipeline.handwriting --out runs/handwriting
 
-Scans are scikit-learn's bundled UCI digits: 1,797 grey pictures of 8x8 pixels, values 0 to 16. A fixed seed splits
-them into training scans and held-back scans; training pictures are composed from the former only.
+Scans are scikit-learn's bundled UCI digits: 1,797 grey pictures of 8x8 pixels, values 0 to 16. A fixed seed
+splits them into training scans and held-back scans; training pictures are composed from the former only.
 
-Grammar. A prompt is one to four cells, left to right in a row or top to bottom in a column; a cell is a digit or
-blank (`a gap`). The caption determines every cell:
+Grammar. A prompt is one to four cells, left to right in a row or top to bottom in a column; a cell is a digit
+or blank (`a gap`). The caption determines every cell:
 
     one cell        a three
     row,  chained   a three before a gap before a seven
@@ -32,7 +32,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from tqdm import tqdm
 
 from data_pipeline.config import AutoencoderConfig, TextEncoderConfig
@@ -41,8 +41,7 @@ from data_pipeline.encoders.autoencoder import PixelAutoencoder
 from data_pipeline.encoders.text import WordsEncoder
 from data_pipeline.errors import DataError
 from data_pipeline.index import build_index, load_index
-from data_pipeline.loader import NULL_NAME
-from data_pipeline.schema import Sample
+from data_pipeline.schema import MANIFEST_NAME, NULL_NAME, Sample
 from data_pipeline.shards import write_shards
 
 CELL_PX = 8
@@ -59,7 +58,6 @@ Phrasing = Literal["chained", "listed"]
 PHRASINGS: tuple[Phrasing, ...] = ("chained", "listed")
 JOINERS: dict[Orientation, str] = {"row": " before ", "column": " above "}
 
-MANIFEST_NAME = "manifest.json"
 REFERENCE_NAME = "reference.npz"
 FORMAT = 1
 
@@ -134,7 +132,8 @@ def _cell(phrase: str, text: str) -> int | None:
         if phrase == _phrase(cell):
             return cell
     raise DataError(
-        f"caption {text!r}: {phrase!r} is no cell; expected 'a gap' or 'a' or 'an' with one of {', '.join(NUMERALS)}"
+        f"caption {text!r}: {phrase!r} is no cell; "
+        f"expected {', '.join(repr(_phrase(cell)) for cell in (*range(10), None))}"
     )
 
 
@@ -219,7 +218,7 @@ class Settings:
             raise DataError(
                 f"--phrasings: expected some of {', '.join(PHRASINGS)}, received {self.phrasings}"
             )
-        if CELL_PX % self.factor:
+        if self.factor < 1 or CELL_PX % self.factor:
             raise DataError(f"--factor: expected a divisor of {CELL_PX}, received {self.factor}")
 
 
@@ -248,7 +247,7 @@ def make_samples(settings: Settings, scans: Scans) -> Iterator[Sample]:
 def build(out: Path, settings: Settings, *, progress: bool = True) -> bool:
     """Write the data set to `out`. Returns False when it was already there, built with the same settings.
 
-    Everything is written to a hidden folder beside `out` and renamed at the end, so `out` is complete or absent.
+    Everything is written to a hidden folder beside `out` and renamed at the end: `out` is complete or absent.
 
     Raises:
         DataError: if `out` holds something else.
@@ -279,7 +278,7 @@ def _write(folder: Path, settings: Settings, wanted: dict[str, Any], *, progress
     )
     shards = write_shards(folder, "handwriting", samples, per_shard=settings.per_shard)
     null = WordsEncoder(settings.text_width).encode([""])[0].to(torch.float16)
-    save_file({"states": null}, folder / NULL_NAME)
+    (folder / NULL_NAME).write_bytes(save({"states": null}))
     index = build_index(folder, progress=progress)
     index.save()
     np.savez(
@@ -362,7 +361,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         built = build(out, Settings(**options))
         index = load_index(out)
-    except DataError as error:
+    except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     state = "built" if built else "already there with these settings, left as it is"

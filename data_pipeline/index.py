@@ -1,7 +1,7 @@
 """The index beside the shards: one row a sample, so that order is planned on integers and read by offset.
 
-`index.safetensors` holds one array a column (59 bytes a sample, plus its key) and a JSON header. It is built in
-one pass over any webdataset tars that follow `schema.py`, whoever wrote them:
+`index.safetensors` holds one array a column (64 bytes a sample, plus its key) and a JSON header. It is built
+in one pass over any webdataset tars that follow `schema.py`, whoever wrote them:
 
     python -m data_pipeline.index FOLDER
 """
@@ -14,16 +14,16 @@ import os
 import sys
 import tarfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from tqdm import tqdm
 
 from data_pipeline import schema
@@ -106,8 +106,9 @@ class Index:
         if len(bad):
             h, w = cells[bad[0]]
             raise DataError(
-                f"{self.folder}: {len(bad)} of {len(self)} latents are no multiple of the patch size {patch_size}, "
-                f"first {self.name(int(bad[0]))} with {h}x{w} cells; prepare the data with sides that are"
+                f"{self.folder}: {len(bad)} of {len(self)} latents are no multiple of the patch size "
+                f"{patch_size}, first {self.name(int(bad[0]))} with {h}x{w} cells; "
+                f"prepare the data with sides that are"
             )
         return cells // patch_size
 
@@ -125,12 +126,13 @@ class Index:
         """Write the index beside its shards (aside, then renamed). Returns its path."""
         path = self.folder / INDEX_NAME
         aside = path.with_name(f".{INDEX_NAME}.partial")
-        save_file(
-            {**self.columns, "key_bytes": self.key_bytes},
-            aside,
-            metadata={"header": json.dumps(self._header()), "hash": self.hash},
-        )
-        os.replace(aside, path)
+        # One metadata entry: safetensors writes several in an order that changes from run to run.
+        metadata = {"header": json.dumps({**self._header(), "hash": self.hash})}
+        try:
+            aside.write_bytes(save({**self.columns, "key_bytes": self.key_bytes}, metadata=metadata))
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
         return path
 
 
@@ -147,27 +149,27 @@ def load_index(folder: Path | str) -> Index:
         raise DataError(f"{path}: no index; prepare the data, or if the shards are there {rebuild}")
     try:
         with safe_open(path, framework="numpy") as stored:
-            metadata = stored.metadata() or {}
-            header = json.loads(metadata["header"])
+            header = json.loads((stored.metadata() or {})["header"])
             if header.get("format") != FORMAT:
                 raise DataError(
                     f"{path}: index format {header.get('format')}, expected {FORMAT}; re{rebuild}"
                 )
             columns = {name: stored.get_tensor(name) for name in COLUMNS}
             key_bytes = stored.get_tensor("key_bytes")
+            index = Index(
+                folder=folder,
+                shards=tuple(header["shards"]),
+                shard_bytes=tuple(header["shard_bytes"]),
+                channels=header["channels"],
+                text_width=header["text_width"],
+                num_classes=header["num_classes"],
+                columns=columns,
+                key_bytes=key_bytes,
+            )
+            recorded_hash = header["hash"]
     except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
         raise DataError(f"{path}: not a readable index ({error!r}); re{rebuild}") from error
-    index = Index(
-        folder=folder,
-        shards=tuple(header["shards"]),
-        shard_bytes=tuple(header["shard_bytes"]),
-        channels=header["channels"],
-        text_width=header["text_width"],
-        num_classes=header["num_classes"],
-        columns=columns,
-        key_bytes=key_bytes,
-    )
-    if index.hash != metadata.get("hash"):
+    if index.hash != recorded_hash:
         raise DataError(f"{path}: its content does not match its hash; re{rebuild}")
     for name, size in zip(index.shards, index.shard_bytes, strict=True):
         shard = folder / name
@@ -175,8 +177,8 @@ def load_index(folder: Path | str) -> Index:
             raise DataError(f"{shard}: missing, but the index lists it; restore it or re{rebuild}")
         if shard.stat().st_size != size:
             raise DataError(
-                f"{shard}: expected {size} bytes, received {shard.stat().st_size}: it changed after the index "
-                f"was built; restore it or re{rebuild}"
+                f"{shard}: expected {size} bytes, received {shard.stat().st_size}: it changed after the "
+                f"index was built; restore it or re{rebuild}"
             )
     return index
 
@@ -256,7 +258,7 @@ def _append(
     keys: bytearray,
     row: _Row,
     number: int,
-    stream: Any,
+    stream: BinaryIO,
     where: str,
     channels: dict[int, str],
     widths: dict[int, str],
@@ -316,13 +318,12 @@ def _append(
         rows[name].append(value)
 
 
-def _walk(path: Path, stream: Any) -> Any:
+def _walk(path: Path, stream: BinaryIO) -> Iterator[_Row]:
     """Yield one `_Row` a run of members that share a key."""
     current: _Row | None = None
     try:
-        # ignore_zeros stays off: a zero block before the end of the file is damage, found by the check below.
+        # The caller reads payloads from the same stream between members: tarfile seeks before each header.
         with tarfile.open(fileobj=stream, mode="r:") as tar:
-            # The stream is shared with the caller, who reads payloads between members: tarfile seeks by itself.
             for info in tar:
                 if not info.isfile():
                     continue

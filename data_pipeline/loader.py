@@ -6,8 +6,10 @@ assembles. Workers change speed, never content.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
@@ -25,14 +27,11 @@ from data_pipeline.errors import DataError
 from data_pipeline.index import Index, load_index
 from data_pipeline.packing import Plan
 from data_pipeline.reader import ShardReader, image_tokens, same_grid
-from data_pipeline.schema import check_states
+from data_pipeline.schema import MANIFEST_NAME, NULL_NAME, check_states
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-NULL_NAME = "null.safetensors"
-"""States of the empty caption, stored once beside the shards."""
 
 CACHE_BYTES = 1 << 30
 """Samples that an in-process loader keeps decoded; beyond it they are read again."""
@@ -82,25 +81,40 @@ class StepLoader(Generic[T]):
             self.start_step * self._packs_per_rank, (self.start_step + self.num_steps) * self._packs_per_rank
         )
         if self._workers == 0:
-            source: Iterator[T] = (self._packs[i] for i in items)
+            source: Iterator[T | DataError] = (self._packs[i] for i in items)
         else:
-            # batch_size None: an item is a whole pack. The loader keeps the sampler's order, whichever worker is first.
+            # batch_size None: an item is a whole pack. Items arrive in the sampler's order, whoever is first.
+            # Its own generator: the loader must not advance the global one of a training process.
             source = iter(
                 DataLoader(
                     self._packs,
                     batch_size=None,
                     sampler=items,
                     num_workers=self._workers,
+                    generator=torch.Generator(),
                     prefetch_factor=4,
                     pin_memory=torch.cuda.is_available(),
                 )
             )
-        for _ in range(self.num_steps):
-            yield [next(source) for _ in range(self._packs_per_rank)]
+        try:
+            for _ in range(self.num_steps):
+                step: list[T] = []
+                for item in islice(source, self._packs_per_rank):
+                    if isinstance(item, DataError):
+                        raise item
+                    step.append(item)
+                yield step
+        finally:
+            # A raised error refers to this frame. Left to the garbage collector, workers take 5 s to stop.
+            del source
 
 
-class _Packs(Dataset[T]):
-    """Pack number -> finished micro-batch of this rank; pack n belongs to step n // packs_per_rank."""
+class _Packs(Dataset["T | DataError"], Generic[T]):
+    """Pack number -> finished micro-batch of this rank; pack n belongs to step n // packs_per_rank.
+
+    A `DataError` is returned, not raised: so it reaches the training process as it is, where an exception
+    would arrive wrapped in the worker's traceback.
+    """
 
     def __init__(
         self,
@@ -133,21 +147,25 @@ class _Packs(Dataset[T]):
         self._num_read = 0
         self._corrupt: dict[int, str] = {}
 
-    def __getitem__(self, number: int) -> T:
+    def __getitem__(self, number: int) -> T | DataError:
         step, position = divmod(number, self.plan.packs_per_step // self._world_size)
         planned = self.plan.step(step)
-        batch = self._assemble(
-            planned.of_rank(self._rank, self._world_size)[position],
-            epoch=planned.epoch,
-            step=step,
-            images_in_step=planned.num_images,
-        )
+        try:
+            batch = self._assemble(
+                planned.of_rank(self._rank, self._world_size)[position],
+                epoch=planned.epoch,
+                step=step,
+                images_in_step=planned.num_images,
+            )
+        except DataError as error:
+            return error
         return self._finish(batch) if self._finish is not None else cast(T, batch)
 
     def _assemble(
         self, sample_ids: tuple[int, ...], *, epoch: int, step: int, images_in_step: int
     ) -> PackedBatch:
-        loaded = [self._load(i, epoch) for i in sample_ids]
+        planned_ids = sample_ids
+        loaded = [self._load(i, epoch) for i in planned_ids]
         sample_ids = tuple(i for i, _, _ in loaded)
         dropped = tuple(self._drops_caption(i, epoch) for i in sample_ids)
         texts: list[Tensor] | None = None
@@ -177,6 +195,7 @@ class _Packs(Dataset[T]):
             step=step,
             images_in_step=images_in_step,
             dropped_S=dropped,
+            num_replaced=sum(a != b for a, b in zip(sample_ids, planned_ids, strict=True)),
         )
 
     def _drops_caption(self, sample_id: int, epoch: int) -> bool:
@@ -189,7 +208,7 @@ class _Packs(Dataset[T]):
         first = self._try(sample_id)
         if first is not None:
             return sample_id, *first
-        # A substitute of the same grid keeps the pack within its budget and its step as every rank planned it.
+        # A substitute of the same grid keeps the pack within its budget and the step as all ranks planned it.
         candidates = same_grid(self._grids, sample_id)
         order = generator(self._seed, "replacement", epoch, sample_id).permutation(candidates)
         for candidate in order[: MAX_REPLACEMENTS + 1].tolist():
@@ -227,9 +246,58 @@ class _Packs(Dataset[T]):
         limit = max(MIN_CORRUPT_LIMIT, MAX_CORRUPT_SHARE * self._num_read)
         if len(self._corrupt) > limit:
             raise DataError(
-                f"{len(self._corrupt)} of {self._num_read} samples read by this process are damaged, "
-                f"more than {MAX_CORRUPT_SHARE:.0%}; last: {error}. Check the disk, or prepare the shards again"
+                f"{len(self._corrupt)} of {self._num_read} samples read by this process are damaged "
+                f"(allowed: {MIN_CORRUPT_LIMIT}, or {MAX_CORRUPT_SHARE:.0%}); last: {error}. "
+                f"Check the disk, or prepare the shards again"
             ) from error
+
+
+def check_encoders(config: DataConfig, index: Index) -> None:
+    """Compare the encoders of a recipe with what made the shards.
+
+    Raises:
+        DataError: naming the key of the recipe that disagrees with the shards or with their manifest.
+    """
+    where = config.shards
+    text, autoencoder = config.text_encoder, config.autoencoder
+    if index.has_text == (text is None):
+        holds, asks = ("captions", "null") if index.has_text else ("class labels", "an encoder")
+        raise DataError(f"data.text_encoder: the shards in {where} hold {holds}, the recipe says {asks}")
+    path = Path(where) / MANIFEST_NAME
+    try:
+        manifest = json.loads(path.read_text()) if path.is_file() else {}
+        made_by = {"autoencoder": manifest.get("autoencoder"), "text_encoder": manifest.get("text_encoder")}
+    except (ValueError, AttributeError) as error:
+        raise DataError(f"{path}: not a readable manifest ({error!r})") from error
+    # The path of the weights is left out: the same model may lie in another place.
+    compared: list[tuple[str, str, object]] = [("autoencoder", "kind", autoencoder.kind)]
+    if autoencoder.kind == "pixels":
+        compared += [
+            ("autoencoder", "factor", autoencoder.factor),
+            ("autoencoder", "channels", autoencoder.channels),
+        ]
+    if text is not None:
+        compared.append(("text_encoder", "kind", text.kind))
+        if text.kind == "words":
+            compared.append(("text_encoder", "width", text.width))
+    for section, name, asked in compared:
+        recorded = made_by[section]
+        if isinstance(recorded, dict) and recorded.get(name) != asked:
+            raise DataError(
+                f"data.{section}.{name}: the shards in {where} were made with {recorded.get(name)!r}, "
+                f"the recipe says {asked!r}"
+            )
+    channels = autoencoder.channels * autoencoder.factor**2
+    if autoencoder.kind == "pixels" and index.channels != channels:
+        raise DataError(
+            f"data.autoencoder: {autoencoder.channels} channels and factor {autoencoder.factor} give latents "
+            f"of {channels} channels, the shards in {where} hold {index.channels}"
+        )
+    if text is not None and text.kind == "words" and text.width != index.text_width:
+        raise DataError(
+            f"data.text_encoder.width: the shards in {where} hold states of width {index.text_width}, "
+            f"the recipe says {text.width}"
+        )
 
 
 def load_null_states(folder: Path | str, width: int) -> Tensor:
@@ -297,6 +365,7 @@ def build_loader(
         raise DataError(
             f"data.text_encoder: the shards in {config.shards} hold {holds}, the recipe says {asks}"
         )
+    check_encoders(config, index)
     grids = index.grids(patch_size)
     plan = Plan(
         grids.prod(axis=1),

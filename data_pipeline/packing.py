@@ -1,16 +1,18 @@
 """The order of training as a pure function of (lengths, seed, epoch). Integers only: no tensors, no files.
 
-How it works. The samples' token counts are packed **once** into a *template*: a fixed number of steps, each of
-`packs_per_step` packs, each pack a list of slots for images of stated lengths. An epoch then fills the slots with
-a fresh permutation of the samples of each length, and visits the steps in a fresh order. Hence
+How it works. The samples' token counts are packed **once** into a *template*: a fixed number of steps, each
+of `packs_per_step` packs, each pack a list of slots for images of stated lengths. An epoch then fills the
+slots with a fresh permutation of the samples of each length, and visits the steps in a fresh order. Hence
 
 - every epoch has the same number of steps, so a global step number alone says which packs come next, at any
   world size: resume is a number;
 - no pack exceeds its budget and, within an epoch, no sample appears twice;
 - every rank computes the same plan without communication.
 
-The remainder: images that cannot fill one more whole step (every pack of a step must hold an image) sit an
-epoch out. They are at most `packs_per_step` - 1, and the permutation gives the seat to others in the next epoch.
+The remainder: every pack of a step must hold an image. When fewer images remain than one more step has packs,
+and the steps before have no room for them, they sit the epoch out: at most `packs_per_step` - 1 of them.
+Their lengths are the same in every epoch, the samples change with the permutation. It happens when packs hold
+one or two images; a budget of many images has room.
 
 Balance: the ranks of a step wait for the slowest pack, so packs are filled by cost (largest image first, into
 the cheapest pack that has room), and packs of like cost share a step.
@@ -21,6 +23,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -28,13 +31,13 @@ from data_pipeline.draws import generator
 from data_pipeline.errors import DataError
 
 ATTENTION_COST = 4 / (28 * 1152)
-"""Cost of a token pair relative to a token: a block costs 28 d^2 + 4 L d FLOPs a token; d of the XL network."""
+"""Cost of a pair of tokens relative to a token: a block costs 28 d^2 + 4 L d a token; d = 1152 (XL)."""
 
 FILL = 0.985
 """Share of the token budget that a window aims at. The rest is the room in which costs are balanced."""
 
 WINDOW_PACKS = 512
-"""Packs that are balanced together; at least one step. Larger windows balance better and mix less locally."""
+"""Packs that are filled and balanced together, rounded to whole steps (at least one)."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,8 @@ class Plan:
         largest = int(self.lengths.max())
         if largest > self.tokens_per_pack:
             raise DataError(
-                f"data.tokens_per_pack: the largest image has {largest} tokens (sample {int(self.lengths.argmax())}), "
-                f"the budget is {self.tokens_per_pack}; raise it, to twice the largest image for good balance"
+                f"data.tokens_per_pack: sample {int(self.lengths.argmax())}, the largest, has {largest} "
+                f"tokens, the budget is {self.tokens_per_pack}; raise it, to twice that for good balance"
             )
         if len(self.lengths) < self.packs_per_step:
             raise DataError(
@@ -117,7 +120,7 @@ class Plan:
         step_order, samples = self._epoch(epoch)
         first = int(step_order[position]) * self.packs_per_step
         starts = self._pack_starts[first : first + self.packs_per_step + 1].tolist()
-        packs = tuple(tuple(samples[a:b].tolist()) for a, b in zip(starts, starts[1:], strict=False))
+        packs = tuple(tuple(samples[a:b].tolist()) for a, b in pairwise(starts))
         return StepPlan(step, epoch, packs)
 
     def fill(self) -> float:
@@ -159,35 +162,32 @@ class Plan:
         """Lengths of the images in each pack; consecutive runs of `packs_per_step` packs are steps."""
         order = generator(self.seed, "plan.template", 0, 0).permutation(len(self.lengths))
         shuffled = self.lengths[order]
-        step_tokens = self.packs_per_step * self.tokens_per_pack
-        window_steps = max(1, WINDOW_PACKS // self.packs_per_step)
-        window_tokens = int(FILL * window_steps * step_tokens)
-        ends = np.cumsum(shuffled)
+        num_packs = max(1, WINDOW_PACKS // self.packs_per_step) * self.packs_per_step
+        capacity = num_packs * self.tokens_per_pack
+        ends = np.concatenate([[0], np.cumsum(shuffled)])
         packs: list[list[int]] = []
         carried: list[int] = []
         position, windows = 0, 0
-        # The last window holds between one and two windows' worth, so that it can spread the remainder evenly.
-        while True:
-            before = int(ends[position - 1]) if position else 0
-            rest = int(ends[-1]) - before + sum(carried)
-            if rest < 2 * window_tokens:
-                break
-            take = int(np.searchsorted(ends, before + window_tokens - sum(carried), side="right"))
-            items = carried + shuffled[position:take].tolist()
-            position = take
-            filled, carried = self._fill(items, window_steps * self.packs_per_step)
+        # A window places at most its capacity, so at least one capacity remains for the last: enough images
+        # for every pack of a step, and room to spread the remainder.
+        while int(ends[-1] - ends[position]) + sum(carried) >= 2 * capacity:
+            wanted = ends[position] + int(FILL * capacity) - sum(carried)
+            take = int(np.searchsorted(ends, wanted, side="right")) - 1
+            take = max(take, position, position + num_packs - len(carried))
+            filled, carried = self._fill(carried + shuffled[position:take].tolist(), num_packs)
             packs += self._order(filled, windows)
-            windows += 1
+            position, windows = take, windows + 1
         items = carried + shuffled[position:].tolist()
-        return packs + self._order(self._fill_last(items, step_tokens), windows)
+        return packs + self._order(self._fill_last(items), windows)
 
-    def _fill_last(self, items: list[int], step_tokens: int) -> list[list[int]]:
-        """As few whole steps as hold all `items`; without those that would leave a pack empty."""
-        steps = max(1, -(-sum(items) // step_tokens))
+    def _fill_last(self, items: list[int]) -> list[list[int]]:
+        """As few whole steps as hold all `items`; without a step that would have an empty pack."""
+        steps = -(-sum(items) // (self.packs_per_step * self.tokens_per_pack))
         while True:
             if len(items) < steps * self.packs_per_step:
-                # Not an image for every pack of the last step: that step is given up, largest images seated first.
-                filled, _ = self._fill(items, max(1, steps - 1) * self.packs_per_step)
+                # No image for some pack of the last step, which is given up. One step always has its images:
+                # steps - 1 is at least 1 here, and it lacks at most packs_per_step - 1 of them.
+                filled, _ = self._fill(items, (steps - 1) * self.packs_per_step)
                 return filled
             filled, left = self._fill(items, steps * self.packs_per_step)
             if not left:
@@ -195,7 +195,7 @@ class Plan:
             steps += 1
 
     def _fill(self, items: list[int], num_packs: int) -> tuple[list[list[int]], list[int]]:
-        """Largest image first, each into the cheapest pack that has room. Returns packs and what found no room."""
+        """Largest image first, each into the cheapest pack with room. Returns the packs and what is left."""
         packs: list[list[int]] = [[] for _ in range(num_packs)]
         room = [self.tokens_per_pack] * num_packs
         heap = [(0.0, pack) for pack in range(num_packs)]

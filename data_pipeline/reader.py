@@ -113,7 +113,10 @@ class ShardReader:
 
 
 def image_tokens(latent: Tensor, patch_size: int) -> Tensor:
-    """Latent [C, H, W] -> float32 tokens [h*w, p*p*C], row-major, last axis (row in patch, col in patch, channel)."""
+    """Latent [C, H, W] -> float32 tokens [h*w, p*p*C], row-major.
+
+    The last axis runs (row in patch, col in patch, channel), as `PackedBatch.latents_TC` states.
+    """
     channels, height, width = latent.shape
     p = patch_size
     x = latent.to(torch.float32).reshape(channels, height // p, p, width // p, p)

@@ -5,7 +5,7 @@ Members of a sample `<key>` in a webdataset tar:
     <key>.latent.safetensors   tensor `latent` [C, h, w], float16, bfloat16 or float32, normalised
     <key>.text.safetensors     tensor `states` [n, E], trimmed to the caption's real length (text data)
     <key>.cls                  the class label in ASCII digits (class data)
-    <key>.json                 object with at least `caption` or nothing: source, sizes, crop, hashes
+    <key>.json                 object (optional): caption, source, sizes, crop, hashes
 
 A sample carries text or a label, never both. Latents and states are stored in 16 bits and used in float32.
 """
@@ -22,6 +22,12 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from data_pipeline.errors import DataError
+
+MANIFEST_NAME = "manifest.json"
+"""How the shards were made: settings, counts, encoders, hashes. Absent beside shards of other origin."""
+
+NULL_NAME = "null.safetensors"
+"""States of the empty caption, stored once beside the shards of text data."""
 
 LATENT = "latent.safetensors"
 TEXT = "text.safetensors"

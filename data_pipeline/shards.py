@@ -26,13 +26,12 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> int:
     try:
         with open(aside, "wb") as stream:
             # Fixed time and owner: identical content gives identical files, whose hashes can be compared.
-            writer = TarWriter(stream, user="", group="", encoder=False, mtime=0.0)
-            for sample in samples:
-                if sample.key in keys:
-                    raise DataError(f"{path.name}:{sample.key}: key given twice in one shard")
-                keys.add(sample.key)
-                writer.write({"__key__": sample.key, **sample.to_members()})
-            writer.close()
+            with TarWriter(stream, user="", group="", encoder=False, mtime=0.0) as writer:
+                for sample in samples:
+                    if sample.key in keys:
+                        raise DataError(f"{path.name}:{sample.key}: key given twice in one shard")
+                    keys.add(sample.key)
+                    writer.write({"__key__": sample.key, **sample.to_members()})
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(aside, path)

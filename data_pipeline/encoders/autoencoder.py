@@ -15,7 +15,8 @@ class Autoencoder(Protocol):
     """Pixels in [-1, 1] to normalised latents and back.
 
     Shapes:
-        pixels: [B, 1 or 3, H, W], H and W multiples of `stride`.   latents: [B, channels, H/stride, W/stride].
+        pixels: [B, pixel_channels, H, W], sides multiples of `stride`.
+        latents: [B, channels, H / stride, W / stride].
     """
 
     @property
@@ -39,9 +40,9 @@ class Autoencoder(Protocol):
 
 
 class PixelAutoencoder:
-    """A factor x factor block of pixels becomes the channels of one cell. Exactly invertible; values stay in [-1, 1].
+    """A factor x factor block of pixels becomes the channels of one cell. Exactly invertible.
 
-    A cell's channels run (pixel channel, row in block, column in block).
+    A cell's channels run (pixel channel, row in block, column in block); values stay in [-1, 1].
     """
 
     def __init__(self, factor: int = 2, channels: int = 3) -> None:
@@ -74,15 +75,15 @@ class PixelAutoencoder:
 
 
 class PretrainedAutoencoder:
-    """A diffusers autoencoder in float32 (bf16 overflows in DC-AE's linear attention), frozen.
+    """A diffusers autoencoder in float32, frozen.
 
     Latents are (z - shift) * scale with the constants of the model's own config, so that they have about unit
-    variance; `decode` undoes it. An encoder that predicts a distribution gives its mean: the latent of a picture
-    is a function of the picture.
+    variance; `decode` undoes it. An encoder that predicts a distribution gives its mean, so the latent of a
+    picture is a function of the picture.
     """
 
     def __init__(self, model: Any, *, stride: int, channels: int) -> None:
-        self.model = model.to(torch.float32).eval().requires_grad_(False)
+        self.model = model.eval().requires_grad_(False)
         self._stride = stride
         self._channels = channels
         self.scale = float(model.config.scaling_factor)
@@ -128,8 +129,8 @@ def check_pixels(pixels: Tensor, autoencoder: Autoencoder) -> None:
     s = autoencoder.stride
     if height < s or width < s or height % s or width % s:
         raise DataError(
-            f"picture of {height}x{width} pixels: both sides must be multiples of {s}, the autoencoder's stride; "
-            f"nearest: {max(s, round(height / s) * s)}x{max(s, round(width / s) * s)}"
+            f"picture of {height}x{width} pixels: both sides must be multiples of {s}, the stride of the "
+            f"autoencoder; nearest: {max(s, round(height / s) * s)}x{max(s, round(width / s) * s)}"
         )
 
 
@@ -143,7 +144,7 @@ def check_latents(latents: Tensor, autoencoder: Autoencoder) -> None:
 
 def load_dc_ae(path: str) -> PretrainedAutoencoder:
     """A DC-AE (diffusers' AutoencoderDC) from a folder or hub name."""
-    from diffusers.models import AutoencoderDC
+    from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
 
     model = _from_pretrained(AutoencoderDC, path)
     return PretrainedAutoencoder(
@@ -153,7 +154,7 @@ def load_dc_ae(path: str) -> PretrainedAutoencoder:
 
 def load_sd_vae(path: str) -> PretrainedAutoencoder:
     """A Stable Diffusion VAE (diffusers' AutoencoderKL) from a folder or hub name."""
-    from diffusers.models import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     model = _from_pretrained(AutoencoderKL, path)
     stride = 2 ** (len(model.config.block_out_channels) - 1)
@@ -162,7 +163,7 @@ def load_sd_vae(path: str) -> PretrainedAutoencoder:
 
 def _from_pretrained(kind: Any, path: str) -> Any:
     try:
-        return kind.from_pretrained(path, torch_dtype=torch.float32)
+        return kind.from_pretrained(path, torch_dtype=torch.float32, low_cpu_mem_usage=False)
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
             f"data.autoencoder.path: cannot load {kind.__name__} from {path!r} ({error}); "

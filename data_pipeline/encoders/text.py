@@ -36,10 +36,10 @@ class WordsEncoder:
     """Fixed random vectors: one a word plus one a position. Nothing is learnt and nothing is downloaded.
 
     A state is (word + position) / sqrt(2), both standard normal, so its entries have unit variance. Words are
-    lower-cased runs of letters, digits and apostrophes; every other visible character is a word of its own. The
-    sequence starts with a begin token, so the empty caption has one state. A vector depends on its word alone:
-    two machines, or two runs, agree. Values are representable in float16, in which shards store them, so a caption
-    encoded while sampling gives exactly the states that training saw.
+    lower-cased runs of letters, digits and apostrophes; every other visible character is a word of its own.
+    The sequence starts with a begin token, so the empty caption has one state. A vector depends on its word
+    alone: two machines, or two runs, agree. Values are representable in float16, in which shards store them,
+    so a caption encoded while sampling gives exactly the states that training saw.
     """
 
     def __init__(self, width: int = 64, max_tokens: int = 256) -> None:
@@ -82,15 +82,23 @@ def _vector(kind: str, name: str, width: int) -> np.ndarray:
 
 
 def build_text_encoder(config: TextEncoderConfig) -> TextEncoder:
-    """The encoder that `config` names.
+    """The encoder that `config` names; weights are on the CPU.
 
     Raises:
-        DataError: if this installation has no such encoder.
+        DataError: if weights cannot be loaded, or constant padding is asked of an encoder that has none.
     """
-    if config.kind != "words":
-        raise DataError(f"data.text_encoder.kind: {config.kind!r} is not available; available: 'words'")
-    if config.padding != "none":
+    constant = config.padding == "constant"
+    if constant and config.kind != "gemma":
         raise DataError(
-            "data.text_encoder.padding: 'constant' repeats the padding of released weights; words has none. Use 'none'"
+            f"data.text_encoder.padding: 'constant' repeats the padding of the released weights, which were "
+            f"trained on gemma; {config.kind} has none, use 'none'"
         )
-    return WordsEncoder(config.width, config.max_tokens)
+    if config.kind == "words":
+        return WordsEncoder(config.width, config.max_tokens)
+    # transformers takes seconds to import, which the words encoder must not cost.
+    from data_pipeline.encoders.language_model import load_gemma, load_t5
+
+    path = config.path or ""
+    if config.kind == "gemma":
+        return load_gemma(path, max_tokens=config.max_tokens, constant_padding=constant)
+    return load_t5(path, max_tokens=config.max_tokens)

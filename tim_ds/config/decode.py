@@ -57,11 +57,12 @@ class _Decoder:
         self.problems.append(f"{path or self.name}: {message}" + (f" ({where})" if where else ""))
         return _INVALID
 
-    def value(self, annotation: Any, node: Node, path: str) -> Any:
-        self.where[path] = node.where
+    def value(self, annotation: Any, node: Node, path: str, where: str) -> Any:
+        """The value at `path`, written at `where` (for a section, the line of its key)."""
+        self.where[path] = where
         origin, arguments = get_origin(annotation), get_args(annotation)
         if origin in (Union, types.UnionType):
-            return self.optional(arguments, node, path)
+            return self.optional(arguments, node, path, where)
         if origin is Literal:
             return self.choice(arguments, node, path)
         if origin is tuple:
@@ -72,13 +73,13 @@ class _Decoder:
             return self.scalar(annotation, node, path)
         raise TypeError(f"{path}: a setting cannot have the type {annotation}")
 
-    def optional(self, arguments: tuple[Any, ...], node: Node, path: str) -> Any:
+    def optional(self, arguments: tuple[Any, ...], node: Node, path: str, where: str) -> Any:
         inner = [a for a in arguments if a is not type(None)]
         if len(inner) != 1 or len(inner) == len(arguments):
             raise TypeError(f"{path}: the only union a setting can have is with None")
         if isinstance(node, Scalar) and node.value is None:
             return None
-        return self.value(inner[0], node, path)
+        return self.value(inner[0], node, path, where)
 
     def choice(self, choices: tuple[Any, ...], node: Node, path: str) -> Any:
         if isinstance(node, Scalar):
@@ -105,7 +106,7 @@ class _Decoder:
                 path, f"expected a list of {len(arguments)}, received {node.describe()}", node.where
             )
         pairs = zip(annotations, node.items, strict=True)
-        items = [self.value(a, item, f"{path}[{i}]") for i, (a, item) in enumerate(pairs)]
+        items = [self.value(a, item, f"{path}[{i}]", item.where) for i, (a, item) in enumerate(pairs)]
         return _INVALID if _INVALID in items else tuple(items)
 
     def scalar(self, kind: type, node: Node, path: str) -> Any:
@@ -141,13 +142,13 @@ class _Decoder:
         values: dict[str, Any] = {}
         for key, entry in node.entries.items():
             if key in known:
-                values[key] = self.value(hints[key], entry, _join(path, key))
+                values[key] = self.value(hints[key], entry, _join(path, key), node.key_where[key])
             else:
                 self.unknown(key, list(known), path, node.key_where[key])
                 values[key] = _INVALID
         for name, field in known.items():
             if name not in node.entries and _is_required(field):
-                self.problem(_join(path, name), "required and not given", node.where)
+                self.problem(_join(path, name), "required and not given", self.where.get(path, node.where))
                 values[name] = _INVALID
         if _INVALID in values.values():
             return _INVALID

@@ -11,7 +11,7 @@ and several documents in a file are refused: a reader of a recipe should see eac
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"{path}: expected UTF-8 text, received byte {error.object[error.start]:#x}"
+            f"{path}: expected UTF-8 text, received the byte {error.object[error.start]:#x}"
         ) from error
     except OSError as error:
         raise ConfigError(f"{path}: the recipe cannot be read: {error.strerror}") from error
@@ -117,7 +117,7 @@ class _Parser:
         self.numbered = numbered
         self.text = text
         self.repeated: list[str] = []
-        self.events: Any = None
+        self.events: Iterator[Any] = iter(())
 
     def document(self) -> Node:
         try:
@@ -138,9 +138,9 @@ class _Parser:
             return Scalar(None, "", False, self.source)
         root = self.node(next(self.events), "")
         next(self.events)
-        following: Any = next(self.events)
-        if not isinstance(following, yaml.StreamEndEvent):
-            raise ConfigError(f"{self.where(following.start_mark)}: one document a file; remove the '---'")
+        event = next(self.events)
+        if not isinstance(event, yaml.StreamEndEvent):
+            raise ConfigError(f"{self.where(event.start_mark)}: one document a file; remove the '---'")
         if self.repeated:
             raise ConfigError("\n".join(self.repeated))
         return root
@@ -151,9 +151,7 @@ class _Parser:
     def node(self, event: Any, path: str) -> Node:
         where = self.where(event.start_mark)
         if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
-            raise ConfigError(
-                f"{path or where}: anchors and aliases are not used here; write the value ({where})"
-            )
+            raise ConfigError(f"{path or where}: no anchors and aliases here; write the value ({where})")
         if event.tag is not None:
             raise ConfigError(f"{path or where}: no tags such as {event.tag} here ({where})")
         if isinstance(event, yaml.ScalarEvent):

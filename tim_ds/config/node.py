@@ -119,7 +119,7 @@ def from_python(value: object, where: str = "", path: str = "") -> Node:
                 raise ConfigError(f"{path or 'recipe'}: keys have to be text, received {key!r}")
             entries[key] = from_python(entry, where, f"{path}.{key}" if path else key)
         return Section(entries, where, dict.fromkeys(entries, where))
-    if isinstance(value, Sequence):
+    if isinstance(value, (list, tuple)):
         items = enumerate(cast(Sequence[object], value))
         return Listing(tuple(from_python(item, where, f"{path}[{i}]") for i, item in items), where)
     raise ConfigError(f"{path or 'recipe'}: {type(value).__name__} cannot be a setting, received {value!r}")

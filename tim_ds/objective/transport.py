@@ -114,7 +114,7 @@ class Transport(ABC):
         i = int((~good).flatten().to(torch.int8).argmax())
         raise TimeDomainError(
             f"transport {self.name}: expected {self.T_min} <= r <= t <= {self.T_max}, received "
-            f"t = {t.flatten()[i].item()}, r = {r.flatten()[i].item()} at entry {i} of {t.numel()}"
+            f"t = {t.flatten()[i].item():.8g}, r = {r.flatten()[i].item():.8g} at entry {i} of {t.numel()}"
         )
 
     def D(self, t: Tensor) -> Tensor:

@@ -1,0 +1,162 @@
+"""Captions to the hidden states of a pretrained language model (Gemma, T5), through transformers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_pipeline.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+
+class LanguageModelEncoder:
+    """Final-normed last hidden states of the caption's own tokens, in float32.
+
+    Captions of one call share a forward, padded on the right under a mask; the padding's states are cut off.
+    With a `padding_state` they are replaced by it instead, up to the longest caption of the call, as the
+    released weights were trained: encode the captions of a batch and the empty one together, so that they
+    agree in length.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, *, width: int, max_tokens: int, padding_state: Tensor | None = None
+    ) -> None:
+        if max_tokens < 1:
+            raise DataError(f"data.text_encoder.max_tokens: expected at least 1, received {max_tokens}")
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.padding_state = padding_state
+        self._width = width
+
+    @property
+    def width(self) -> int:
+        return self._width
+
+    def to(self, device: torch.device | str) -> LanguageModelEncoder:
+        """Move the weights to `device`; returns self."""
+        self.model.to(device)
+        return self
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str]) -> list[Tensor]:
+        """float32 [n, width] of each caption, on the CPU. Tokens beyond `max_tokens` are cut, with a warning.
+
+        Raises:
+            DataError: if the tokenizer gives no token at all for a caption.
+        """
+        if not captions:
+            return []
+        tokens = self.tokenizer(
+            list(captions),
+            padding=True,
+            padding_side="right",
+            truncation=True,
+            max_length=self.max_tokens,
+            return_tensors="pt",
+        )
+        lengths = tokens["attention_mask"].sum(dim=1).tolist()
+        for caption, length in zip(captions, lengths, strict=True):
+            self._check_length(caption, length)
+        device = next(self.model.parameters()).device
+        hidden = self.model(
+            input_ids=tokens["input_ids"].to(device), attention_mask=tokens["attention_mask"].to(device)
+        ).last_hidden_state
+        states = [row[:n].float().cpu() for row, n in zip(hidden, lengths, strict=True)]
+        if self.padding_state is None:
+            return states
+        longest = max(lengths)
+        return [torch.cat([s, self.padding_state.expand(longest - len(s), -1)]) for s in states]
+
+    def _check_length(self, caption: str, length: int) -> None:
+        if length == 0:
+            raise DataError(
+                f"caption {caption[:80]!r}: the tokenizer gives no tokens; it must add one of its own"
+            )
+        if length == self.max_tokens:
+            whole = len(self.tokenizer(caption)["input_ids"])
+            if whole > self.max_tokens:
+                logger.warning("caption of %d tokens cut to %d: %.80r", whole, self.max_tokens, caption)
+
+
+def load_gemma(
+    path: str, *, max_tokens: int, constant_padding: bool, dtype: torch.dtype = torch.bfloat16
+) -> LanguageModelEncoder:
+    """A Gemma decoder from a folder or hub name, in bfloat16 as the released weights were trained with.
+
+    Args:
+        path: of a causal or base model with its tokenizer.
+        max_tokens: longest caption.
+        constant_padding: whether to append the padding state of the released weights (`padding_state`).
+        dtype: of the weights.
+    """
+    from transformers import AutoModel, AutoTokenizer
+
+    model = _from_pretrained(AutoModel, path, dtype=dtype)
+    if not model.config.model_type.startswith("gemma"):
+        raise DataError(
+            f"data.text_encoder.path: expected a Gemma model in {path!r}, "
+            f"received {model.config.model_type!r}"
+        )
+    tokenizer = _from_pretrained(AutoTokenizer, path)
+    return LanguageModelEncoder(
+        model,
+        tokenizer,
+        width=model.config.hidden_size,
+        max_tokens=max_tokens,
+        padding_state=padding_state(model, tokenizer.pad_token_id) if constant_padding else None,
+    )
+
+
+def load_t5(path: str, *, max_tokens: int, dtype: torch.dtype = torch.bfloat16) -> LanguageModelEncoder:
+    """The encoder of a T5 model from a folder or hub name."""
+    from transformers import AutoTokenizer
+    from transformers.models.t5 import T5EncoderModel
+
+    model = _from_pretrained(T5EncoderModel, path, dtype=dtype)
+    tokenizer = _from_pretrained(AutoTokenizer, path)
+    return LanguageModelEncoder(model, tokenizer, width=model.config.d_model, max_tokens=max_tokens)
+
+
+def _from_pretrained(kind: Any, path: str, **options: Any) -> Any:
+    try:
+        return kind.from_pretrained(path, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise DataError(
+            f"data.text_encoder.path: cannot load {kind.__name__} from {path!r} ({error}); "
+            f"expected a folder with config.json, safetensors weights and a tokenizer, or a hub name"
+        ) from error
+
+
+@torch.no_grad()
+def padding_state(model: Any, pad_token_id: int) -> Tensor:
+    """float32 [1, width]: what the released TiM weights saw at every padded position of every caption.
+
+    They were trained on FlashAttention, whose output at padded positions is zero: a padding token passes
+    through the feed-forward layers alone, so its state depends on neither caption nor position.
+    """
+    device = next(model.parameters()).device
+    with _silent_attention(model):
+        output = model(input_ids=torch.tensor([[pad_token_id]], device=device))
+    return output.last_hidden_state[0].float().cpu()
+
+
+@contextmanager
+def _silent_attention(model: Any) -> Iterator[None]:
+    """Within, every attention layer outputs zero."""
+
+    def silence(_module: Any, _inputs: Any, output: Any) -> Any:
+        return (torch.zeros_like(output[0]), *output[1:])
+
+    handles = [layer.self_attn.register_forward_hook(silence) for layer in model.layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,192 @@
+"""What a folder of shards holds: counts, sizes, how full packs get, and a contact sheet.
+
+python -m data_pipeline.inspect runs/handwriting --tokens-per-pack 2048 --packs-per-step 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import textwrap
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from data_pipeline.config import AutoencoderConfig
+from data_pipeline.draws import generator
+from data_pipeline.encoders.autoencoder import Autoencoder, build_autoencoder
+from data_pipeline.errors import DataError
+from data_pipeline.index import Index, load_index
+from data_pipeline.packing import Plan
+from data_pipeline.reader import ShardReader
+from data_pipeline.schema import MANIFEST_NAME
+
+TILE_PX = 128
+TEXT_LINES = 3
+LINE_PX = 12
+LINE_CHARACTERS = 20
+
+
+@dataclass(frozen=True)
+class SizeRow:
+    """Samples of one size in latent cells."""
+
+    height: int
+    width: int
+    count: int
+
+
+def size_histogram(index: Index) -> list[SizeRow]:
+    """How many samples have each size, most frequent first."""
+    columns = index.columns
+    counts = Counter(zip(columns["height"].tolist(), columns["width"].tolist(), strict=True))
+    return [SizeRow(h, w, n) for (h, w), n in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
+
+
+def report(
+    index: Index, *, patch_size: int, tokens_per_pack: int, packs_per_step: int, rows: int = 20
+) -> str:
+    """The text that the command prints."""
+    columns = index.columns
+    lengths = index.grids(patch_size).prod(axis=1)
+    stored = columns["size"].sum()
+    lines = [
+        f"{index.folder}",
+        f"samples          {len(index)}",
+        f"shards           {len(index.shards)}, {sum(index.shard_bytes) / 2**20:.1f} MiB",
+        f"index            {index.hash}",
+        f"latents          {index.channels} channels, "
+        f"{columns['latent_size'].sum() / stored:.0%} of the bytes",
+    ]
+    if index.has_text:
+        text = columns["text_length"]
+        lines.append(
+            f"captions         {text.min()} to {text.max()} tokens, mean {text.mean():.1f}, "
+            f"width {index.text_width}, {columns['text_size'].sum() / stored:.0%} of the bytes"
+        )
+    else:
+        lines.append(
+            f"classes          {index.num_classes}, {len(np.unique(columns['label']))} of them present"
+        )
+    lines.append(
+        f"image tokens     {lengths.min()} to {lengths.max()}, mean {lengths.mean():.1f}, "
+        f"total {lengths.sum()}"
+    )
+    sizes = size_histogram(index)
+    lines.append(f"sizes            {len(sizes)} (height x width in latent cells)")
+    for row in sizes[:rows]:
+        share = row.count / len(index)
+        lines.append(
+            f"  {row.height:>5} x {row.width:<5} {row.count:>9}  {share:6.1%}  {'#' * round(40 * share)}"
+        )
+    if len(sizes) > rows:
+        lines.append(f"  and {len(sizes) - rows} more")
+    plan = Plan(lengths, tokens_per_pack=tokens_per_pack, packs_per_step=packs_per_step, seed=0)
+    lines += [
+        f"packs            {packs_per_step} of {tokens_per_pack} tokens a step, "
+        f"{plan.steps_per_epoch} steps an epoch",
+        f"fill             {plan.fill():.2%}",
+        f"slowest pack     {plan.balance():.3f} x the mean cost of its step",
+        f"left out         {plan.left_out_per_epoch} samples an epoch",
+    ]
+    return "\n".join(lines)
+
+
+def contact_sheet(
+    index: Index, autoencoder: Autoencoder, *, count: int, seed: int, columns: int = 8
+) -> Image.Image:
+    """Decoded samples with their captions or labels, drawn by `seed`."""
+    count = min(count, len(index))
+    chosen = np.sort(generator(seed, "inspect.sheet", 0, 0).permutation(len(index))[:count])
+    reader = ShardReader(index)
+    step_x, step_y = TILE_PX + 8, TILE_PX + TEXT_LINES * LINE_PX + 12
+    sheet = Image.new("RGB", (min(columns, count) * step_x, -(-count // columns) * step_y), "white")
+    draw = ImageDraw.Draw(sheet)
+    for place, sample_id in enumerate(chosen.tolist()):
+        x, y = place % columns * step_x + 4, place // columns * step_y + 4
+        sample = reader.read(sample_id)
+        caption = reader.read_meta(sample_id).get("caption")
+        text = str(caption) if caption is not None else index.key(sample_id)
+        if sample.label is not None:
+            text = f"class {sample.label}"
+        sheet.paste(_tile(autoencoder, sample.latent), (x, y))
+        wrapped = textwrap.wrap(text, LINE_CHARACTERS)[:TEXT_LINES]
+        draw.multiline_text((x, y + TILE_PX + 2), "\n".join(wrapped), fill="black", spacing=1)
+    reader.close()
+    return sheet
+
+
+def _tile(autoencoder: Autoencoder, latent: torch.Tensor) -> Image.Image:
+    pixels = autoencoder.decode(latent.to(torch.float32)[None])[0]
+    levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    picture = Image.fromarray(levels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
+    scale = TILE_PX / max(picture.size)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    # Enlarged pixels stay square; large pictures are averaged down.
+    tile = picture.resize(size, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BOX)
+    framed = Image.new("RGB", (TILE_PX, TILE_PX), "lightgrey")
+    framed.paste(tile, (0, 0))
+    return framed
+
+
+def manifest_autoencoder(folder: Path) -> AutoencoderConfig:
+    """The autoencoder that made the shards, from their manifest.
+
+    Raises:
+        DataError: if there is no manifest or it names none.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        return AutoencoderConfig(**json.loads(path.read_text())["autoencoder"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path}: does not say which autoencoder made the latents ({error!r}); use --no-sheet"
+        ) from error
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line: describe a folder of shards."""
+    parser = argparse.ArgumentParser(prog="python -m data_pipeline.inspect", description=main.__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--patch-size", type=int, default=1, help="latent cells a side of a token")
+    parser.add_argument(
+        "--tokens-per-pack", type=int, default=None, help="budget (default: 4 of the largest image)"
+    )
+    parser.add_argument("--packs-per-step", type=int, default=1)
+    parser.add_argument("--samples", type=int, default=32, help="pictures on the contact sheet")
+    parser.add_argument("--seed", type=int, default=0, help="chooses the pictures")
+    parser.add_argument(
+        "--sheet", type=Path, default=None, help="PNG to write (default: FOLDER/contact_sheet.png)"
+    )
+    parser.add_argument("--no-sheet", action="store_true")
+    options = parser.parse_args(arguments)
+    try:
+        index = load_index(options.folder)
+        largest = int(index.grids(options.patch_size).prod(axis=1).max())
+        print(
+            report(
+                index,
+                patch_size=options.patch_size,
+                tokens_per_pack=options.tokens_per_pack or 4 * largest,
+                packs_per_step=options.packs_per_step,
+            )
+        )
+        if not options.no_sheet:
+            path = options.sheet or options.folder / "contact_sheet.png"
+            autoencoder = build_autoencoder(manifest_autoencoder(options.folder))
+            contact_sheet(index, autoencoder, count=options.samples, seed=options.seed).save(path)
+            print(f"contact sheet    {path}")
+    except (DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

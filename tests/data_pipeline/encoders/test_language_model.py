@@ -1,0 +1,167 @@
+"""Gemma and T5 states, from tiny random models saved in the format of the released ones."""
+
+import logging
+import shutil
+from typing import Any
+
+import pytest
+import torch
+
+from data_pipeline.config import TextEncoderConfig
+from data_pipeline.encoders.language_model import LanguageModelEncoder, load_gemma, load_t5
+from data_pipeline.encoders.text import build_text_encoder
+from data_pipeline.errors import DataError
+
+WORDS = ["<pad>", "<eos>", "<bos>", "<unk>", "a", "three", "above", "seven", "gap"]
+CAPTIONS = ["a three above a seven", "", "a gap"]
+
+
+def save_tokenizer(folder: Any, template: str) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: n for n, word in enumerate(WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]  # a setter of the Rust class
+    tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]  # likewise
+        single=template, special_tokens=[("<bos>", 2), ("<eos>", 1)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
+    ).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def gemma_folder(tmp_path_factory):
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("gemma")
+    config = Gemma3TextConfig(
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        max_position_embeddings=64,
+    )
+    # Saved as a causal model, as the released one is: the adapter must find the decoder inside.
+    Gemma3ForCausalLM(config).save_pretrained(folder)
+    save_tokenizer(folder, "<bos> $A")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def t5_folder(tmp_path_factory):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("t5")
+    config = T5Config(vocab_size=len(WORDS), d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2)
+    config.decoder_start_token_id = 0
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    save_tokenizer(folder, "$A <eos>")
+    return folder
+
+
+def gemma(folder: Any, *, constant_padding: bool = False, max_tokens: int = 16) -> LanguageModelEncoder:
+    # float32: the comparisons below are about which states are taken, not about rounding.
+    return load_gemma(
+        str(folder), max_tokens=max_tokens, constant_padding=constant_padding, dtype=torch.float32
+    )
+
+
+def test_gemma_states_are_the_final_hidden_states_of_the_real_tokens(gemma_folder):
+    from transformers import Gemma3ForCausalLM
+
+    encoder = gemma(gemma_folder)
+    assert encoder.width == 16
+    causal = Gemma3ForCausalLM.from_pretrained(gemma_folder, dtype=torch.float32).eval()
+    states = encoder.encode(CAPTIONS)
+    assert [tuple(s.shape) for s in states] == [(6, 16), (1, 16), (3, 16)]
+    for caption, received in zip(CAPTIONS, states, strict=True):
+        ids = torch.tensor([[2, *(WORDS.index(word) for word in caption.split())]])
+        with torch.no_grad():
+            expected = causal(input_ids=ids, output_hidden_states=True).hidden_states[-1][0]
+        # Alone against padded in a batch: float32 sums of 24 terms in another order.
+        torch.testing.assert_close(received, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_t5_states_are_those_of_the_encoder(t5_folder):
+    encoder = load_t5(str(t5_folder), max_tokens=16, dtype=torch.float32)
+    assert encoder.width == 16
+    together = encoder.encode(CAPTIONS)
+    assert [len(s) for s in together] == [6, 1, 3]
+    for caption, received in zip(CAPTIONS, together, strict=True):
+        # Alone against padded in a batch, as above.
+        torch.testing.assert_close(received, encoder.encode([caption])[0], rtol=1e-5, atol=1e-5)
+
+
+def test_constant_padding_fills_up_to_the_longest_caption(gemma_folder):
+    plain = gemma(gemma_folder).encode(CAPTIONS)
+    encoder = gemma(gemma_folder, constant_padding=True)
+    padded = encoder.encode(CAPTIONS)
+    assert [len(s) for s in padded] == [6, 6, 6]
+    assert encoder.padding_state is not None
+    for short, long in zip(plain, padded, strict=True):
+        assert torch.equal(long[: len(short)], short)
+        assert torch.equal(long[len(short) :], encoder.padding_state.expand(6 - len(short), -1))
+
+
+def test_the_padding_state_is_the_path_without_attention(gemma_folder):
+    encoder = gemma(gemma_folder, constant_padding=True)
+    model = encoder.model
+    with torch.no_grad():
+        # The token's embedding through each layer's feed-forward branch, by hand.
+        x = model.embed_tokens(torch.tensor([[0]]))
+        for layer in model.layers:
+            x = x + layer.post_feedforward_layernorm(layer.mlp(layer.pre_feedforward_layernorm(x)))
+        expected = model.norm(x)[0]
+    # The same float32 operations.
+    torch.testing.assert_close(encoder.padding_state, expected, rtol=1e-6, atol=1e-6)
+    assert not any(layer.self_attn._forward_hooks for layer in model.layers), "hooks must be gone"
+
+
+def test_released_precision_is_the_default(gemma_folder):
+    encoder = build_text_encoder(TextEncoderConfig(kind="gemma", path=str(gemma_folder), padding="constant"))
+    assert isinstance(encoder, LanguageModelEncoder)
+    parameters = list(encoder.model.parameters())
+    assert all(p.dtype == torch.bfloat16 and not p.requires_grad for p in parameters)
+    states = encoder.encode(["a gap"])[0]
+    assert states.dtype == torch.float32 and bool(states.isfinite().all())
+
+
+def test_a_long_caption_is_cut_with_a_warning_that_names_it(gemma_folder, caplog):
+    encoder = gemma(gemma_folder, max_tokens=4)
+    with caplog.at_level(logging.WARNING):
+        assert len(encoder.encode(["a three a"])[0]) == 4
+        assert "cut" not in caplog.text
+        assert len(encoder.encode(["a three above a seven"])[0]) == 4
+    assert "caption of 6 tokens cut to 4: 'a three above" in caplog.text
+
+
+def test_no_captions_give_no_states(gemma_folder):
+    assert gemma(gemma_folder).encode([]) == []
+
+
+@pytest.mark.parametrize("kind", ["words", "t5"])
+def test_constant_padding_belongs_to_gemma(kind):
+    with pytest.raises(DataError, match=rf"padding: 'constant'.*{kind} has none"):
+        build_text_encoder(TextEncoderConfig(kind=kind, path="unused", padding="constant"))
+
+
+def test_another_model_is_refused_by_name(t5_folder, tmp_path):
+    with pytest.raises(DataError, match=r"expected a Gemma model in .* received 't5'"):
+        gemma(t5_folder)
+    with pytest.raises(DataError, match=r"data\.text_encoder\.path: cannot load AutoModel from"):
+        gemma(tmp_path)
+
+
+def test_a_tokenizer_that_gives_nothing_for_the_empty_caption_is_refused(gemma_folder, tmp_path):
+    folder = shutil.copytree(gemma_folder, tmp_path / "bare")
+    save_tokenizer(folder, "$A")
+    with pytest.raises(DataError, match="caption '': the tokenizer gives no tokens"):
+        gemma(folder).encode(["", "a gap"])

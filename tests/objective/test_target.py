@@ -1,0 +1,92 @@
+"""The target of a pack: who takes part in the derivative, and calls that do not depend on the draw."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.objective.networks import TRANSPORTS, SmoothNetwork
+from tim_ds.objective.config import GuidedTargetConfig, ObjectiveConfig
+from tim_ds.objective.derivative import central_difference
+from tim_ds.objective.target import transition_target
+from tim_ds.objective.time_sampling import Times
+from tim_ds.packed import ClassCondition, Segments
+
+T = [0.9, 0.4, 0.6, 0.8]
+NULL = ClassCondition(torch.full((4,), 4))
+
+
+def pack(r: list[float]):
+    generator = torch.Generator().manual_seed(30)
+    transport = TRANSPORTS["trigflow"]
+    segments = Segments.from_grids([(2, 2), (1, 3), (2, 1), (3, 2)])
+    x, z = torch.randn(2, segments.num_tokens, 4, generator=generator, dtype=torch.float64)
+    times = Times.from_tensors(transport, torch.tensor(T).double(), torch.tensor(r).double())
+    x_t = transport.interpolate(x, z, segments.expand(times.t_S)[:, None])
+    return transport, x, z, x_t, times, segments, ClassCondition(torch.arange(4))
+
+
+def test_only_segments_with_r_below_t_enter_the_derivative() -> None:
+    transport, x, z, x_t, times, segments, condition = pack([0.9, 0.1, 0.6, 0.3])
+    network = SmoothNetwork(4)
+    received = transition_target(network, transport, ObjectiveConfig(), x, z, x_t, times, segments, condition)
+    (call,) = network.calls
+    assert call.segments.grids == ((1, 3), (3, 2), (1, 3), (3, 2))
+    dF = central_difference(network, transport, x, z, times, segments, condition, (1, 3), None)
+    local = segments.split(transport.diffusion_target(x, z, segments.expand(times.t_S)[:, None]))
+    parts = segments.split(received)
+    assert torch.equal(parts[0], local[0]) and torch.equal(parts[2], local[2])
+    for i, dF_i in ((1, dF[:3]), (3, dF[3:])):
+        tangent = torch.tan(times.t_S[i] - times.r_S[i])
+        # Eq. 9 on TrigFlow, where the slope of the diffusion target is -x_t.
+        expected = local[i] - tangent * (segments.split(x_t)[i] + dF_i)
+        torch.testing.assert_close(parts[i], expected, rtol=1e-12, atol=1e-12)
+    assert not received.requires_grad
+
+
+@pytest.mark.parametrize("guided", [None, GuidedTargetConfig(start=0.5, end=0.5)], ids=["plain", "guided"])
+def test_the_sequence_of_calls_does_not_depend_on_the_draw(guided: GuidedTargetConfig | None) -> None:
+    counts = []
+    for r in ([0.9, 0.4, 0.6, 0.8], [0.9, 0.4, 0.6, 0.0], [0.1, 0.1, 0.1, 0.1]):
+        transport, x, z, x_t, times, segments, condition = pack(r)
+        network, teacher = SmoothNetwork(4), SmoothNetwork(4)
+        config = ObjectiveConfig(guided_target=guided)
+        transition_target(
+            network,
+            transport,
+            config,
+            x,
+            z,
+            x_t,
+            times,
+            segments,
+            condition,
+            teacher=teacher,
+            null_condition=NULL,
+        )
+        counts.append((len(network.calls), len(teacher.calls)))
+    assert counts == [(1, 0 if guided is None else 1)] * 3
+
+
+def test_without_transitions_the_derivative_is_made_on_segment_0_and_has_no_effect() -> None:
+    transport, x, z, x_t, times, segments, condition = pack(T)
+    network = SmoothNetwork(4)
+    received = transition_target(network, transport, ObjectiveConfig(), x, z, x_t, times, segments, condition)
+    assert network.calls[0].segments.grids == ((2, 2), (2, 2))
+    assert torch.equal(received, transport.diffusion_target(x, z, segments.expand(times.t_S)[:, None]))
+
+
+def test_a_derivative_that_is_not_used_cannot_spoil_the_target() -> None:
+    transport, x, z, x_t, times, segments, condition = pack(T)
+    network = SmoothNetwork(4)
+    torch.nn.init.constant_(network.outward, float("nan"))
+    received = transition_target(network, transport, ObjectiveConfig(), x, z, x_t, times, segments, condition)
+    assert len(network.calls) == 1 and received.isfinite().all()
+
+
+def test_flow_matching_never_asks_for_a_derivative() -> None:
+    transport, x, z, x_t, times, segments, condition = pack(T)
+    network = SmoothNetwork(4)
+    config = ObjectiveConfig(diffusion_share=1.0)
+    transition_target(network, transport, config, x, z, x_t, times, segments, condition)
+    assert network.calls == []
