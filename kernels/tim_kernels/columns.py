@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 MAX_BLOCKS = 3
+MAX_WARPS = 16
 
 
 def column_blocks(width: int) -> tuple[tuple[int, int], ...]:
@@ -34,17 +35,12 @@ def column_blocks(width: int) -> tuple[tuple[int, int], ...]:
     return tuple(blocks)
 
 
-def warps_for_row(width: int) -> int:
-    """Warps of a program that works on one row at a time: 8 to 16 elements a thread, 16 bytes in bfloat16."""
-    warps = 1
-    while warps < 16 and width > warps * 512:
-        warps *= 2
-    return warps
-
-
-def row_options(width: int) -> dict[str, Any]:
+def row_options(width: int, columns_per_warp: int) -> dict[str, Any]:
     """Compile-time arguments and warps of a kernel that works on one row of `width` columns at a time."""
-    return {"D": width, "BLOCKS": column_blocks(width), "num_warps": warps_for_row(width)}
+    warps = 1
+    while warps < MAX_WARPS and width > warps * columns_per_warp:
+        warps *= 2
+    return {"D": width, "BLOCKS": column_blocks(width), "num_warps": warps}
 
 
 @triton.jit

@@ -3,9 +3,9 @@
 S segments, K chunks, W columns.
 """
 
-# A launch takes options that are no parameters of the kernel.
-# pyright: reportCallIssue=false
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -15,8 +15,7 @@ from torch import Tensor
 from tim_kernels.chunks import ChunkPlan
 
 COLUMNS = 64
-CHUNKS_AT_ONCE = 32
-NUM_WARPS = 4
+OPTIONS: dict[str, Any] = {"COLUMNS": COLUMNS, "CHUNKS_AT_ONCE": 32, "num_warps": 4}
 
 
 @triton.jit
@@ -55,8 +54,6 @@ def segment_sum(partial_KW: Tensor, plan: ChunkPlan) -> Tensor:
             plan.first_chunk,
             out,
             num_columns,
-            COLUMNS=COLUMNS,
-            CHUNKS_AT_ONCE=CHUNKS_AT_ONCE,
-            num_warps=NUM_WARPS,
+            **OPTIONS,
         )
     return out

@@ -5,6 +5,8 @@ T tokens, S segments, D width, K chunks.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -27,6 +29,18 @@ from tim_kernels.columns import (
     zero_row,
 )
 from tim_kernels.segment_sum import segment_sum
+
+FORWARD_COLUMNS_PER_WARP = 512
+# A row of the backward holds four inputs and three running sums; at 384 columns a warp sm_80 spills.
+BACKWARD_COLUMNS_PER_WARP = 320
+
+
+def forward_options(width: int) -> dict[str, Any]:
+    return row_options(width, FORWARD_COLUMNS_PER_WARP)
+
+
+def backward_options(width: int) -> dict[str, Any]:
+    return row_options(width, BACKWARD_COLUMNS_PER_WARP)
 
 
 @triton.jit
@@ -181,7 +195,7 @@ def launch_forward(
             shift_SD.stride(0),
             scale_SD.stride(0),
             eps,
-            **row_options(x_TD.shape[1]),
+            **forward_options(x_TD.shape[1]),
         )
     return x_TD if x_new is None else x_new, h, statistics
 
@@ -226,6 +240,6 @@ def launch_backward(
             0 if branch_TD is None else branch_TD.stride(0),
             0 if gate_SD is None else gate_SD.stride(0),
             scale_SD.stride(0),
-            **row_options(width),
+            **backward_options(width),
         )
     return d_x, d_branch, segment_sum(partial, plan)

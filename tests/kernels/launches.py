@@ -1,0 +1,78 @@
+"""What the ops hand to Triton: every launch of a forward and backward at the shipped widths, recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tim_kernels import ChunkPlan, modulated_layer_norm, use_path
+from tim_kernels.shipped import variants
+
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """types: of the tensors.  constants: compile-time values, and None for absent tensors."""
+
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    num_warps: int
+
+
+def record_launches(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...] = (3, 2)
+) -> list[Launch]:
+    """Run every op in its shipped forms and return its launches. Kernels still run."""
+    launches: list[Launch] = []
+    with monkeypatch.context() as patch:
+        for kernel in {id(v.kernel): v.kernel for v in variants()}.values():
+            patch.setattr(kernel, "run", _spy(kernel, launches))
+        with use_path("triton"):
+            _modulated_layer_norm(lengths, device)
+    return launches
+
+
+def _spy(kernel: Any, launches: list[Launch]) -> Callable[..., Any]:
+    run = kernel.run
+
+    def spied(*args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        given = {**dict(zip(kernel.arg_names, args, strict=False)), **options}
+        types = {n: TYPES[x.dtype] for n, x in given.items() if isinstance(x, Tensor)}
+        compiled = {n: given[n] for n in kernel.arg_names if given[n] is None or n.isupper()}
+        launches.append(Launch(kernel, types, compiled, options["num_warps"]))
+        return run(*args, grid=grid, warmup=warmup, **options)
+
+    return spied
+
+
+def _leaf(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.ones(shape, dtype=dtype, device=device, requires_grad=True)
+
+
+def _modulated_layer_norm(lengths: tuple[int, ...], device: torch.device) -> None:
+    plan = ChunkPlan.from_lengths(lengths, device=device)
+    rows, segments = sum(lengths), len(lengths)
+    fp32, bf16 = torch.float32, torch.bfloat16
+    for width, stream, stored, residual in (
+        (1152, fp32, bf16, True),
+        (1152, bf16, bf16, True),
+        (1152, fp32, bf16, False),
+        (1152, fp32, fp32, False),
+        (768, fp32, bf16, True),
+    ):
+        gate, shift, scale = (_leaf(segments, width, dtype=fp32, device=device) for _ in range(3))
+        x = _leaf(rows, width, dtype=stream, device=device)
+        branch = _leaf(rows, width, dtype=stored, device=device) if residual else None
+        x_new, h = modulated_layer_norm(
+            x, branch, gate if residual else None, shift, scale, plan, h_dtype=stored
+        )
+        # The final layer's x' goes nowhere but into its norm.
+        outputs = [h] if stored == fp32 else [x_new, h]
+        torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
