@@ -6,5 +6,6 @@ Depends on torch alone; Triton is imported when a Triton path first runs.
 from tim_kernels.chunks import ChunkPlan
 from tim_kernels.dispatch import path_taken, use_path
 from tim_kernels.modulated_layer_norm import modulated_layer_norm
+from tim_kernels.swiglu import swiglu, swiglu_packed
 
-__all__ = ["ChunkPlan", "modulated_layer_norm", "path_taken", "use_path"]
+__all__ = ["ChunkPlan", "modulated_layer_norm", "path_taken", "swiglu", "swiglu_packed", "use_path"]

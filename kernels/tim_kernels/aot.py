@@ -53,6 +53,8 @@ class Resources:
     traps: int
     narrow_offsets: int
     """Products of a row stride in 32 bits: they would wrap beyond 2^31 elements."""
+    specialised_lengths: int
+    """Run-time lengths (num_*) on whose value Triton would compile anew."""
 
 
 def compile_variant(variant: Variant, architecture: int) -> Resources:
@@ -69,11 +71,12 @@ def compile_variant(variant: Variant, architecture: int) -> Resources:
     if not isinstance(variant.kernel, JITFunction):
         raise RuntimeError("TRITON_INTERPRET is set: start a process without it to compile kernels")
     names = variant.kernel.arg_names
+    unspecialised = {p.name for p in variant.kernel.params if p.do_not_specialize}
     signature = {n: "constexpr" if n in variant.constants else variant.types[n] for n in names}
     divided = {
         (i,): [["tt.divisibility", 16]]
         for i, n in enumerate(names)
-        if signature[n].startswith("*") or (signature[n].startswith("i") and n not in variant.undivided)
+        if signature[n].startswith("*") or (signature[n].startswith("i") and n not in unspecialised)
     }
     source = ASTSource(
         fn=variant.kernel,
@@ -84,7 +87,8 @@ def compile_variant(variant: Variant, architecture: int) -> Resources:
     compiled = triton.compile(
         source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": variant.num_warps}
     )
-    return _read(compiled.asm, compiled.metadata.shared)
+    lengths = {n for n in names if n.startswith("num_")} - unspecialised
+    return _read(compiled.asm, compiled.metadata.shared, len(lengths))
 
 
 def faults(variant: Variant, architecture: int, found: Resources, recorded: Resources | None) -> list[str]:
@@ -101,6 +105,8 @@ def faults(variant: Variant, architecture: int, found: Resources, recorded: Reso
         wrong.append("no matrix instructions")
     if found.narrow_offsets:
         wrong.append(f"{found.narrow_offsets} products of a row stride in 32 bits")
+    if found.specialised_lengths:
+        wrong.append(f"{found.specialised_lengths} lengths are not in do_not_specialize")
     if recorded is not None and found.registers > recorded.registers + REGISTER_MARGIN:
         wrong.append(f"{found.registers} registers, on record {recorded.registers}")
     return [f"{variant.name}, sm_{architecture}: {text}" for text in wrong]
@@ -159,7 +165,7 @@ def format_table(table: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _read(asm: dict[str, Any], shared_bytes: int) -> Resources:
+def _read(asm: dict[str, Any], shared_bytes: int, specialised_lengths: int) -> Resources:
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -190,6 +196,7 @@ def _read(asm: dict[str, Any], shared_bytes: int) -> Resources:
         matrix=count(_MATRIX),
         traps=count(("BPT",)),
         narrow_offsets=len(re.findall(r"arith\.muli [^\n]*%\w*_stride\b[^\n]*: i32", asm["ttir"])),
+        specialised_lengths=specialised_lengths,
     )
 
 

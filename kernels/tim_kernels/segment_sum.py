@@ -23,7 +23,7 @@ def segment_sum_kernel(
     partial_ptr,
     first_chunk_ptr,
     out_ptr,
-    num_columns,
+    row_size,
     COLUMNS: tl.constexpr,
     CHUNKS_AT_ONCE: tl.constexpr,
 ):
@@ -36,9 +36,9 @@ def segment_sum_kernel(
     total = tl.zeros((CHUNKS_AT_ONCE, COLUMNS), tl.float32)
     for start in range(begin, end, CHUNKS_AT_ONCE):
         chunk = (start + row).to(tl.int64)
-        mask = (chunk < end)[:, None] & (column < num_columns)[None, :]
-        total += tl.load(partial_ptr + chunk[:, None] * num_columns + column[None, :], mask=mask, other=0.0)
-    tl.store(out_ptr + segment * num_columns + column, tl.sum(total, 0), mask=column < num_columns)
+        mask = (chunk < end)[:, None] & (column < row_size)[None, :]
+        total += tl.load(partial_ptr + chunk[:, None] * row_size + column[None, :], mask=mask, other=0.0)
+    tl.store(out_ptr + segment * row_size + column, tl.sum(total, 0), mask=column < row_size)
 
 
 def segment_sum(partial_KW: Tensor, plan: ChunkPlan) -> Tensor:
@@ -46,14 +46,14 @@ def segment_sum(partial_KW: Tensor, plan: ChunkPlan) -> Tensor:
     out = torch.empty(
         (plan.num_segments, *partial_KW.shape[1:]), dtype=torch.float32, device=partial_KW.device
     )
-    num_columns = out[0].numel() if plan.num_segments else 0
-    if num_columns:
-        grid = (plan.num_segments, triton.cdiv(num_columns, COLUMNS))
+    row_size = out[0].numel() if plan.num_segments else 0
+    if row_size:
+        grid = (plan.num_segments, triton.cdiv(row_size, COLUMNS))
         segment_sum_kernel[grid](
             partial_KW,
             plan.first_chunk,
             out,
-            num_columns,
+            row_size,
             **OPTIONS,
         )
     return out

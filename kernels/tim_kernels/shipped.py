@@ -5,11 +5,12 @@ Widths are those of the authors' networks: 1152 (XL) and 768 (B). A new kernel a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from tim_kernels import segment_sum
 from tim_kernels.modulated_layer_norm import kernel as norm
+from tim_kernels.swiglu import kernel as swiglu
 
 _INT32_POINTERS = ("chunks_ptr", "first_chunk_ptr")
 
@@ -32,8 +33,6 @@ class Variant:
     """Fewest 128-bit loads that the machine code must hold."""
     matrix: bool = False
     """Whether it is meant to run on the tensor cores."""
-    undivided: frozenset[str] = field(default_factory=frozenset)
-    """Integer arguments that need not be divisible by 16; pointers and strides are taken to be."""
 
     @property
     def name(self) -> str:
@@ -41,7 +40,7 @@ class Variant:
 
 
 def variants() -> list[Variant]:
-    return [*_segment_sum(), *_modulated_layer_norm()]
+    return [*_segment_sum(), *_modulated_layer_norm(), *_swiglu()]
 
 
 def _variant(
@@ -73,7 +72,7 @@ def _segment_sum() -> list[Variant]:
             segment_sum.segment_sum_kernel,
             {"partial": "fp32", "out": "fp32"},
             segment_sum.OPTIONS,
-            types={"num_columns": "i32"},
+            types={"row_size": "i32"},
             wide_loads=1,
         )
     ]
@@ -131,4 +130,33 @@ def _modulated_layer_norm() -> list[Variant]:
                 wide_loads=3 if width == 768 or not residual else 5,
             )
         )
+    return found
+
+
+def _swiglu() -> list[Variant]:
+    """The MLP (3072, in the same tiles as 2048 and 4608) and the AdaLN generators (384 and 576)."""
+    found = []
+    for width, stored in ((3072, "bf16"), (384, "fp32"), (576, "fp32")):
+        label = f"width {width}, {stored}"
+        pointers: dict[str, str | None] = dict.fromkeys(
+            ("gate", "up", "out", "d_out", "d_gate", "d_up"), stored
+        )
+        options, rows = swiglu.tile_options(width), {"num_rows": "i32"}
+        # Two vectors of bfloat16, or four of float32, for each input.
+        vectors = 2 if stored == "bf16" else 4
+        forward, backward = swiglu.forward_kernel, swiglu.backward_kernel
+        found += [
+            _variant(
+                "swiglu", f"forward: {label}", forward, pointers, options, types=rows, wide_loads=2 * vectors
+            ),
+            _variant(
+                "swiglu",
+                f"backward: {label}",
+                backward,
+                pointers,
+                options,
+                types=rows,
+                wide_loads=3 * vectors,
+            ),
+        ]
     return found

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tim_kernels import ChunkPlan, modulated_layer_norm, use_path
+from tim_kernels import ChunkPlan, modulated_layer_norm, swiglu, swiglu_packed, use_path
 from tim_kernels.shipped import variants
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
@@ -36,6 +36,7 @@ def record_launches(
             patch.setattr(kernel, "run", _spy(kernel, launches))
         with use_path("triton"):
             _modulated_layer_norm(lengths, device)
+            _swiglu(sum(lengths), device)
     return launches
 
 
@@ -76,3 +77,11 @@ def _modulated_layer_norm(lengths: tuple[int, ...], device: torch.device) -> Non
         # The final layer's x' goes nowhere but into its norm.
         outputs = [h] if stored == fp32 else [x_new, h]
         torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
+
+
+def _swiglu(rows: int, device: torch.device) -> None:
+    packed = _leaf(rows, 2 * 3072, dtype=torch.bfloat16, device=device)
+    swiglu_packed(packed).backward(torch.ones(rows, 3072, dtype=torch.bfloat16, device=device))
+    for width in (384, 576):
+        gate, up = (_leaf(rows, width, dtype=torch.float32, device=device) for _ in range(2))
+        swiglu(gate, up).backward(torch.ones_like(gate))

@@ -54,6 +54,7 @@ GOOD = aot.Resources(
     matrix=0,
     traps=0,
     narrow_offsets=0,
+    specialised_lengths=0,
 )
 BAD = {
     "spill": ({"spills": 3}, "3 spills"),
@@ -62,6 +63,7 @@ BAD = {
     "narrow loads": ({"wide_loads": 4}, "4 loads of 128 bits, expected at least 5"),
     "no tensor cores": ({"matrix": 0}, "no matrix instructions"),
     "32-bit rows": ({"narrow_offsets": 2}, "2 products of a row stride in 32 bits"),
+    "recompilation": ({"specialised_lengths": 1}, "1 lengths are not in do_not_specialize"),
     "growth": ({"registers": 73}, "73 registers, on record 64"),
 }
 
