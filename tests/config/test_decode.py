@@ -112,6 +112,8 @@ def test_whole_number_for_a_float_field_becomes_a_float():
         ("count: 1,000", ["count: expected a whole number", "without separators"]),
         ("count: 0x10", ["count: expected a whole number", "in decimal"]),
         ("count: 12:30", ["count: expected a whole number", "base-60"]),
+        ("count: " + "9" * 19, ["count: expected a whole number, received the number 999"]),
+        ("count: " + "9" * 5000, ["count: expected a whole number, received the number 999"]),
         ("count: null", ["count: expected a whole number, received nothing (null)"]),
         ("count: [1]", ["count: expected a whole number, received a list of 1"]),
         ("count: {a: 1}", ["count: expected a whole number, received a section with the keys a"]),
@@ -226,6 +228,7 @@ def test_plain_python_values_are_checked_like_a_file():
     ("values", "message"),
     [
         ({"rate": float("nan")}, "rate: expected a finite number"),
+        ({"count": 10**400}, "count: expected a whole number of at most 18 digits"),
         ({"inner": {3: 1}}, "inner: keys have to be text"),
         ({"names": ["a", object()]}, r"names\[1\]: object cannot be a setting"),
         ({"names": b"ab"}, "names: bytes cannot be a setting"),

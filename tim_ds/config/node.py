@@ -15,7 +15,8 @@ from typing import cast
 
 from tim_ds.errors import ConfigError
 
-_INT = re.compile(r"[-+]?(0|[1-9][0-9]*)")
+# Up to 18 digits: what every integer type downstream can hold.
+_INT = re.compile(r"[-+]?(0|[1-9][0-9]{0,17})")
 _FLOAT = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
 _NULLS = frozenset({"", "~", "null", "Null", "NULL"})
 _BOOLEANS_OF_YAML_1_1 = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false"})
@@ -109,6 +110,8 @@ def from_python(value: object, where: str = "", path: str = "") -> Node:
     if value is None or isinstance(value, bool):
         return Scalar(value, "null" if value is None else str(value).lower(), False, where)
     if isinstance(value, (int, float)):
+        if isinstance(value, int) and abs(value) >= 10**18:
+            raise ConfigError(f"{path or 'recipe'}: expected a whole number of at most 18 digits")
         if not math.isfinite(value):
             raise ConfigError(f"{path or 'recipe'}: expected a finite number, received {value}")
         return Scalar(value, repr(value), False, where)
