@@ -7,5 +7,15 @@ from tim_kernels.chunks import ChunkPlan
 from tim_kernels.dispatch import path_taken, use_path
 from tim_kernels.modulated_layer_norm import modulated_layer_norm
 from tim_kernels.swiglu import swiglu, swiglu_packed
+from tim_kernels.transition_loss import TargetCoefficients, transition_loss
 
-__all__ = ["ChunkPlan", "modulated_layer_norm", "path_taken", "swiglu", "swiglu_packed", "use_path"]
+__all__ = [
+    "ChunkPlan",
+    "TargetCoefficients",
+    "modulated_layer_norm",
+    "path_taken",
+    "swiglu",
+    "swiglu_packed",
+    "transition_loss",
+    "use_path",
+]

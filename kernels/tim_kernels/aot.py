@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,14 +113,14 @@ def faults(variant: Variant, architecture: int, found: Resources, recorded: Reso
     return [f"{variant.name}, sm_{architecture}: {text}" for text in wrong]
 
 
-def compile_all() -> dict[str, Any]:
-    """The table: compiler versions, and the resources of each variant by architecture."""
+def compile_all(architectures: Sequence[int] = ARCHITECTURES) -> dict[str, Any]:
+    """The table: compiler version, architectures, and the resources of each variant by architecture."""
     import triton
 
     from tim_kernels.shipped import variants
 
-    table = {v.name: {f"sm_{a}": asdict(compile_variant(v, a)) for a in ARCHITECTURES} for v in variants()}
-    return {"triton": triton.__version__, "variants": table}
+    table = {v.name: {f"sm_{a}": asdict(compile_variant(v, a)) for a in architectures} for v in variants()}
+    return {"triton": triton.__version__, "architectures": list(architectures), "variants": table}
 
 
 def read_record(path: Path = RECORD) -> dict[str, Any]:
@@ -133,7 +134,7 @@ def all_faults(table: dict[str, Any], record: dict[str, Any]) -> list[str]:
     wrong = []
     comparable = table["triton"] == record["triton"]
     for v in variants():
-        for a in ARCHITECTURES:
+        for a in table["architectures"]:
             found = Resources(**table["variants"][v.name][f"sm_{a}"])
             old = record["variants"].get(v.name, {}).get(f"sm_{a}")
             if old is None:
@@ -147,13 +148,13 @@ def all_faults(table: dict[str, Any], record: dict[str, Any]) -> list[str]:
 def format_table(table: dict[str, Any]) -> str:
     """Markdown: one row a variant, each figure for the architectures in turn."""
     lines = [
-        f"Compiled with Triton {table['triton']} for {', '.join(f'sm_{a}' for a in ARCHITECTURES)}.",
+        f"Compiled with Triton {table['triton']} for {', '.join(f'sm_{a}' for a in table['architectures'])}.",
         "",
         "| kernel | registers | shared bytes | spills | 128-bit loads of all | matrix instructions |",
         "|---|---|---|---|---|---|",
     ]
     for name, by_architecture in table["variants"].items():
-        rows = [Resources(**by_architecture[f"sm_{a}"]) for a in ARCHITECTURES]
+        rows = [Resources(**by_architecture[f"sm_{a}"]) for a in table["architectures"]]
         cells = [
             " / ".join(str(r.registers) for r in rows),
             " / ".join(str(r.shared_bytes) for r in rows),
@@ -208,11 +209,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tim_kernels.aot", description=__doc__)
     parser.add_argument("--write", action="store_true", help=f"record the table in {RECORD}")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--architectures",
+        type=int,
+        nargs="+",
+        choices=ARCHITECTURES,
+        default=list(ARCHITECTURES),
+        help="compile for these alone",
+    )
     arguments = parser.parse_args()
+    if arguments.write and arguments.architectures != list(ARCHITECTURES):
+        parser.error("--write records all architectures")
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         print("TRITON_INTERPRET is set: unset it to compile kernels", file=sys.stderr)
         return 2
-    table = compile_all()
+    table = compile_all(arguments.architectures)
     if arguments.write:
         RECORD.parent.mkdir(exist_ok=True)
         RECORD.write_text(json.dumps(table, indent=1) + "\n")

@@ -11,8 +11,10 @@ from typing import Any
 from tim_kernels import segment_sum
 from tim_kernels.modulated_layer_norm import kernel as norm
 from tim_kernels.swiglu import kernel as swiglu
+from tim_kernels.transition_loss import kernel as loss
 
 _INT32_POINTERS = ("chunks_ptr", "first_chunk_ptr")
+_COEFFICIENTS = ("alpha_hat", "sigma_hat", "b_over_db", "d_alpha_hat", "d_sigma_hat")
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Variant:
 
 
 def variants() -> list[Variant]:
-    return [*_segment_sum(), *_modulated_layer_norm(), *_swiglu()]
+    return [*_segment_sum(), *_modulated_layer_norm(), *_swiglu(), *_transition_loss()]
 
 
 def _variant(
@@ -160,3 +162,26 @@ def _swiglu() -> list[Variant]:
             ),
         ]
     return found
+
+
+def _transition_loss() -> list[Variant]:
+    """Latents of 32 channels, one cell a token, F and all others in float32, no guidance in the target."""
+    names = ("F", "x", "z", "dF_dt", "partial", "d_F", "count", "denoising", "directional")
+    gradients = ("d_denoising", "d_directional")
+    pointers: dict[str, str | None] = dict.fromkeys((*names, *gradients, *_COEFFICIENTS), "fp32")
+    pointers["diffusion_target"] = None
+    options = loss.cell_options(32, 32)
+    tiles = {**options, "DIRECTIONAL": True}
+    finish = {"C": options["C"], "L": options["L"], **loss.FINISH_OPTIONS}
+    # Two vectors for each of F, x, z and dF/dt.
+    return [
+        _variant(
+            "transition_loss", "forward: 32 channels", loss.forward_kernel, pointers, tiles, wide_loads=8
+        ),
+        _variant(
+            "transition_loss", "finish: 32 channels", loss.finish_kernel, pointers, finish, wide_loads=0
+        ),
+        _variant(
+            "transition_loss", "backward: 32 channels", loss.backward_kernel, pointers, tiles, wide_loads=8
+        ),
+    ]

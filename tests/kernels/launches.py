@@ -10,7 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from tim_kernels import ChunkPlan, modulated_layer_norm, swiglu, swiglu_packed, use_path
+from tim_kernels import (
+    ChunkPlan,
+    TargetCoefficients,
+    modulated_layer_norm,
+    swiglu,
+    swiglu_packed,
+    transition_loss,
+    use_path,
+)
 from tim_kernels.shipped import variants
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
@@ -37,6 +45,7 @@ def record_launches(
         with use_path("triton"):
             _modulated_layer_norm(lengths, device)
             _swiglu(sum(lengths), device)
+            _transition_loss(lengths, device)
     return launches
 
 
@@ -85,3 +94,11 @@ def _swiglu(rows: int, device: torch.device) -> None:
     for width in (384, 576):
         gate, up = (_leaf(rows, width, dtype=torch.float32, device=device) for _ in range(2))
         swiglu(gate, up).backward(torch.ones_like(gate))
+
+
+def _transition_loss(lengths: tuple[int, ...], device: torch.device) -> None:
+    F, x, z, dF_dt = (_leaf(sum(lengths), 32, dtype=torch.float32, device=device) for _ in range(4))
+    coefficients = TargetCoefficients(*(torch.ones(len(lengths), device=device) for _ in range(5)))
+    plan = ChunkPlan.from_lengths(lengths, device=device)
+    denoising_S, directional_S = transition_loss(F, x, z, dF_dt, coefficients, plan, latent_channels=32)
+    (denoising_S + directional_S).sum().backward()

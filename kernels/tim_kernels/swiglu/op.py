@@ -21,7 +21,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """SiLU(gate) * up.
 
     Shapes:
-        gate, up, result: [..., H]. Row strides of matrices are free; columns not adjacent in memory are copied.
+        gate, up, result: [..., H]. Row strides of matrices are free; columns that are apart cost a copy.
     Dtypes:
         one for all: float32, bfloat16 or float16 (float64 on the twin); arithmetic is float32.
     Derivatives:
