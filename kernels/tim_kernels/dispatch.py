@@ -27,7 +27,7 @@ logger = logging.getLogger("tim_kernels")
 Path = Literal["auto", "triton", "torch"]
 PATHS: tuple[str, ...] = get_args(Path)
 ENVIRONMENT_VARIABLE = "TIM_KERNELS"
-OPS = ("modulated_layer_norm", "swiglu", "transition_loss")
+OPS = ("gated_residual", "modulated_layer_norm", "swiglu", "transition_loss")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ALL = "*"
 

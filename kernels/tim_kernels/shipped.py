@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tim_kernels import segment_sum
+from tim_kernels.gated_residual import kernel as gated
 from tim_kernels.modulated_layer_norm import kernel as norm
 from tim_kernels.swiglu import kernel as swiglu
 from tim_kernels.transition_loss import kernel as loss
@@ -42,7 +43,13 @@ class Variant:
 
 
 def variants() -> list[Variant]:
-    return [*_segment_sum(), *_modulated_layer_norm(), *_swiglu(), *_transition_loss()]
+    return [
+        *_segment_sum(),
+        *_modulated_layer_norm(),
+        *_gated_residual(),
+        *_swiglu(),
+        *_transition_loss(),
+    ]
 
 
 def _variant(
@@ -133,6 +140,21 @@ def _modulated_layer_norm() -> list[Variant]:
             )
         )
     return found
+
+
+def _gated_residual() -> list[Variant]:
+    names = ("gate", "x", "out", "d_out", "partial")
+    pointers: dict[str, str | None] = {**dict.fromkeys(names, "fp32"), "branch": "bf16", "d_branch": "bf16"}
+    options = gated.options(1152)
+    label = "width 1152, stream fp32, branch bf16"
+    return [
+        _variant(
+            "gated_residual", f"forward: {label}", gated.forward_kernel, pointers, options, wide_loads=5
+        ),
+        _variant(
+            "gated_residual", f"backward: {label}", gated.backward_kernel, pointers, options, wide_loads=5
+        ),
+    ]
 
 
 def _swiglu() -> list[Variant]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from tim_kernels import (
     ChunkPlan,
     TargetCoefficients,
+    gated_residual,
     modulated_layer_norm,
     swiglu,
     swiglu_packed,
@@ -44,6 +45,7 @@ def record_launches(
             patch.setattr(kernel, "run", _spy(kernel, launches))
         with use_path("triton"):
             _modulated_layer_norm(lengths, device)
+            _gated_residual(lengths, device)
             _swiglu(sum(lengths), device)
             _transition_loss(lengths, device)
     return launches
@@ -102,3 +104,11 @@ def _transition_loss(lengths: tuple[int, ...], device: torch.device) -> None:
     plan = ChunkPlan.from_lengths(lengths, device=device)
     denoising_S, directional_S = transition_loss(F, x, z, dF_dt, coefficients, plan, latent_channels=32)
     (denoising_S + directional_S).sum().backward()
+
+
+def _gated_residual(lengths: tuple[int, ...], device: torch.device) -> None:
+    plan = ChunkPlan.from_lengths(lengths, device=device)
+    x = _leaf(sum(lengths), 1152, dtype=torch.float32, device=device)
+    branch = _leaf(sum(lengths), 1152, dtype=torch.bfloat16, device=device)
+    gate = _leaf(len(lengths), 1152, dtype=torch.float32, device=device)
+    gated_residual(x, branch, gate, plan).backward(torch.ones_like(x))

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
+from tim_kernels.gated_residual.reference import gated_residual_reference
+
 
 def modulated_layer_norm_reference(
     x_TD: Tensor,
@@ -28,8 +30,7 @@ def modulated_layer_norm_reference(
     """
     wide = torch.promote_types(x_TD.dtype, torch.float32)
     if branch_TD is not None and gate_SD is not None:
-        gated_TD = gate_SD.index_select(0, segment_ids) * branch_TD.to(wide)
-        x_TD = (x_TD.to(wide) + gated_TD).to(x_TD.dtype)
+        x_TD = gated_residual_reference(x_TD, branch_TD, gate_SD, segment_ids)
     normal_TD = nnf.layer_norm(x_TD.to(wide), (x_TD.shape[-1],), eps=eps)
     scale_TD, shift_TD = scale_SD.index_select(0, segment_ids), shift_SD.index_select(0, segment_ids)
     return x_TD, (normal_TD * (1 + scale_TD) + shift_TD).to(h_dtype)
