@@ -11,6 +11,7 @@ torch: the twin.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,7 @@ ENVIRONMENT_VARIABLE = "TIM_KERNELS"
 OPS = ("gated_residual", "modulated_layer_norm", "swiglu", "transition_loss")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ALL = "*"
+_TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 _forced: dict[str, Path] = {}
 _taken: dict[str, str] = {}
@@ -82,13 +84,8 @@ def choose(op: str, tensors: Sequence[Tensor | None]) -> Literal["triton", "torc
     return path
 
 
-@cache
 def triton_is_installed() -> bool:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    return _TRITON_IS_INSTALLED
 
 
 @cache
@@ -107,12 +104,8 @@ def _wanted(op: str) -> Path:
     for key in (op, _ALL):
         if key in _forced:
             return _forced[key]
-    return _from_environment(os.environ.get(ENVIRONMENT_VARIABLE, ""), op)
-
-
-@cache
-def _from_environment(text: str, op: str) -> Path:
     chosen: Path = "auto"
+    text = os.environ.get(ENVIRONMENT_VARIABLE, "")
     for item in filter(None, (part.strip() for part in text.split(","))):
         key, _, value = item.rpartition("=")
         where = f"{ENVIRONMENT_VARIABLE}={text}"
