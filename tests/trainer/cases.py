@@ -29,7 +29,7 @@ from tim_ds.trainer.world import World
 GUIDED = "objective.guided_target={w_gt: 0.5, w_cond: 0.5, start: 0.0, end: 1.0}"
 PREVIEW = (
     "train.preview={every_steps: 2, prompts: [a cat, a dog before a cat], sizes: [4x6, 8x4], "
-    "num_steps: [1, 3], sampler: {cfg_scale: 1.5}}"
+    "num_steps: [1, 3]}"
 )
 # Short enough for a run that stops after its first step.
 ELSEWHERE = ("train.optimizer.warmup_steps=0",)

@@ -37,7 +37,7 @@ class Previews:
     """Samples on every rank, since under ZeRO-3 each holds a part of the weights; rank 0 keeps the pictures.
 
     Args:
-        export: as `describe_export`; its sampler is replaced by the preview's own.
+        export: as `describe_export`; its sampler decides all but the step counts.
         network: the network that is sampled from, inside the root module.
     """
 
@@ -58,20 +58,11 @@ class Previews:
 
     def __call__(self, step: int) -> None:
         """One sheet, a column a prompt and a row a step count: `previews/step_*.png` and TensorBoard."""
-        config, sampler = self._config, self._config.sampler
+        config = self._config
         rows = []
         for num_steps in config.num_steps:
             try:
-                output = self._pipeline(
-                    config.prompts,
-                    config.sizes,
-                    num_steps=num_steps,
-                    cfg_scale=sampler.cfg_scale,
-                    cfg_interval=sampler.cfg_interval,
-                    stochasticity=sampler.stochasticity,
-                    mode=sampler.mode,
-                    seeds=config.seed,
-                )
+                output = self._pipeline(config.prompts, config.sizes, num_steps=num_steps, seeds=config.seed)
             except NonFiniteError as error:
                 # The weights are finite, or the step would have been refused: a picture is no reason to stop.
                 if self._world.is_main:
