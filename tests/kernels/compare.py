@@ -65,7 +65,7 @@ def assert_kernel_equals_twin(
 def far_apart(dense: Tensor, folder: Path) -> Tensor:
     """The rows of `dense` (three, 16 bits) in memory so large that the last is beyond 2^31 elements.
 
-    An offset that wraps in 32 bits falls into zeros in front of the rows. On the CPU the memory is a sparse file.
+    An offset that wraps in 32 bits falls into zeros before the rows. On the CPU the memory is a sparse file.
     """
     rows, width = dense.shape
     stride, lead = 2**30 + 64, 2**31
