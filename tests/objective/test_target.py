@@ -31,7 +31,7 @@ def test_only_segments_with_r_below_t_enter_the_derivative() -> None:
     network = SmoothNetwork(4)
     received = transition_target(network, transport, ObjectiveConfig(), x, z, x_t, times, segments, condition)
     (call,) = network.calls
-    assert call.segments.grids == ((1, 3), (3, 2), (1, 3), (3, 2))
+    assert call.segments.grids == ((1, 3), (1, 3), (3, 2), (3, 2))
     dF = central_difference(network, transport, x, z, times, segments, condition, (1, 3), None)
     local = segments.split(transport.diffusion_target(x, z, segments.expand(times.t_S)[:, None]))
     parts = segments.split(received)

@@ -75,7 +75,7 @@ class TiM(nn.Module):
         text_LD, cross_plan = None, None
         if isinstance(condition, TextCondition):
             text_LD = ops.plain_norm(self.y_embedder(condition.states_LE))
-            cross_plan = ops.plan_attention(segments, condition.segments)
+            cross_plan = ops.plan_attention(_readers(segments, condition), condition.segments)
         else:
             modulation_SD = modulation_SD + self.y_embedder(condition.labels_S)
         x_TD = ops.at_least_float32(self.x_embedder(x_TC))
@@ -153,6 +153,16 @@ class TiM(nn.Module):
             )
         if with_features and self.projector is None:
             raise ShapeError("features were asked of a network without projector (model.z_dim is null)")
+
+
+def _readers(segments: Segments, condition: TextCondition) -> Segments:
+    """The image tokens that read each caption, as one segment: neighbours share keys and values."""
+    count = condition.images_per_caption
+    if count == 1:
+        return segments
+    lengths = segments.lengths
+    together = [sum(lengths[i : i + count]) for i in range(0, len(lengths), count)]
+    return Segments.from_lengths(together).to(segments.cu_seqlens.device, non_blocking=True)
 
 
 def _projector(config: ModelConfig, z_dim: int) -> nn.Sequential:
