@@ -204,11 +204,30 @@ class ClassCondition:
 Condition = TextCondition | ClassCondition
 
 
+@dataclass(frozen=True, eq=False)
+class Direction:
+    """How the inputs of some images move; a network that is given one also returns how F moves with them.
+
+    r and the condition stand still.
+
+    Shapes:
+        dx_TC: [T', C], the tokens of the segments `indices`, in that order.
+        dt_S: [S'], of the *conditioning* time c_noise(t).
+    """
+
+    indices: tuple[int, ...]
+    """Segments that move, at least one; none repeats."""
+    dx_TC: Tensor
+    dt_S: Tensor
+
+
 class NetworkOutput(NamedTuple):
     """What one forward returns: F_TC [T, C], and [T, z_dim] features of the REPA projector when asked for."""
 
     F_TC: Tensor
     features_TZ: Tensor | None
+    dF_TC: Tensor | None = None
+    """[T', C]: the derivative of F along a `Direction`, when one was given; it carries no gradient."""
 
 
 class Network(Protocol):
@@ -226,6 +245,25 @@ class Network(Protocol):
         condition: Condition,
         *,
         with_features: bool = False,
+    ) -> NetworkOutput: ...
+
+
+class DifferentiatingNetwork(Network, Protocol):
+    """A network that can carry a direction along with its value, in the same forward.
+
+    F and the features are the same bits with and without a direction, and so are their gradients.
+    """
+
+    def __call__(
+        self,
+        x_TC: Tensor,
+        t_S: Tensor,
+        r_S: Tensor,
+        segments: Segments,
+        condition: Condition,
+        *,
+        with_features: bool = False,
+        direction: Direction | None = None,
     ) -> NetworkOutput: ...
 
 

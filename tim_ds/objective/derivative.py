@@ -93,7 +93,9 @@ def central_difference(
     chosen = segments.select(indices)
     width_S = transport.difference_step(pack.t_S, transport.dde_step if step is None else step)
     late_S, early_S = pack.t_S + width_S, pack.t_S - width_S
-    sides = [transport.interpolate(pack.x_TC, pack.z_TC, chosen.expand(t)[:, None]) for t in (late_S, early_S)]
+    sides = [
+        transport.interpolate(pack.x_TC, pack.z_TC, chosen.expand(t)[:, None]) for t in (late_S, early_S)
+    ]
     # Segment 2i is the late side of image i, segment 2i + 1 its early side.
     both = segments.select([i for i in indices for _ in range(2)])
     late, early = (both.token_index(range(side, both.num_segments, 2)) for side in range(2))
