@@ -1,8 +1,8 @@
 """The derivative's stream: what travels beside the value of one forward, in the same traversal.
 
-Every module that is given a `Side` computes its value as it always does, and replaces the tangent in it by that
-of its output, from values it has at hand. A `Side` is a plain object and not a tensor on purpose: DeepSpeed's
-hooks count and wrap the tensors that enter and leave a module, and a tangent has no gradient.
+Every module that is given a `Side` computes its value as it always does, and replaces the tangent in it by
+that of its output, from values it has at hand. A `Side` is a plain object and not a tensor on purpose:
+DeepSpeed's hooks count and wrap the tensors that enter and leave a module, and a tangent has no gradient.
 
 T' tokens and S' segments that move, L' text tokens that they read, D model width.
 """

@@ -1,4 +1,7 @@
-"""dF/dt along the path at fixed r, without gradient: two estimators of one signature.
+"""dF/dt along the path at fixed r, without gradient.
+
+`dde` and `jvp` are estimators of one signature that call the network on their own. `paired` needs none: the
+main call, given the direction of the path, returns the derivative too.
 
 T' tokens of the segments that take part, out of T.
 """
@@ -12,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tim_ds.errors import ShapeError
+from tim_ds.errors import ConfigError, ShapeError
 from tim_ds.objective.config import ObjectiveConfig
 from tim_ds.objective.time_sampling import Times
 from tim_ds.objective.transport import Transport
-from tim_ds.packed import Condition, Network, Segments
+from tim_ds.packed import Condition, Direction, Network, Segments
 
 
 class Derivative(Protocol):
@@ -145,10 +148,34 @@ def forward_mode(
         return torch.func.jvp(output, primals, tangents)[1]
 
 
+@torch.no_grad()
+def path_direction(
+    transport: Transport,
+    x_TC: Tensor,
+    z_TC: Tensor,
+    times: Times,
+    segments: Segments,
+    indices: Sequence[int],
+) -> Direction:
+    """(dx_t/dt, dc_noise(t)/dt) of the segments `indices`: along it F changes by dF/dt at fixed r."""
+    tokens = segments.token_index(indices)
+    index = torch.tensor(list(indices), dtype=torch.int64).to(times.t_S.device, non_blocking=True)
+    t_S = times.t_S.index_select(0, index)
+    t_T1 = segments.expand(times.t_S).index_select(0, tokens)[:, None]
+    v_TC = transport.velocity(x_TC.index_select(0, tokens), z_TC.index_select(0, tokens), t_T1)
+    return Direction(tuple(indices), v_TC, transport.d_c_noise(t_S))
+
+
 def build_derivative(config: ObjectiveConfig) -> Derivative:
-    """The estimator named by `config.derivative`."""
+    """The estimator named by `config.derivative`.
+
+    Raises:
+        ConfigError: for `paired`, which is part of the main call and no estimator of its own.
+    """
     match config.derivative:
         case "dde":
             return central_difference
         case "jvp":
             return forward_mode
+        case "paired":
+            raise ConfigError("objective.derivative: 'paired' comes with the main call of the network")
