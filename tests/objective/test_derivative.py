@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.objective.networks import TRANSPORTS, AttentionNetwork, SmoothNetwork, invert_c_noise, random_times
-from tim_ds.errors import ShapeError
+from tim_ds.errors import ConfigError, ShapeError
 from tim_ds.objective.config import ObjectiveConfig
 from tim_ds.objective.derivative import build_derivative, central_difference, forward_mode
 from tim_ds.objective.time_sampling import Times
@@ -217,6 +217,8 @@ def test_the_step_of_the_recipe_overrides_the_transports() -> None:
 def test_the_recipe_names_the_estimator() -> None:
     assert build_derivative(ObjectiveConfig(derivative="dde")) is central_difference
     assert build_derivative(ObjectiveConfig(derivative="jvp")) is forward_mode
+    with pytest.raises(ConfigError, match="'paired' comes with the main call"):
+        build_derivative(ObjectiveConfig(derivative="paired"))
 
 
 @pytest.mark.parametrize("estimator", [central_difference, forward_mode])
