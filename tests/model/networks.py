@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tim_ds.model.config import ModelConfig
 from tim_ds.model.tim import TiM
-from tim_ds.packed import ClassCondition, Condition, Segments, TextCondition
+from tim_ds.packed import ClassCondition, Condition, Direction, Segments, TextCondition
 
 GRIDS = ((3, 5), (1, 1), (4, 2), (2, 2), (2, 2))
 TEXT_LENGTHS = (4, 1, 7, 0, 3)
@@ -67,3 +68,14 @@ def random_pack(
         condition = ClassCondition(labels)
     x = normal(segments.num_tokens, config.token_channels)
     return x, times.amax(0), times.amin(0), segments, condition
+
+
+def derivative_along(network: TiM, pack: tuple[Any, ...], direction: Direction) -> torch.Tensor:
+    """What `network(*pack, direction=direction).dF_TC` has to be, by forward mode through the network."""
+    x, t, r, segments, condition = pack
+    tokens = segments.token_index(direction.indices)
+    dx = torch.zeros_like(x).index_copy(0, tokens, direction.dx_TC)
+    dt = torch.zeros_like(t).index_copy(0, torch.tensor(direction.indices), direction.dt_S)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        found = torch.func.jvp(lambda x, t: network(x, t, r, segments, condition).F_TC, (x, t), (dx, dt))
+    return found[1][tokens]

@@ -16,11 +16,13 @@ from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tim_kernels.tangent
-from tests.model.networks import class_config, random_network, random_pack, text_config
+from tests.model.networks import class_config, derivative_along, random_network, random_pack, text_config
 from tim_ds.errors import ShapeError
 from tim_ds.model import ops
 from tim_ds.model.rope import rotary_table
-from tim_ds.model.tim import TiM
+from tim_ds.objective.derivative import central_difference
+from tim_ds.objective.time_sampling import Times
+from tim_ds.objective.transport import OTFM
 from tim_ds.packed import Direction, Segments, TextCondition
 
 CONFIGS = {
@@ -120,15 +122,6 @@ def direction_of(pack: tuple[Any, ...], indices: tuple[int, ...]) -> Direction:
     )
 
 
-def forward_mode(network: TiM, pack: tuple[Any, ...], direction: Direction) -> Tensor:
-    x, t, r, segments, condition = pack
-    tokens = segments.token_index(direction.indices)
-    dx = torch.zeros_like(x).index_copy(0, tokens, direction.dx_TC)
-    dt = torch.zeros_like(t).index_copy(0, torch.tensor(direction.indices), direction.dt_S)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        return jvp(lambda x, t: network(x, t, r, segments, condition).F_TC, (x, t), (dx, dt))[1][tokens]
-
-
 def relative(received: Tensor | None, expected: Tensor) -> float:
     assert received is not None and received.shape == expected.shape
     return float((received.double() - expected).norm() / expected.norm())
@@ -142,13 +135,13 @@ def in_dtype(pack: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-def test_the_carried_derivative_is_that_of_forward_mode(config) -> None:
+def test_the_carried_derivative_is_that_of_derivative_along(config) -> None:
     network = random_network(config)
     pack = random_pack(config)
     # Neighbours (a slice), others in no order (an index), one image, one token, all.
     for indices in ((1, 2, 3), (3, 0, 2), (0,), (1,), (0, 1, 2, 3, 4)):
         direction = direction_of(pack, indices)
-        expected = forward_mode(network, pack, direction)
+        expected = derivative_along(network, pack, direction)
         # float64 rounding of some hundred operations: 1e-15 seen
         assert relative(network(*pack, direction=direction).dF_TC, expected) < 1e-13
 
@@ -160,7 +153,7 @@ def test_in_float32_and_with_bfloat16_products(config) -> None:
     direction = direction_of(pack, (3, 0, 2))
     wide = replace(direction, dx_TC=direction.dx_TC.double(), dt_S=direction.dt_S.double())
     network = random_network(config, dtype=torch.float32)
-    expected = forward_mode(random_network(config, dtype=torch.float32).double(), wide_pack, wide)
+    expected = derivative_along(random_network(config, dtype=torch.float32).double(), wide_pack, wide)
     # 1e-6 seen: 6e-8 a rounding
     assert relative(network(*pack, direction=direction).dF_TC, expected) < 1e-5
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -250,7 +243,7 @@ def test_neighbours_that_share_a_caption_are_carried_like_others() -> None:
     *pack, condition = random_pack(config, grids, (4, 3))
     shared = (*pack, replace(condition, images_per_caption=2))
     direction = direction_of(shared, (3, 0, 1))
-    expected = forward_mode(network, shared, direction)
+    expected = derivative_along(network, shared, direction)
     assert relative(network(*shared, direction=direction).dF_TC, expected) < 1e-13
 
 
@@ -270,3 +263,24 @@ def test_a_direction_that_does_not_fit_is_refused(change, message) -> None:
     direction = replace(direction_of(pack, (0, 3)), **change)
     with pytest.raises(ShapeError, match=message):
         random_network(config)(*pack, direction=direction)
+
+
+@pytest.mark.parametrize("name", ["text t-r", "class-p2"])
+def test_the_packed_difference_is_the_published_one_in_two_passes(name: str) -> None:
+    """F(t + e) and F(t - e) as two calls, each with its own captions; also where all or one segment move."""
+    config = CONFIGS[name]
+    network = random_network(config)
+    x, t, r, segments, condition = random_pack(config)
+    z = normal(*x.shape, seed=30)
+    transport, e = OTFM(), 0.005
+    for indices in ((0, 2, 3), (1,), (0, 1, 2, 3, 4)):
+        times = Times.from_tensors(transport, t, r)
+        received = central_difference(network, transport, x, z, times, segments, condition, indices, e)
+        sides = []
+        for side in (t + e, t - e):
+            x_t = transport.interpolate(x, z, segments.expand(side)[:, None])
+            with torch.no_grad():
+                sides.append(network(x_t, side, r, segments, condition).F_TC)
+        expected = ((sides[0] - sides[1]) / (2 * e))[segments.token_index(indices)]
+        # float64 rounding of F divided by 2e; products of other numbers of rows
+        torch.testing.assert_close(received, expected, rtol=1e-10, atol=1e-11)

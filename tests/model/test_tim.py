@@ -9,6 +9,7 @@ import torch
 
 from tests.model.networks import class_config, random_network, random_pack, text_config
 from tim_ds.errors import ConfigError, ShapeError
+from tim_ds.model.blocks import TransitionBlock
 from tim_ds.model.tim import TiM
 from tim_ds.packed import ClassCondition, Segments, TextCondition
 
@@ -75,7 +76,9 @@ def test_neighbours_may_share_a_caption_which_is_then_embedded_once():
     shared = replace(condition, images_per_caption=2)
     rows = []
     network.y_embedder.register_forward_hook(lambda _, args, out: rows.append(len(out)))
-    network.blocks[0].cross_attn.kv.register_forward_hook(lambda _, args, out: rows.append(len(out)))
+    first = network.blocks[0]
+    assert isinstance(first, TransitionBlock) and first.cross_attn is not None
+    first.cross_attn.kv.register_forward_hook(lambda _, args, out: rows.append(len(out)))
     together = network(x, t, r, segments, shared).F_TC
     assert rows == [7, 7]
     apart = network(x, t, r, segments, condition.select([0, 0, 1, 1, 2, 2])).F_TC

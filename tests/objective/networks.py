@@ -144,9 +144,9 @@ class CarryingNetwork:
         dx_TC = torch.zeros_like(x_TC).index_copy(0, tokens, direction.dx_TC)
         dt_S = torch.zeros_like(t_S).index_copy(0, torch.tensor(direction.indices), direction.dt_S)
         with torch.no_grad():
-            _, dF_TC = torch.func.jvp(
+            dF_TC = torch.func.jvp(
                 lambda x, t: self.network(x, t, r_S, segments, condition).F_TC, (x_TC, t_S), (dx_TC, dt_S)
-            )
+            )[1]
         return output._replace(dF_TC=dF_TC[tokens])
 
 

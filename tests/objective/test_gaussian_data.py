@@ -71,9 +71,9 @@ def test_the_exact_transition_has_no_loss(name: str, estimator: Literal["jvp", "
     condition = ClassCondition(torch.zeros(6, dtype=torch.int64))
     network = CarryingNetwork(exact) if estimator == "paired" else exact
     terms = transition_loss(network, transport, config, x, z, times, segments, condition, latent_channels=4)
-    # Squared residuals. Forward mode and carried: rounding. Difference of half-width 1e-4: truncation (1e-4)^2 F''' and
-    # rounding 1e-16 / 1e-4, each amplified by B / B' and squared; VP's c_noise = 999 t does not enter, it is
-    # inverted exactly.
+    # Squared residuals. Forward mode and carried: rounding. Difference of half-width 1e-4: truncation
+    # (1e-4)^2 F''' and rounding 1e-16 / 1e-4, each amplified by B / B' and squared; VP's c_noise = 999 t does
+    # not enter, it is inverted exactly.
     assert terms.denoising_S.max() < (1e-13 if estimator == "dde" else 1e-26)
     assert terms.denoising_S[:2].max() < 1e-28
     # 1 - cos of nearly equal vectors: rounding of 1, and the residual squared.

@@ -108,15 +108,15 @@ def test_a_carried_derivative_gives_the_target_of_forward_mode(
     x_t = transport.interpolate(x, z, segments.expand(times.t_S)[:, None])
     arguments = (x, z, x_t, times, segments, ClassCondition(torch.arange(4)))
     extra = {} if guided is None else {"teacher": SmoothNetwork(4), "null_condition": NULL}
-    found = {}
-    for derivative in ("jvp", "paired"):
-        network = CarryingNetwork(SmoothNetwork(4))
-        config = ObjectiveConfig(derivative=derivative, guided_target=guided)
-        found[derivative] = output_and_target(network, transport, config, *arguments, **extra)
-        (*_, direction) = network.directions
-        assert (direction is not None) == (derivative == "paired")
+    networks = CarryingNetwork(SmoothNetwork(4)), CarryingNetwork(SmoothNetwork(4))
+    configs = (ObjectiveConfig(derivative=d, guided_target=guided) for d in ("jvp", "paired"))
+    (F_jvp, target_jvp), (F_paired, target_paired) = (
+        output_and_target(network, transport, config, *arguments, **extra)
+        for network, config in zip(networks, configs, strict=True)
+    )
+    assert networks[0].directions == [None, None]
+    (direction,) = networks[1].directions
     assert direction is not None and direction.indices == (0, 2, 3)
-    (F_jvp, target_jvp), (F_paired, target_paired) = found["jvp"], found["paired"]
     assert torch.equal(F_jvp.F_TC, F_paired.F_TC) and F_paired.F_TC.requires_grad
     # Forward mode differentiates c_noise itself; VP's 999 t magnifies rounding.
     torch.testing.assert_close(target_paired, target_jvp, rtol=1e-10, atol=1e-10)
@@ -126,15 +126,14 @@ def test_a_carried_derivative_gives_the_target_of_forward_mode(
 @pytest.mark.parametrize("r", [T, [0.1, 0.1, 0.1, 0.1]], ids=["none moves", "all move"])
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_a_carried_derivative_makes_one_call_whatever_the_draw(r: list[float], share: float) -> None:
-    transport, *arguments = pack(r)
+    transport, x, z, x_t, times, segments, condition = pack(r)
     inner = SmoothNetwork(4)
     network = CarryingNetwork(inner)
     config = ObjectiveConfig(derivative="paired", diffusion_share=share)
-    _, target = output_and_target(network, transport, config, *arguments)
+    _, target = output_and_target(network, transport, config, x, z, x_t, times, segments, condition)
     (direction,) = network.directions
     if r == T:
         assert direction is None and len(inner.calls) == 1
-        x, z, _, times, segments, _ = arguments
         assert torch.equal(target, transport.diffusion_target(x, z, segments.expand(times.t_S)[:, None]))
     else:
         assert direction is not None and direction.indices == (0, 1, 2, 3)
