@@ -97,7 +97,7 @@ Preview = Callable[[int, nn.Module], None]
 class DataFacts:
     """What a run needs to know of its shards besides their content."""
 
-    folder: Path
+    folder: Path | str
     hash: str
     samples: int
     channels: int
