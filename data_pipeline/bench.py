@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -198,7 +197,7 @@ def write_synthetic_index(folder: Path, count: int) -> None:
 
 def resume(folder: Path) -> dict[str, float]:
     """Open the index of `folder` and plan one far step: what a resumed run does before it reads a sample."""
-    before = _memory()
+    before = _memory("RssAnon")
     started = time.perf_counter()
     index = load_index(folder)
     opened = time.perf_counter()
@@ -220,16 +219,19 @@ def resume(folder: Path) -> dict[str, float]:
         "steps_per_epoch": plan.steps_per_epoch,
         "images_of_step": step.num_images,
         "following_per_s": images / (walked - first),
-        "private_mib": _memory() - before,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "private_mib": _memory("RssAnon") - before,
+        "peak_mib": _memory("VmHWM"),
         "file_mib": os.stat(folder / INDEX_NAME).st_size / 2**20,
     }
 
 
-def _memory() -> float:
-    """Memory of this process that is not backed by files, in MiB."""
+def _memory(entry: str) -> float:
+    """Memory of this process in MiB. RssAnon: not backed by files; VmHWM: the highest ever, mapped pages too.
+
+    Not `resource.ru_maxrss`: a child starts with that of its parent.
+    """
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+    return next(int(line.split()[1]) for line in lines if line.startswith(entry)) / 1024
 
 
 def resume_lines(count: int) -> Iterator[str]:
