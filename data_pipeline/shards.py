@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors.torch import load
 from torch import Tensor
-from webdataset import WebDataset
+from webdataset.compat import WebDataset
 from webdataset.writer import TarWriter
 
 from data_pipeline.errors import DataError
