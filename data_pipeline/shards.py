@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load
 from torch import Tensor
@@ -68,6 +69,7 @@ def stream_latents(paths: Iterable[Path], *, shuffle: int) -> Iterator[tuple[Ten
         paths: shards of class data.
         shuffle: samples of the shuffle buffer.
     """
-    dataset = WebDataset([str(path) for path in paths], shardshuffle=False)
-    for latent, label in dataset.shuffle(shuffle).to_tuple(LATENT, LABEL):
+    # Its steps are declared to return an interface that lacks __iter__.
+    dataset: Any = WebDataset([str(path) for path in paths], shardshuffle=False).shuffle(shuffle)
+    for latent, label in dataset.to_tuple(LATENT, LABEL):
         yield load(latent)["latent"], int(label)
