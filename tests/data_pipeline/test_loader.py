@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save
@@ -17,6 +18,7 @@ from data_pipeline.config import AutoencoderConfig, TextEncoderConfig
 from data_pipeline.errors import DataError
 from data_pipeline.index import build_index, load_index
 from data_pipeline.loader import build_loader
+from data_pipeline.reader import ShardReader
 from data_pipeline.schema import Sample
 from tests.data_pipeline.conftest import (
     CHANNELS,
@@ -293,6 +295,35 @@ def test_several_captions_and_mirror_images_are_drawn_for_each_epoch(tmp_path):
     kinds = Counter((x < 0, length) for x, length in alone.values())
     # Four kinds, equally often: 60 of 240, give or take four standard deviations.
     assert len(alone) == 240 and all(33 <= kinds[kind] <= 87 for kind in kinds) and len(kinds) == 4
+
+
+def test_a_shard_cut_short_while_training_loses_its_last_samples_only(text_folder, tmp_path):
+    folder = shutil.copytree(text_folder, tmp_path / "copy")
+    loader = build_loader(data_config(folder), patch_size=1, num_steps=8)
+    index, shard = load_index(folder), folder / "shard-000002.tar"
+    lost = np.flatnonzero(index.columns["shard"] == 2)[-3:]
+    with open(shard, "r+b") as stream:
+        stream.truncate(int(index.columns["offset"][lost[0]]) + 100)
+    batches = [b for step in loader for b in step]
+    assert loader.num_damaged == 3 and sum(b.num_replaced for b in batches) >= 3
+    assert not set(lost.tolist()) & {i for b in batches for i in b.sample_ids}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"height": 7}, r"latent: the index says a floating \[4, 7, \d\], the shard holds torch\.float16"),
+        ({"text_length": 99}, r"states: the index says a floating \[99, 8\], the shard holds"),
+        ({"latent_size": 30}, "not a readable safetensors member"),
+    ],
+    ids=["size", "caption_length", "member"],
+)
+def test_a_sample_unlike_its_row_is_refused(text_folder, change, message):
+    index = build_index(text_folder, progress=False)
+    for name, value in change.items():
+        index.columns[name][5] = value
+    with pytest.raises(DataError, match=r"shard-000000\.tar:s00005: " + message):
+        ShardReader(index).read(5)
 
 
 @pytest.mark.gpu
