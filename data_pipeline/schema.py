@@ -8,6 +8,15 @@ Members of a sample `<key>` in a webdataset tar:
     <key>.json                 object (optional): caption, source, sizes, crop, hashes
 
 A sample carries text or a label, never both. Latents and states are stored in 16 bits and used in float32.
+
+Variants, stored so that nothing is rolled anew at every reading: the latent member may hold `flipped`, the latent
+of the mirror image, and the text member `states.1`, `states.2`, ..., those of further captions.
+
+Shards for encoders that run while training hold, instead of a latent or of states:
+
+    <key>.png, .jpg, .webp     the picture; its json says how it is cropped and what the autoencoder makes of it
+    <key>.text.safetensors     tensor `ids` int32 [n] (and `ids.1`, ...), the caption's tokens
+    <key>.txt                  the caption itself, UTF-8
 """
 
 from __future__ import annotations
@@ -31,25 +40,39 @@ NULL_NAME = "null.safetensors"
 
 LATENT = "latent.safetensors"
 TEXT = "text.safetensors"
+CAPTION = "txt"
 LABEL = "cls"
 META = "json"
+
+PICTURES = ("png", "jpg", "webp")
+"""Members that hold a picture for an autoencoder that runs while training."""
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One picture as it lies in a shard.
+    """One picture as it lies in a shard: a latent or a picture, and states, ids, a caption or a label.
 
     Shapes:
-        latent: [C, h, w].   states: [n, E] or None.
+        latent, flipped: [C, h, w] or None.   states and each of more_states: [n, E].   each of ids: [n], int32.
     """
 
     key: str
-    latent: Tensor
+    latent: Tensor | None = None
     states: Tensor | None = None
     label: int | None = None
     meta: dict[str, Any] = field(default_factory=dict)
+    flipped: Tensor | None = None
+    """Latent of the mirror image."""
+    more_states: tuple[Tensor, ...] = ()
+    """States of further captions."""
+    ids: tuple[Tensor, ...] = ()
+    """Tokens of the captions, for a text encoder that runs while training."""
+    caption: str | None = None
+    """The caption itself, for a tokenizer that runs while training."""
+    picture: tuple[str, bytes] | None = None
+    """(one of `PICTURES`, the file's bytes), for an autoencoder that runs while training."""
 
     def to_members(self) -> dict[str, bytes]:
         """The sample as tar members, extension to bytes.
@@ -58,19 +81,64 @@ class Sample:
             DataError: if the sample breaks the schema.
         """
         check_key(self.key)
-        if (self.states is None) == (self.label is None):
-            raise DataError(f"{self.key}: a sample carries either text states or a label")
+        given = [self.states is not None, bool(self.ids), self.caption is not None, self.label is not None]
+        if sum(given) != 1:
+            raise DataError(
+                f"{self.key}: a sample carries either text states or a label (or, for an encoder that runs "
+                f"while training, ids or a caption); received {sum(given)} of these"
+            )
+        if (self.latent is None) == (self.picture is None):
+            raise DataError(f"{self.key}: a sample carries either a latent or a picture")
+        members = self._picture_members()
+        members.update(self._text_members())
+        members[META] = json.dumps(self.meta, ensure_ascii=False, sort_keys=True).encode()
+        return members
+
+    def _picture_members(self) -> dict[str, bytes]:
+        if self.picture is not None:
+            ending, data = self.picture
+            if ending not in PICTURES or not data:
+                raise DataError(
+                    f"{self.key}: expected a picture of {', '.join(PICTURES)}, received {ending!r} of "
+                    f"{len(data)} bytes"
+                )
+            return {ending: data}
+        assert self.latent is not None
+        tensors = {"latent": self.latent}
         check_latent(self.latent, self.key)
-        members = {LATENT: save({"latent": self.latent.contiguous()})}
-        if self.states is not None:
-            check_states(self.states, self.key)
-            members[TEXT] = save({"states": self.states.contiguous()})
+        if self.flipped is not None:
+            check_latent(self.flipped, f"{self.key}: flipped")
+            if self.flipped.shape != self.latent.shape:
+                raise DataError(
+                    f"{self.key}: flipped: expected the shape of the latent {list(self.latent.shape)}, "
+                    f"received {list(self.flipped.shape)}"
+                )
+            tensors["flipped"] = self.flipped
+        return {LATENT: save({name: tensor.contiguous() for name, tensor in tensors.items()})}
+
+    def _text_members(self) -> dict[str, bytes]:
         if self.label is not None:
             if self.label < 0:
                 raise DataError(f"{self.key}: label must not be negative, received {self.label}")
-            members[LABEL] = str(self.label).encode("ascii")
-        members[META] = json.dumps(self.meta, ensure_ascii=False, sort_keys=True).encode()
-        return members
+            return {LABEL: str(self.label).encode("ascii")}
+        if self.caption is not None:
+            return {CAPTION: self.caption.encode()}
+        if self.ids:
+            for row in self.ids:
+                check_ids(row, self.key)
+            return {TEXT: save({variant("ids", n): row.contiguous() for n, row in enumerate(self.ids)})}
+        assert self.states is not None
+        captions = (self.states, *self.more_states)
+        for states in captions:
+            check_states(states, self.key)
+        if len({states.shape[1] for states in captions}) > 1:
+            raise DataError(f"{self.key}: text states: the captions differ in the width of their states")
+        return {TEXT: save({variant("states", n): s.contiguous() for n, s in enumerate(captions)})}
+
+
+def variant(name: str, number: int) -> str:
+    """Name of caption `number`'s tensor: the first has the plain name."""
+    return f"{name}.{number}" if number else name
 
 
 def check_key(key: str) -> None:
@@ -100,6 +168,14 @@ def check_states(states: Tensor, where: str) -> None:
     _check_values(states, f"{where}: text states")
 
 
+def check_ids(ids: Tensor, where: str) -> None:
+    """Raises DataError unless `ids` is int32 [n], not negative, with n at least 1."""
+    if ids.ndim != 1 or len(ids) == 0 or ids.dtype != torch.int32:
+        raise DataError(f"{where}: ids: expected int32 [n], n >= 1, received {ids.dtype} {list(ids.shape)}")
+    if int(ids.min()) < 0:
+        raise DataError(f"{where}: ids: expected none below 0, received {int(ids.min())}")
+
+
 def _check_values(tensor: Tensor, where: str) -> None:
     if tensor.dtype not in FLOAT_DTYPES:
         raise DataError(f"{where}: expected dtype float16, bfloat16 or float32, received {tensor.dtype}")
@@ -120,6 +196,20 @@ def decode_tensor(data: bytes, name: str, where: str) -> Tensor:
     if name not in tensors:
         raise DataError(f"{where}: expected a tensor {name!r}, received {sorted(tensors)}")
     return tensors[name]
+
+
+def decode_variants(data: bytes, name: str, where: str) -> tuple[Tensor, ...]:
+    """The tensors `name`, `name.1`, `name.2`, ... of a safetensors member: one a caption.
+
+    Raises:
+        DataError: if the bytes are no safetensors or do not hold the first.
+    """
+    first = decode_tensor(data, name, where)
+    tensors = load(data)
+    found = [first]
+    while variant(name, len(found)) in tensors:
+        found.append(tensors[variant(name, len(found))])
+    return tuple(found)
 
 
 def decode_label(data: bytes, where: str) -> int:

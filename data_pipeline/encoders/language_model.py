@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_pipeline.errors import DataError
 
@@ -51,22 +51,44 @@ class LanguageModelEncoder:
         Raises:
             DataError: if the tokenizer gives no token at all for a caption.
         """
+        return self.encode_ids(self.tokenize(captions))
+
+    def tokenize(self, captions: Sequence[str]) -> list[Tensor]:
+        """int32 [n] of each caption: the tokenizer's ids, cut to `max_tokens` with a warning.
+
+        Raises:
+            DataError: if the tokenizer gives no token at all for a caption.
+        """
         if not captions:
             return []
-        tokens = self.tokenizer(
-            list(captions),
-            padding=True,
-            padding_side="right",
-            truncation=True,
-            max_length=self.max_tokens,
-            return_tensors="pt",
+        rows = self.tokenizer(list(captions), truncation=True, max_length=self.max_tokens)["input_ids"]
+        for caption, row in zip(captions, rows, strict=True):
+            self._check_length(caption, len(row))
+        return [torch.tensor(row, dtype=torch.int32) for row in rows]
+
+    @torch.no_grad()
+    def encode_ids(self, ids: Sequence[Tensor]) -> list[Tensor]:
+        """float32 [n, width] of each int [n], on the CPU: `encode` after the tokenizer.
+
+        Raises:
+            DataError: if an id is none of the model's vocabulary.
+        """
+        if not ids:
+            return []
+        lengths = [len(row) for row in ids]
+        vocabulary = self.model.get_input_embeddings().num_embeddings
+        largest = max(int(row.max()) for row in ids)
+        if largest >= vocabulary or min(int(row.min()) for row in ids) < 0:
+            raise DataError(
+                f"token id {largest} is none of the text encoder's {vocabulary}; the ids are of another tokenizer"
+            )
+        input_ids = nn.utils.rnn.pad_sequence(
+            [row.long() for row in ids], batch_first=True, padding_value=self.tokenizer.pad_token_id or 0
         )
-        lengths = tokens["attention_mask"].sum(dim=1).tolist()
-        for caption, length in zip(captions, lengths, strict=True):
-            self._check_length(caption, length)
+        mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
         device = next(self.model.parameters()).device
         hidden = self.model(
-            input_ids=tokens["input_ids"].to(device), attention_mask=tokens["attention_mask"].to(device)
+            input_ids=input_ids.to(device), attention_mask=mask.long().to(device)
         ).last_hidden_state
         states = [row[:n].float().cpu() for row, n in zip(hidden, lengths, strict=True)]
         if self.padding_state is None:
