@@ -1,8 +1,8 @@
 """Encoded picture files to pixels of the stored size: what is handled, and what is refused by rule.
 
-Every way in which a file can be unusable ends in `Refused` with one of the reasons below, so that a run counts
-it and goes on. Handled: EXIF orientation, palettes, transparency (on white), CMYK, 16-bit grey, embedded colour
-profiles (to sRGB), several frames (the first).
+Every way in which a file can be unusable ends in `Refused` with one of the reasons below, so that a run
+counts it and goes on. Handled: EXIF orientation, palettes, transparency (on white), CMYK, 16-bit grey,
+embedded colour profiles (to sRGB), several frames (the first).
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ class Picture:
     """A decoded picture, upright, in mode RGB, and what was done to get there."""
 
     image: Image.Image
+    format: str
+    """Pillow's name of the file's format."""
     rotated: bool = False
     """Whether EXIF turned or mirrored it."""
     notes: tuple[str, ...] = ()
@@ -114,20 +116,18 @@ def open_picture(data: bytes, *, frames: str = "first", max_pixels: int = MAX_PI
             notes.append("first of several frames")
             opened.seek(0)
         opened.load()
+        file_format = opened.format or ""
         orientation = _orientation(opened, notes)
         profile = opened.info.get("icc_profile")
         image = _to_rgb(opened, profile, notes)
-    rotated = orientation not in (None, 1)
+    rotated = orientation in _UPRIGHT
     if rotated:
-        # After the conversion: some modes cannot be transposed, and the tag is gone from the copy.
-        image = _TRANSPOSE[orientation](image) if orientation in _TRANSPOSE else image
-        rotated = orientation in _TRANSPOSE
-        if rotated:
-            notes.append("turned by EXIF")
-    return Picture(image, rotated, tuple(notes))
+        image = _UPRIGHT[orientation](image)
+        notes.append("turned by EXIF")
+    return Picture(image, file_format, rotated, tuple(notes))
 
 
-_TRANSPOSE: dict[Any, Any] = {
+_UPRIGHT: dict[Any, Any] = {
     2: ImageOps.mirror,
     3: lambda image: image.transpose(Image.Transpose.ROTATE_180),
     4: ImageOps.flip,
@@ -157,7 +157,22 @@ def _to_rgb(image: Image.Image, profile: Any, notes: list[str]) -> Image.Image:
         notes.append("16-bit grey")
         image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
         return image.convert("RGB")
-    if mode not in ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"):
+    if mode not in (
+        "1",
+        "L",
+        "LA",
+        "La",
+        "P",
+        "PA",
+        "RGB",
+        "RGBA",
+        "RGBa",
+        "RGBX",
+        "CMYK",
+        "YCbCr",
+        "LAB",
+        "HSV",
+    ):
         raise Refused(UNSUPPORTED, f"mode {mode}")
     if mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         return _on_white(_to_srgb(image.convert("RGBA"), profile, notes), notes)
@@ -189,10 +204,12 @@ def _to_srgb(image: Image.Image, profile: Any, notes: list[str]) -> Image.Image:
     if not isinstance(profile, bytes) or not profile:
         return image
     try:
-        embedded = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        embedded: Any = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         space = embedded.profile.xcolor_space.strip()
         wanted = {"RGB": "RGB", "RGBA": "RGB", "CMYK": "CMYK", "LAB": "Lab"}.get(image.mode)
-        if space != wanted or (space == "RGB" and "srgb" in str(embedded.profile.profile_description).lower()):
+        if space != wanted or (
+            space == "RGB" and "srgb" in str(embedded.profile.profile_description).lower()
+        ):
             return image
         target = "RGBA" if image.mode == "RGBA" else "RGB"
         converted = ImageCms.profileToProfile(image, embedded, _srgb(), outputMode=target)
@@ -220,9 +237,7 @@ def apply_fit(image: Image.Image, fitted: Fit) -> Image.Image:
         image = image.resize(size, Image.Resampling.BICUBIC)
     if image.size == (fitted.width, fitted.height):
         return image
-    return image.crop(
-        (fitted.left, fitted.top, fitted.left + fitted.width, fitted.top + fitted.height)
-    )
+    return image.crop((fitted.left, fitted.top, fitted.left + fitted.width, fitted.top + fitted.height))
 
 
 def to_pixels(image: Image.Image, channels: int) -> Tensor:

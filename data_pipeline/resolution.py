@@ -1,7 +1,8 @@
 """Which size a picture is stored at: pure functions on integers, no pixels.
 
 A picture keeps its aspect and, up to a largest area, its resolution. An autoencoder takes sides that are
-multiples of its stride, so the picture is resized to cover such a size and the rest is cropped from its centre:
+multiples of its stride, so the picture is resized to cover such a size and the rest is cropped, half from
+either end:
 
     original (h, w) -> resize (resize_height, resize_width) -> crop (top, left, height, width)
 
@@ -29,8 +30,8 @@ class SizeRules:
     multiple: int
     """Both stored sides are multiples of this: the autoencoder's stride times the patch size."""
     mode: Literal["native", "buckets"] = "native"
-    """native: as above. buckets: straight to the bucket of nearest aspect, stretched and enlarged as that takes
-    and never cropped, which is how the released models were trained."""
+    """native: as above. buckets: straight to the bucket of nearest aspect, stretched and enlarged as that
+    takes and never cropped, which is how the released models were trained."""
     min_area: int = 1
     """A smaller picture is enlarged to it, by `max_upscale` at most, or refused."""
     max_area: int = 1024 * 1024
@@ -187,7 +188,7 @@ def _fit_bucket(height: int, width: int, rules: SizeRules) -> Fit | Unfit:
     table = rules.buckets or bucket_table(rules.max_area, rules.multiple, rules.max_aspect)
     if height * width < rules.min_area:
         return Unfit(REASON_SMALL, f"{height}x{width} is below the area {rules.min_area}")
-    # Nearest in aspect; of equals the nearest in area. Nothing is cropped: the picture takes the bucket's aspect.
+    # Nearest in aspect; of equals the nearest in area.
     best = min(
         table,
         key=lambda size: (
@@ -243,7 +244,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def describe_fit(height: int, width: int, fitted: Fit, rotated: bool) -> dict[str, object]:
-    """What a sample's json records of its size. Boxes are [top, left, height, width] in the resized picture."""
+    """What a sample's json records of its size. A crop is [top, left, height, width] after the resize."""
     scale_y, scale_x = fitted.scales(height, width)
     return {
         "original_px": [height, width],

@@ -9,12 +9,12 @@ Members of a sample `<key>` in a webdataset tar:
 
 A sample carries text or a label, never both. Latents and states are stored in 16 bits and used in float32.
 
-Variants, stored so that nothing is rolled anew at every reading: the latent member may hold `flipped`, the latent
-of the mirror image, and the text member `states.1`, `states.2`, ..., those of further captions.
+Variants are stored, so that nothing is encoded anew: the latent member may hold `flipped`, the latent of the
+mirror image, and the text member `states.1`, `states.2`, ..., those of further captions.
 
 Shards for encoders that run while training hold, instead of a latent or of states:
 
-    <key>.png, .jpg, .webp     the picture; its json says how it is cropped and what the autoencoder makes of it
+    <key>.png, .jpg, .webp     the picture; its json says its crop and what the autoencoder makes of it
     <key>.text.safetensors     tensor `ids` int32 [n] (and `ids.1`, ...), the caption's tokens
     <key>.txt                  the caption itself, UTF-8
 """
@@ -55,7 +55,7 @@ class Sample:
     """One picture as it lies in a shard: a latent or a picture, and states, ids, a caption or a label.
 
     Shapes:
-        latent, flipped: [C, h, w] or None.   states and each of more_states: [n, E].   each of ids: [n], int32.
+        latent, flipped: [C, h, w].   states, each of more_states: [n, E].   each of ids: int32 [n].
     """
 
     key: str

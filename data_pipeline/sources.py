@@ -1,15 +1,15 @@
 """Where pictures, captions and labels come from: five layouts, one numbered list of items each.
 
-A source is listed once, in an order that depends on its names alone, and read by number afterwards. So a run can
-be cut into fixed parts, started again, or spread over processes without anybody passing state around.
+A source is listed once, in an order that depends on its names alone, and read by number afterwards. So a run
+can be cut into fixed parts, started again, or spread over processes without anybody passing state around.
 
 | kind | what lies there |
 |---|---|
 | folder | pictures with `.txt` or `.json` beside them |
 | list | a `.jsonl` or `.parquet` file: path, caption(s) or label, further columns |
 | webdataset | `*.tar` shards with jpg/png/webp/... and txt/json/cls members |
-| tim_toy | the authors' toy set: `data_info.jsonl` with `image_file`, `bucket`, `captions`, and the pictures |
-| tim_latents | the authors' ImageNet latents: `<wnid>/<name>.safetensors` with `latent` [2, C, h, w] and `label` |
+| tim_toy | the toy set of TiM: `data_info.jsonl` (`image_file`, `bucket`, `captions`) and its pictures |
+| tim_latents | latents of TiM: `<wnid>/<name>.safetensors`, each `latent` [2, C, h, w] and `label` |
 """
 
 from __future__ import annotations
@@ -304,13 +304,11 @@ def _sidecars(
         number, name = label_of({"label": label.decode("ascii", errors="replace").strip()}, source)
     if number is None and name is None:
         name = class_name
-    return Item(
-        source, picture, captions=captions, label=number, class_name=name, extra=_extra(row, keep)
-    )
+    return Item(source, picture, captions=captions, label=number, class_name=name, extra=_extra(row, keep))
 
 
 class FolderSource:
-    """Pictures beneath a folder; `<stem>.json` and `<stem>.txt` beside each. A class is the topmost folder."""
+    """Pictures beneath a folder, `<stem>.json` and `<stem>.txt` beside each; the topmost folder is a class."""
 
     kind = "folder"
 
@@ -443,8 +441,8 @@ class ParquetSource:
                 from pyarrow import parquet
             except ImportError as error:
                 raise DataError(
-                    f"{self._path}: reading parquet needs pyarrow; install it (pip install pyarrow), or give a "
-                    f".jsonl list"
+                    f"{self._path}: reading parquet needs pyarrow; install it (pip install pyarrow), or give "
+                    f"a .jsonl list"
                 ) from error
             self._file = parquet.ParquetFile(self._path)
         return self._file
@@ -564,7 +562,7 @@ def _escapes(name: str) -> bool:
 
 
 def _split_member(name: str) -> tuple[str, str]:
-    """(key, ending) of a member: the ending starts at the first dot of the last part, as webdataset has it."""
+    """(key, ending) of a member: the ending starts at the first dot of the last part, as in webdataset."""
     folder, _, base = name.rpartition("/")
     stem, _, ending = base.partition(".")
     return (f"{folder}/{stem}" if folder else stem), ending
@@ -676,7 +674,7 @@ class LatentSource:
         if pair.ndim != 4 or pair.shape[0] != 2 or 0 in pair.shape or not pair.is_floating_point():
             raise Refused(
                 BAD_LATENT,
-                f"{source}: expected a floating latent [2, C, h, w], received {pair.dtype} {list(pair.shape)}",
+                f"{source}: expected a float latent [2, C, h, w], received {pair.dtype} {list(pair.shape)}",
             )
         if label.numel() != 1 or not bool(torch.isfinite(label.to(torch.float64)).all()):
             raise Refused(BAD_LABEL, f"{source}: expected one number, received {list(label.shape)}")

@@ -30,16 +30,17 @@ def latent_shape(config: AutoencoderConfig) -> LatentShape:
     """
     if config.kind == "pixels":
         return LatentShape(config.factor, config.channels * config.factor**2, config.channels)
+    path = config.path or ""
     try:
         if config.kind == "dc_ae":
             from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
 
-            found: Any = AutoencoderDC.load_config(config.path)
+            found: Any = AutoencoderDC.load_config(path)
             blocks = found["encoder_block_out_channels"]
         else:
             from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-            found = AutoencoderKL.load_config(config.path)
+            found = AutoencoderKL.load_config(path)
             blocks = found["block_out_channels"]
         return LatentShape(2 ** (len(blocks) - 1), int(found["latent_channels"]), 3)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -76,7 +77,7 @@ def text_width(config: TextEncoderConfig) -> int:
     from transformers import AutoConfig
 
     try:
-        found = AutoConfig.from_pretrained(config.path)
+        found = AutoConfig.from_pretrained(config.path or "")
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"data.text_encoder.path: no config at {config.path!r} ({error})") from error
     # A Gemma that also sees pictures keeps its language part in a section of its own.
