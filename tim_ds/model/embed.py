@@ -81,7 +81,11 @@ def time_features(t_S: Tensor) -> Tensor:
     """Sinusoid of a conditioning time, cosines first: [S] -> [S, 256]. The time is not multiplied by 1000."""
     t = ops.at_least_float32(t_S)
     k = torch.arange(TIME_FREQUENCIES, dtype=t.dtype, device=t.device)
-    angle = t[:, None] * torch.exp(-math.log(10000.0) / TIME_FREQUENCIES * k)
+    # The exponent is rounded in the dtype of t, as the authors round it, the exponential is not: a vectorised
+    # float32 `exp` is off by a unit that differs between machines, which VP's conditioning time of 999 t
+    # magnifies to 1e-5.
+    frequency = torch.exp((-math.log(10000.0) / TIME_FREQUENCIES * k).double()).to(t.dtype)
+    angle = t[:, None] * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 

@@ -25,9 +25,25 @@ class OptimizerConfig:
     """Largest global gradient norm; 0 turns clipping off."""
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: int = 0
-    """Linear warm-up from 0."""
+    """Linear warm-up: step n has n / warmup_steps of the full rate."""
     final_lr_share: float = 0.0
     """cosine: lr at the last step as a share of lr."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps", "weight_decay", "grad_clip", "warmup_steps"):
+            if getattr(self, name) < 0:
+                raise ConfigError(
+                    f"train.optimizer.{name}: expected 0 or more, received {getattr(self, name)}"
+                )
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ConfigError(
+                "train.optimizer.betas: expected two numbers from 0 up to but not 1, "
+                f"received {list(self.betas)}"
+            )
+        if not 0.0 <= self.final_lr_share <= 1.0:
+            raise ConfigError(
+                f"train.optimizer.final_lr_share: expected 0 to 1, received {self.final_lr_share}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +52,14 @@ class CheckpointConfig:
     keep: int = 2
     """Newest complete checkpoints that are kept."""
     milestones: tuple[int, ...] = ()
-    """Steps whose checkpoint is never deleted."""
+    """Steps at which a checkpoint is written that is never deleted."""
+
+    def __post_init__(self) -> None:
+        for name in ("every_steps", "keep"):
+            if getattr(self, name) < 1:
+                raise ConfigError(
+                    f"train.checkpoint.{name}: expected at least 1, received {getattr(self, name)}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +88,8 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema_decay: float = 0.9999
     """Per applied optimiser step."""
+    ema_warmup: bool = False
+    """Use min(ema_decay, (1 + n) / (10 + n)) at step n, so that the average forgets its start sooner."""
     activation_checkpointing: bool = False
     log_every: int = 10
     max_skipped_steps: int = 10
@@ -73,8 +98,9 @@ class TrainConfig:
     preview: PreviewConfig = field(default_factory=PreviewConfig)
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ConfigError(f"train.steps: expected at least 1, received {self.steps}")
+        for name in ("steps", "log_every", "max_skipped_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"train.{name}: expected at least 1, received {getattr(self, name)}")
         if not 0.0 <= self.ema_decay < 1.0:
             raise ConfigError(f"train.ema_decay: expected 0 up to but not 1, received {self.ema_decay}")
         if len(self.preview.prompts) != len(self.preview.sizes):

@@ -1,0 +1,224 @@
+"""The launch scripts: what their commands print, write and refuse."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.networks import write_tiny_export
+from tim_ds.pipeline import TiMPipeline, read_settings
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_export(tmp_path_factory.mktemp("launch") / "export")
+
+
+@pytest.fixture(scope="module")
+def sample() -> Callable[[list[str]], int]:
+    return runpy.run_path(str(ROOT / "launch" / "sample.py"))["main"]
+
+
+class TestSample:
+    def test_pictures_are_those_of_the_pipeline(
+        self, export: Path, sample: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        words = ["--export", str(export), "--prompt", "a three", "--prompt", "a one above a two"]
+        words += [
+            "--size",
+            "8x8",
+            "--size",
+            "16x8",
+            "--num",
+            "2",
+            "--steps",
+            "3",
+            "--cfg",
+            "2",
+            "--seed",
+            "5",
+        ]
+        assert sample([*words, "--out", str(tmp_path / "out")]) == 0
+        captions = ["a three", "a three", "a one above a two", "a one above a two"]
+        expected = TiMPipeline.from_pretrained(export)(
+            captions, ["8x8", "8x8", "16x8", "16x8"], num_steps=3, cfg_scale=2.0, seeds=5
+        )
+        paths = sorted((tmp_path / "out").glob("0*.png"))
+        assert len(paths) == 4
+        for path, image, caption, seed in zip(paths, expected.images, captions, range(5, 9), strict=True):
+            np.testing.assert_array_equal(np.asarray(Image.open(path))[..., None], image)
+            settings = read_settings(path)
+            assert (settings["prompt"], settings["seed"], settings["nfe"]) == (caption, seed, 6)
+        printed = capsys.readouterr().out
+        assert all(str(path) in printed for path in (*paths, tmp_path / "out" / "grid.png"))
+        assert "4 pictures, 6 network evaluations and" in printed and "ms each" in printed
+        assert read_settings(tmp_path / "out" / "grid.png")["num_steps"] == 3
+
+    def test_prompts_come_from_a_file(self, export: Path, sample: Any, tmp_path: Path) -> None:
+        prompts = tmp_path / "prompts.txt"
+        prompts.write_text("a three\n\n  日本 \n", encoding="utf-8")
+        words = ["--export", str(export), "--prompts-file", str(prompts), "--size", "8x8"]
+        assert sample([*words, "--out", str(tmp_path / "out")]) == 0
+        stored = [read_settings(path)["prompt"] for path in sorted((tmp_path / "out").glob("0*.png"))]
+        assert stored == ["a three", "日本"]
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["--size", "9x8"], "nearest that fit: 8x8 or 12x8"),
+            (["--size", "8x8", "--steps", "0"], "num_steps: expected at least 1, received 0"),
+            (["--size", "8x8", "--size", "8x8"], "--size: expected 1 or 1, one a prompt, received 2"),
+            (["--size", "8x8", "--num", "0"], "--num: expected at least 1, received 0"),
+        ],
+    )
+    def test_bad_requests_write_nothing(
+        self,
+        export: Path,
+        sample: Any,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        words: list[str],
+        message: str,
+    ) -> None:
+        out = tmp_path / "out"
+        assert sample(["--export", str(export), "--prompt", "a", *words, "--out", str(out)]) == 1
+        captured = capsys.readouterr()
+        assert captured.out == "" and message in captured.err and captured.err.startswith("error: ")
+        assert not out.exists()
+
+    def test_empty_prompt_files_and_missing_exports_are_refused(
+        self, export: Path, sample: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "empty.txt").write_text("\n \n")
+        out = ["--size", "8x8", "--out", str(tmp_path / "out")]
+        assert sample(["--export", str(export), "--prompts-file", str(tmp_path / "empty.txt"), *out]) == 1
+        assert "expected at least one prompt, received none" in capsys.readouterr().err
+        assert sample(["--export", str(export), "--prompts-file", str(tmp_path / "no.txt"), *out]) == 1
+        assert "no.txt: cannot be read" in capsys.readouterr().err
+        assert sample(["--export", str(tmp_path / "none"), "--prompt", "a", *out]) == 1
+        assert "none: no such export folder" in capsys.readouterr().err
+
+    def test_pictures_are_not_overwritten(
+        self, export: Path, sample: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        words = ["--export", str(export), "--prompt", "a", "--size", "8x8", "--out", str(tmp_path)]
+        (tmp_path / "grid.png").write_bytes(b"mine")
+        assert sample(words) == 1
+        assert "holds pictures, which are not overwritten" in capsys.readouterr().err
+        assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
+        assert (tmp_path / "grid.png").read_bytes() == b"mine"
+
+
+def test_evaluate_runs_as_a_script_from_any_folder(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "launch" / "evaluate.py"), "--help"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "nfe" in done.stdout
+
+
+class TestQuickstart:
+    """The script itself, with recorders in place of `python` and `deepspeed`."""
+
+    @pytest.fixture
+    def start(self, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+        root = tmp_path / "repository"
+        (root / "launch").mkdir(parents=True)
+        (root / "launch" / "quickstart.sh").write_bytes((ROOT / "launch" / "quickstart.sh").read_bytes())
+        programs = tmp_path / "programs"
+        programs.mkdir()
+        for name in ("python", "deepspeed"):
+            program = programs / name
+            program.write_text(
+                "#!/bin/sh\n"
+                f'echo "$PWD: {name} $*" >> {tmp_path}/record\n'
+                'case "$*" in *"${FAIL:-nothing}"*) exit 3;; esac\n'
+            )
+            program.chmod(0o755)
+
+        def run(
+            *, path: str = f"{programs}:/usr/bin:/bin", **environment: str
+        ) -> subprocess.CompletedProcess[str]:
+            return subprocess.run(
+                ["bash", str(root / "launch" / "quickstart.sh")],
+                cwd="/",
+                env={"PATH": path, **environment},
+                capture_output=True,
+                text=True,
+                timeout=60,
+            )
+
+        return run
+
+    def test_runs_every_stage_from_the_repository_root(self, start: Any, tmp_path: Path) -> None:
+        with socket.socket() as other_run:
+            other_run.bind(("127.0.0.1", 0))
+            other_run.listen()
+            taken = other_run.getsockname()[1]
+            done = start(PORT=str(taken))
+        assert done.returncode == 0, done.stderr
+        [port] = {int(found) for found in re.findall(r"--master_port (\d+)", done.stdout)}
+        assert port > taken
+        root = tmp_path / "repository"
+        train = f"deepspeed --num_gpus 1 --master_port {port} launch/train.py launch/recipes"
+        tail = "--ds ds_configs/cpu_smoke.json --run runs"
+        commands = [
+            "python -m data_pipeline.handwriting --out runs/handwriting",
+            f"{train}/handwriting_tim.yaml {tail}/handwriting_tim data.shards=runs/handwriting",
+            f"{train}/handwriting_flow.yaml {tail}/handwriting_flow data.shards=runs/handwriting",
+            "python launch/evaluate.py nfe runs/handwriting_tim/export"
+            " --baseline runs/handwriting_flow/export"
+            " --label TiM --baseline-label flow matching --data runs/handwriting"
+            " --out runs/handwriting_nfe",
+        ]
+        assert (tmp_path / "record").read_text().splitlines() == [
+            f"{root}: {command}" for command in commands
+        ]
+        # Each is printed as it would be typed, and the end says where to look.
+        for command in commands:
+            typed = command.replace("flow matching", "flow\\ matching")
+            assert f"$ {typed}\n" in done.stdout
+        for place in (
+            "table.md",
+            "quality.png",
+            "results.json",
+            "tensorboard --logdir runs",
+            "launch/sample.py",
+        ):
+            assert place in done.stdout.split("== done")[1]
+
+    def test_settings_come_from_the_environment(self, start: Any, tmp_path: Path) -> None:
+        assert start(RUNS="/data/my runs", PROCESSES="2", ENGINE="mine.json").returncode == 0
+        record = (tmp_path / "record").read_text()
+        assert re.search(r"deepspeed --num_gpus 2 --master_port \d+ launch/train.py", record)
+        assert "--ds mine.json --run /data/my runs/handwriting_tim" in record
+        assert "runs/handwriting_tim " not in record.replace("/data/my runs", "")
+
+    def test_stops_at_the_first_failure(self, start: Any, tmp_path: Path) -> None:
+        done = start(FAIL="handwriting_tim.yaml")
+        assert done.returncode == 3
+        assert len((tmp_path / "record").read_text().splitlines()) == 2
+        assert "== done" not in done.stdout
+
+    def test_says_what_to_install(self, start: Any) -> None:
+        done = start(path="/usr/bin:/bin")
+        assert done.returncode == 1
+        assert "run 'make quickstart', which installs it" in done.stderr

@@ -1,0 +1,360 @@
+"""The pipeline: prompts, sizes and seeds to pictures, the same whatever is sampled beside them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from tqdm import tqdm
+
+from data_pipeline.config import AutoencoderConfig
+from data_pipeline.encoders.autoencoder import PixelAutoencoder
+from data_pipeline.encoders.text import WordsEncoder
+from tests.networks import export_of, network_of, write_tiny_export
+from tim_ds.errors import CheckpointError, ConfigError, RequestError
+from tim_ds.pipeline import PNG_KEY, TiMPipeline, read_settings, write_png
+
+PROMPTS = ["a three", "a one above a seven", "a two before a gap", "a three", "an eight"]
+SIZES = [(8, 8), (16, 8), (8, 24), (8, 8), (24, 8)]
+SEEDS = [3, 1, 4, 15, 9]
+
+
+class Spy(nn.Module):
+    """The network, with a record of the packs it was given."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.grids: list[tuple[tuple[int, int], ...]] = []
+
+    def forward(self, x_TC: Any, t_S: Any, r_S: Any, segments: Any, condition: Any, **options: Any) -> Any:
+        self.grids.append(segments.grids)
+        return self.network(x_TC, t_S, r_S, segments, condition, **options)
+
+
+class Forbidden(nn.Module):
+    """Fails when it is asked for anything: a request was not refused in time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        raise AssertionError("the network was called before the request was checked")
+
+
+@pytest.fixture
+def pipe() -> TiMPipeline:
+    export = export_of()
+    return TiMPipeline(network_of(export), export)
+
+
+@pytest.fixture
+def spy() -> Spy:
+    return Spy(network_of(export_of()))
+
+
+def test_a_picture_does_not_depend_on_its_batch(pipe: TiMPipeline) -> None:
+    """In float64, where the order of a sum moves a pixel by 1e-15 and never across a rounding edge."""
+    pipe.to("cpu", torch.float64)
+    together = pipe(PROMPTS, SIZES, num_steps=3, seeds=SEEDS).images
+    pipe.tokens_per_batch = 1
+    alone = [
+        pipe(p, s, num_steps=3, seeds=[k]).images[0] for p, s, k in zip(PROMPTS, SIZES, SEEDS, strict=True)
+    ]
+    backwards = pipe(PROMPTS[::-1], SIZES[::-1], num_steps=3, seeds=SEEDS[::-1]).images[::-1]
+    for a, b, c in zip(together, alone, backwards, strict=True):
+        np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(a, c)
+
+
+def test_pictures_have_their_own_sizes_and_are_not_all_alike(pipe: TiMPipeline) -> None:
+    images = pipe(PROMPTS, SIZES, num_steps=2, seeds=SEEDS).images
+    assert [image.shape for image in images] == [(*size, 1) for size in SIZES]
+    assert all(image.dtype == np.uint8 for image in images)
+    # Prompts 0 and 3 differ in their seed alone.
+    assert (images[0] != images[3]).any()
+    # Neither black nor saturated: the comparisons above compare something.
+    assert all(len(np.unique(image)) > 10 for image in images)
+
+
+def test_seed_and_prompt_both_matter(pipe: TiMPipeline) -> None:
+    first, again, other_prompt, other_seed = (
+        pipe(prompt, "8x8", seeds=[seed]).images[0]
+        for prompt, seed in (("a six", 5), ("a six", 5), ("a nine", 5), ("a six", 6))
+    )
+    np.testing.assert_array_equal(first, again)
+    assert (first != other_prompt).any()
+    assert (first != other_seed).any()
+
+
+def test_one_seed_is_the_first_of_consecutive_ones(pipe: TiMPipeline) -> None:
+    consecutive = pipe(["a six"] * 3, "8x8", seeds=5)
+    listed = pipe(["a six"] * 3, "8x8", seeds=[5, 6, 7])
+    assert consecutive.seeds == listed.seeds == (5, 6, 7)
+    for a, b in zip(consecutive.images, listed.images, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    ["16x8", (16, 8), ["16x8", "16x8"], [(16, 8), "16x8"], np.array([[16, 8], [16, 8]]), (np.int64(16), 8)],
+)
+def test_sizes_are_read_in_every_form(pipe: TiMPipeline, sizes: Any) -> None:
+    assert [image.shape for image in pipe(["a", "b"], sizes).images] == [(16, 8, 1)] * 2
+
+
+@pytest.mark.parametrize(("cfg_scale", "factor"), [(1.0, 1), (2.0, 2)])
+def test_batches_keep_to_the_token_budget(spy: Spy, cfg_scale: float, factor: int) -> None:
+    """Pictures of 4, 8, 12, 4 and 12 tokens under a budget of 16 a call."""
+    pipe = TiMPipeline(spy, export_of())
+    pipe.tokens_per_batch = 16 * factor
+    pipe(PROMPTS, SIZES, num_steps=1, cfg_scale=cfg_scale)
+    grids = [(h // 4, w // 4) for h, w in SIZES]
+    expected = [grids[0:2], grids[2:4], grids[4:]]
+    assert spy.grids == [tuple(part * factor) for part in expected]
+
+
+def test_a_picture_beyond_the_budget_goes_alone(spy: Spy) -> None:
+    pipe = TiMPipeline(spy, export_of())
+    pipe.tokens_per_batch = 1
+    pipe(["a", "b"], ["8x8", "16x16"], num_steps=1)
+    assert spy.grids == [((2, 2),), ((4, 4),)]
+
+
+def test_nfe_counts_evaluations_a_picture(spy: Spy) -> None:
+    pipe = TiMPipeline(spy, export_of())
+    assert pipe(["a", "b"], "8x8", num_steps=3).nfe == 3
+    assert sum(len(grids) for grids in spy.grids) == 3 * 2
+    spy.grids.clear()
+    output = pipe(["a", "b"], "8x8", num_steps=3, cfg_scale=2.0, cfg_interval=(0.0, 0.5))
+    # Steps start at t = 1, 2/3 and 1/3: one of three is guided.
+    assert output.nfe == 4
+    assert sum(len(grids) for grids in spy.grids) == 4 * 2
+
+
+def test_guidance_moves_away_from_the_empty_caption(pipe: TiMPipeline) -> None:
+    """Scale 0 is the empty caption's own picture."""
+    pipe.to("cpu", torch.float64)
+    guided = pipe("a six", "8x8", cfg_scale=0.0, seeds=1).images[0]
+    empty = pipe("", "8x8", seeds=1).images[0]
+    plain = pipe("a six", "8x8", seeds=1).images[0]
+    np.testing.assert_array_equal(guided, empty)
+    assert (plain != empty).any()
+
+
+def test_defaults_are_the_exports(pipe: TiMPipeline) -> None:
+    export = export_of(mode="diffusion", num_steps=5)
+    diffusion = TiMPipeline(network_of(export), export)
+    output = diffusion("a six", "8x8", seeds=2)
+    assert output.settings["mode"] == "diffusion" and output.nfe == 5
+    same = pipe("a six", "8x8", seeds=2, num_steps=5, mode="diffusion")
+    other = pipe("a six", "8x8", seeds=2, num_steps=5)
+    np.testing.assert_array_equal(output.images[0], same.images[0])
+    assert (output.images[0] != other.images[0]).any()
+
+
+def test_levels_are_rounded_to_the_nearest(pipe: TiMPipeline) -> None:
+    values = torch.tensor([-3.0, -1.0, 1.4 / 127.5 - 1, 1.6 / 127.5 - 1, 0.9999, 1.0, 7.0, 0.0])
+    latent = PixelAutoencoder(4, 1).encode(values.repeat(8).reshape(1, 1, 8, 8))[0]
+    picture = pipe._decode(latent)
+    assert picture.shape == (8, 8, 1)
+    # 0.0 is 127.5, half-way; torch rounds halves to even.
+    assert picture[0, :, 0].tolist() == [0, 0, 1, 2, 255, 255, 255, 128]
+
+
+def test_patches_of_several_cells_make_the_multiple(pipe: TiMPipeline) -> None:
+    export = export_of(patch_size=2, channels=3)
+    colour = TiMPipeline(network_of(export), export)
+    assert (pipe.size_multiple, colour.size_multiple) == (4, 8)
+    assert colour("a", "16x8").images[0].shape == (16, 8, 3)
+
+
+def test_bfloat16_weights_draw_nearly_the_same(pipe: TiMPipeline) -> None:
+    exact = pipe(PROMPTS, SIZES, seeds=SEEDS).images
+    coarse = pipe.to("cpu", torch.bfloat16)(PROMPTS, SIZES, seeds=SEEDS).images
+    difference = np.mean(
+        [np.abs(a.astype(int) - b.astype(int)).mean() for a, b in zip(exact, coarse, strict=True)]
+    )
+    # bfloat16 keeps 8 bits of noise and weights: measured 0.3 levels of 255.
+    assert 0 < difference < 2
+
+
+def test_progress_counts_pictures_and_steps(pipe: TiMPipeline) -> None:
+    bar = tqdm(total=10, file=io.StringIO())
+    pipe.tokens_per_batch = 8
+    pipe(PROMPTS, SIZES, num_steps=2, progress=bar)
+    assert bar.n == 10
+
+
+class TestClassLabels:
+    @pytest.fixture
+    def pipe(self) -> TiMPipeline:
+        export = export_of(condition="class")
+        return TiMPipeline(network_of(export), export)
+
+    def test_labels_are_numbers_or_their_text(self, pipe: TiMPipeline) -> None:
+        as_numbers = pipe([0, 4], "8x8", seeds=1)
+        as_text = pipe(["0", "4"], "8x8", seeds=1)
+        assert as_numbers.prompts == as_text.prompts == (0, 4)
+        for a, b in zip(as_numbers.images, as_text.images, strict=True):
+            np.testing.assert_array_equal(a, b)
+        same_seed = pipe([0, 4], "8x8", seeds=[1, 1]).images
+        assert (same_seed[0] != same_seed[1]).any()
+
+    def test_guidance_uses_the_null_label(self, pipe: TiMPipeline) -> None:
+        plain, guided = (pipe(2, "8x8", cfg_scale=s, seeds=1) for s in (1.0, 2.0))
+        assert guided.nfe == 2 * plain.nfe
+        assert (plain.images[0] != guided.images[0]).any()
+
+    @pytest.mark.parametrize("label", [5, -1, "five", "5", 1.5, True])
+    def test_labels_out_of_range_are_refused(self, pipe: TiMPipeline, label: Any) -> None:
+        with pytest.raises(RequestError, match=r"prompts\[1\]: expected a class label, 0 to 4, received"):
+            pipe([0, label], "8x8")
+
+    def test_guidance_without_a_null_label_is_refused(self) -> None:
+        export = export_of(condition="class", class_dropout=False)
+        with pytest.raises(RequestError, match="needs a null label, which this network was built without"):
+            TiMPipeline(Forbidden(), export)(0, "8x8", cfg_scale=2.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompts": []}, "prompts: expected at least one, received an empty list"),
+        ({"prompts": ["a", 3]}, r"prompts\[1\]: expected a caption, received 3"),
+        ({"num_steps": 0}, "num_steps: expected at least 1, received 0"),
+        ({"sizes": "8x10"}, r"sizes\[0\]: 8x10: both sides must be multiples of 4 .* fit: 8x8 or 8x12"),
+        ({"sizes": ["8x8", (9, 15)]}, r"sizes\[1\]: 9x15: .* nearest that fit: 8x16 or 8x12"),
+        ({"sizes": "1x2"}, r"nearest that fit: 4x4"),
+        ({"sizes": (0, 8)}, r"sizes\[0\]: 0x8: both sides must be multiples of 4"),
+        (
+            {"sizes": "8 by 8"},
+            r"sizes\[0\]: expected HEIGHTxWIDTH in pixels such as 1024x768, received '8 by 8'",
+        ),
+        ({"sizes": [8.5, 8]}, r"sizes\[0\]: expected \(height, width\), received 8.5"),
+        ({"sizes": [(8, 8), (8, 8.9)]}, r"sizes\[1\]: expected \(height, width\), received \(8, 8.9\)"),
+        ({"sizes": [(8, 8), (8, 8, 8)]}, r"sizes\[1\]: expected \(height, width\)"),
+        ({"sizes": ["8x8"] * 3}, "sizes: expected 1 or 2, one a prompt, received 3"),
+        ({"seeds": [1, 2, 3]}, "seeds: expected 1 or 2, one a prompt, received 3"),
+        ({"seeds": [1, -2]}, r"seeds\[1\]: expected 0 to 2\^63 - 1, received -2"),
+        ({"mode": "ddiffusion"}, "mode: expected one of transition, diffusion, received 'ddiffusion'"),
+        ({"cfg_scale": -1.0}, "cfg_scale: expected 0 or more, received -1"),
+        ({"cfg_interval": (0.8, 0.2)}, "cfg_interval: low 0.8 is beyond high 0.2"),
+    ],
+)
+def test_bad_requests_are_refused_before_any_work(arguments: dict[str, Any], message: str) -> None:
+    pipe = TiMPipeline(Forbidden(), export_of())
+    request: dict[str, Any] = {"prompts": ["a", "b"], "sizes": "8x8"} | arguments
+    with pytest.raises((RequestError, ConfigError), match=message):
+        pipe(**request)
+
+
+def test_parts_that_do_not_fit_the_network_are_refused() -> None:
+    with pytest.raises(RequestError, match="makes latents of 4 channels, the network expects 16"):
+        TiMPipeline(Forbidden(), export_of(), autoencoder=PixelAutoencoder(2, 1))
+    with pytest.raises(RequestError, match="makes states of width 8, the network expects 16"):
+        TiMPipeline(Forbidden(), export_of(), text_encoder=WordsEncoder(8))
+
+
+def test_weights_without_encoders_ask_for_them() -> None:
+    bare = replace(export_of(), autoencoder=None, text_encoder=None)
+    with pytest.raises(RequestError, match="export: names no autoencoder"):
+        TiMPipeline(Forbidden(), bare)
+    with pytest.raises(RequestError, match="export: names no text encoder"):
+        TiMPipeline(Forbidden(), bare, autoencoder=PixelAutoencoder(4, 1))
+
+
+def test_encoders_that_cannot_be_loaded_are_named(tmp_path: Path) -> None:
+    missing = AutoencoderConfig(kind="dc_ae", path=str(tmp_path / "none"))
+    with pytest.raises(
+        RequestError, match=r"export: data.autoencoder.path: cannot load AutoencoderDC from .*none"
+    ):
+        TiMPipeline(Forbidden(), replace(export_of(), autoencoder=missing))
+
+
+class TestFolders:
+    def test_an_export_draws_what_its_network_drew(self, pipe: TiMPipeline, tmp_path: Path) -> None:
+        folder = write_tiny_export(tmp_path / "export")
+        loaded = TiMPipeline.from_pretrained(folder)
+        output = loaded(PROMPTS, SIZES, seeds=SEEDS)
+        for a, b in zip(output.images, pipe(PROMPTS, SIZES, seeds=SEEDS).images, strict=True):
+            np.testing.assert_array_equal(a, b)
+        weights = (folder / "tim.safetensors").read_bytes()
+        assert output.settings["weights_sha256"] == hashlib.sha256(weights).hexdigest()
+        assert output.settings["recipe_sha256"] == "f" * 64
+
+    def test_a_folder_that_is_no_export_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(CheckpointError, match="no such export folder"):
+            TiMPipeline.from_pretrained(tmp_path / "nothing")
+        folder = write_tiny_export(tmp_path / "export")
+        weights = folder / "tim.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-8])
+        with pytest.raises(CheckpointError, match="truncated"):
+            TiMPipeline.from_pretrained(folder)
+
+    @pytest.mark.parametrize("channels", [1, 3])
+    def test_saved_pictures_carry_pixels_and_settings(self, tmp_path: Path, channels: int) -> None:
+        export = export_of(channels=channels)
+        output = TiMPipeline(network_of(export), export)(
+            ["a Three!", "日本 é"], ["8x8", "16x8"], num_steps=3, seeds=4
+        )
+        paths = output.save(tmp_path / "pictures")
+        assert [path.name for path in paths] == ["0000_a-three_seed4.png", "0001_日本-é_seed5.png"]
+        for path, image in zip(paths, output.images, strict=True):
+            np.testing.assert_array_equal(np.asarray(Image.open(path)).reshape(image.shape), image)
+        settings = read_settings(paths[1])
+        assert settings == output.picture_settings(1)
+        assert (settings["prompt"], settings["size"], settings["seed"]) == ("日本 é", "16x8", 5)
+        assert (settings["num_steps"], settings["nfe"], settings["mode"]) == (3, 3, "transition")
+
+    def test_stored_settings_repeat_the_picture(self, pipe: TiMPipeline, tmp_path: Path) -> None:
+        [path] = pipe("a two", "8x16", num_steps=3, seeds=11).save(tmp_path)
+        s = read_settings(path)
+        again = pipe(s["prompt"], s["size"], num_steps=s["num_steps"], mode=s["mode"], seeds=[s["seed"]])
+        np.testing.assert_array_equal(np.asarray(Image.open(path))[..., None], again.images[0])
+
+    def test_nothing_is_overwritten(self, pipe: TiMPipeline, tmp_path: Path) -> None:
+        output = pipe(["a", "b"], "8x8")
+        [second] = [path for path in output.save(tmp_path) if path.name.startswith("0001")]
+        (tmp_path / "0000_a_seed0.png").unlink()
+        second.write_bytes(b"mine")
+        with pytest.raises(RequestError, match=r"0001_b_seed1.png: exists and is not overwritten"):
+            output.save(tmp_path)
+        assert second.read_bytes() == b"mine"
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["0001_b_seed1.png"]
+
+    def test_a_full_disk_leaves_nothing_half_written(
+        self, pipe: TiMPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        output = pipe("a", "8x8")
+        usage = shutil.disk_usage(tmp_path)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
+        with pytest.raises(CheckpointError, match="cannot be written"):
+            output.save(tmp_path)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_pictures_of_other_programs_have_no_settings(self, tmp_path: Path) -> None:
+        Image.new("L", (4, 4)).save(tmp_path / "plain.png")
+        with pytest.raises(RequestError, match="carries no settings"):
+            read_settings(tmp_path / "plain.png")
+        (tmp_path / "text.png").write_text("no picture")
+        with pytest.raises(RequestError, match="not a picture that can be read"):
+            read_settings(tmp_path / "text.png")
+
+    def test_metadata_is_an_ordinary_png_text(self, tmp_path: Path) -> None:
+        path = tmp_path / "one.png"
+        write_png(path, np.zeros((4, 4, 1), dtype=np.uint8), {"prompt": "日本", "seed": 1})
+        image = Image.open(path)
+        image.load()
+        assert image.info["Description"] == "日本"
+        assert image.info[PNG_KEY] == '{"prompt": "日本", "seed": 1}'

@@ -1,0 +1,90 @@
+"""Command line of the evaluations: `python launch/evaluate.py EVALUATION ...`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from data_pipeline.errors import DataError
+from tim_ds.errors import RequestError, TimError
+from tim_ds.eval import nfe, report
+
+
+def _add_nfe(parser: argparse.ArgumentParser) -> None:
+    default = nfe.Settings()
+    parser.add_argument("export", type=Path, help="export folder of the network (RUN/export)")
+    parser.add_argument("--baseline", type=Path, help="export folder of a network to compare with")
+    parser.add_argument("--label", help="name of the network in table and plot (default: of its run)")
+    parser.add_argument("--baseline-label", help="name of the baseline (default: of its run)")
+    parser.add_argument("--data", type=Path, required=True, help="handwriting data set of the training")
+    parser.add_argument("--out", type=Path, required=True, help="folder for table, pictures, plot and logs")
+    parser.add_argument(
+        "--steps", default=",".join(map(str, default.steps)), help="step counts (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--pictures", type=int, default=default.num_seen, help="of seen sizes (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--held-back",
+        type=int,
+        default=default.num_held_back,
+        help="four digits in a row (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=default.seed, help="of prompts and noise (default: %(default)s)"
+    )
+    parser.add_argument("--cfg", type=float, help="guidance scale (default: the export's)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
+
+
+def _nfe(options: argparse.Namespace) -> None:
+    """Quality against the number of steps, on handwriting."""
+    try:
+        steps = tuple(int(word) for word in options.steps.split(","))
+    except ValueError as error:
+        raise RequestError(
+            f"--steps: expected numbers with commas between, received {options.steps!r}"
+        ) from error
+    settings = nfe.Settings(
+        steps=steps,
+        num_seen=options.pictures,
+        num_held_back=options.held_back,
+        seed=options.seed,
+        cfg_scale=options.cfg,
+    )
+    exports = [(options.label, options.export)]
+    if options.baseline is not None:
+        exports.append((options.baseline_label, options.baseline))
+    evaluation = nfe.run(exports, options.data, options.out, settings, device=options.device)
+    paths = report.write(evaluation, options.out)
+    print(f"\n{report.table(evaluation)}\n")
+    for path in (options.out / nfe.RESULTS_NAME, *paths):
+        print(f"written: {path}")
+
+
+class _Evaluation(NamedTuple):
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], None]
+
+
+EVALUATIONS = {"nfe": _Evaluation(_add_nfe, _nfe)}
+"""The subcommands."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one evaluation; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="launch/evaluate.py", description="Score a trained network.")
+    commands = parser.add_subparsers(dest="evaluation", required=True, metavar="EVALUATION")
+    for name, evaluation in EVALUATIONS.items():
+        summary = evaluation.run.__doc__
+        evaluation.add_arguments(commands.add_parser(name, help=summary, description=summary))
+    options = parser.parse_args(arguments)
+    try:
+        EVALUATIONS[options.evaluation].run(options)
+    except (TimError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0

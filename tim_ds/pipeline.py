@@ -1,0 +1,495 @@
+"""Prompts to pictures: `TiMPipeline.from_pretrained(folder)(prompts, sizes)`, as diffusers users know it.
+
+pipe = TiMPipeline.from_pretrained("runs/handwriting_tim/export")
+output = pipe("a three above a seven", "16x8", num_steps=4, seeds=7)
+output.save("pictures")
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import operator
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from numbers import Integral
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, PngImagePlugin
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data_pipeline.encoders.autoencoder import Autoencoder, build_autoencoder
+from data_pipeline.encoders.text import TextEncoder, build_text_encoder
+from tim_ds import __version__
+from tim_ds.config.recipe import parse_size
+from tim_ds.errors import RequestError
+from tim_ds.model.export_folder import WEIGHTS_FILE, Export, load_network
+from tim_ds.model.weights import write_aside
+from tim_ds.objective.transport import build_transport
+from tim_ds.packed import ClassCondition, Condition, Segments, TextCondition, unpatchify
+from tim_ds.sampler.config import SamplerConfig
+from tim_ds.sampler.rng import initial_noise
+from tim_ds.sampler.transition import sample
+
+Size = tuple[int, int]
+"""(height, width) in pixels."""
+PromptLike = str | int
+"""A caption, or a class label."""
+
+PNG_KEY = "tim_ds"
+"""Keyword of the PNG text chunk that holds a picture's settings as JSON."""
+
+_MODES = ("transition", "diffusion")
+
+
+@dataclass(frozen=True, eq=False)
+class PipelineOutput:
+    """Sampled pictures, in the order of the prompts.
+
+    Shapes:
+        images: uint8 [H, W, C] each, C = 1 (grey) or 3.
+    """
+
+    images: list[NDArray[np.uint8]]
+    prompts: tuple[PromptLike, ...]
+    seeds: tuple[int, ...]
+    nfe: int
+    """Network evaluations a picture; a guided step counts 2."""
+    seconds: float
+    """Wall time of the whole call."""
+    settings: dict[str, Any]
+    """Everything else that decided the pictures: weights, recipe, steps, mode, guidance."""
+
+    def picture_settings(self, i: int) -> dict[str, Any]:
+        """The settings of picture `i` with its prompt, size and seed: what its PNG carries."""
+        height, width = self.images[i].shape[:2]
+        return {
+            "prompt": self.prompts[i],
+            "size": f"{height}x{width}",
+            "seed": self.seeds[i],
+            **self.settings,
+        }
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write one PNG a picture, with its settings as metadata (`read_settings`). Nothing is overwritten.
+
+        Returns:
+            The paths: number, prompt and seed make the name.
+        Raises:
+            RequestError: if one of the files exists; then none is written.
+            CheckpointError: if the disk refuses.
+        """
+        folder = Path(folder)
+        paths = [
+            folder / f"{i:04d}_{_slug(prompt)}_seed{seed}.png"
+            for i, (prompt, seed) in enumerate(zip(self.prompts, self.seeds, strict=True))
+        ]
+        refuse_existing(paths)
+        for i, path in enumerate(paths):
+            write_png(path, self.images[i], self.picture_settings(i))
+        return paths
+
+
+class TiMPipeline:
+    """A trained network with its autoencoder and text encoder.
+
+    Args:
+        network: TiM network of `export.model`.
+        export: what the network is; `export.sampler` holds the defaults of a call.
+        autoencoder, text_encoder: None builds those that `export` names.
+        weights_sha256: of the weight file, for metadata.
+    Raises:
+        RequestError: if an autoencoder or text encoder is neither given nor named by `export` (imported
+            weights may name none), or does not fit the network, or cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        export: Export,
+        *,
+        autoencoder: Autoencoder | None = None,
+        text_encoder: TextEncoder | None = None,
+        weights_sha256: str = "",
+    ) -> None:
+        self.network = network
+        self.export = export
+        self.weights_sha256 = weights_sha256
+        self.transport = build_transport(export.transport)
+        self.autoencoder = _autoencoder(export) if autoencoder is None else autoencoder
+        self.text_encoder: TextEncoder | None = None
+        if export.model.condition == "text":
+            self.text_encoder = _text_encoder(export) if text_encoder is None else text_encoder
+        self._check_parts()
+        self.tokens_per_batch = 4096
+        """Image tokens of one network call, both halves of guidance counted; a larger picture goes alone."""
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> TiMPipeline:
+        """The pipeline of an export folder (`RUN/export`, written by training).
+
+        Raises:
+            CheckpointError: if the folder is incomplete or holds weights of another network.
+        """
+        network, export = load_network(folder, device=device, dtype=dtype)
+        return cls(network, export, weights_sha256=sha256(Path(folder) / WEIGHTS_FILE)).to(device)
+
+    def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> TiMPipeline:
+        """Move the network (and an autoencoder with weights, which keeps its precision); returns self."""
+        self.network.to(device=device, dtype=dtype)
+        if hasattr(self.autoencoder, "to"):
+            self.autoencoder.to(device)  # type: ignore[attr-defined]  # only autoencoders with weights have it
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.network.parameters()).dtype
+
+    @property
+    def size_multiple(self) -> int:
+        """Pixels that both sides of a picture are multiples of: autoencoder stride times patch size."""
+        return self.autoencoder.stride * self.export.model.patch_size
+
+    def __call__(
+        self,
+        prompts: PromptLike | Sequence[PromptLike],
+        sizes: str | Size | Sequence[str | Size],
+        *,
+        num_steps: int | None = None,
+        cfg_scale: float | None = None,
+        cfg_interval: tuple[float, float] | None = None,
+        stochasticity: float | None = None,
+        mode: Literal["transition", "diffusion"] | None = None,
+        seeds: int | Sequence[int] = 0,
+        progress: bool | tqdm = False,
+    ) -> PipelineOutput:
+        """Sample one picture a prompt. Everything is checked before any work is done.
+
+        A picture depends on its prompt, size, seed and the settings, not on what is sampled beside it.
+
+        Args:
+            prompts: captions, or class labels for a class-conditional network.
+            sizes: (height, width) or "HEIGHTxWIDTH" in pixels; one for all prompts, or one each.
+            num_steps, cfg_scale, cfg_interval, stochasticity, mode: None takes that of `export.sampler`.
+            seeds: one each, or the first of consecutive ones.
+            progress: show a bar, one tick a picture and step; or a bar that is counted up.
+        Raises:
+            RequestError: no prompts, a size that does not fit, counts that differ, a label out of range.
+            ConfigError: a sampler setting out of its range.
+            NonFiniteError: if a picture stops being finite on the way.
+        """
+        start = time.perf_counter()
+        prompt_list = self._check_prompts(prompts)
+        size_list = self._check_sizes(sizes, len(prompt_list))
+        seed_list = _check_seeds(seeds, len(prompt_list))
+        given = {
+            "num_steps": num_steps,
+            "cfg_scale": cfg_scale,
+            "cfg_interval": cfg_interval,
+            "stochasticity": stochasticity,
+            "mode": mode,
+        }
+        config = self._check_sampler({name: value for name, value in given.items() if value is not None})
+
+        grids = [(h // self.size_multiple, w // self.size_multiple) for h, w in size_list]
+        images: list[NDArray[np.uint8]] = []
+        nfe = 0
+        total = len(prompt_list) * config.num_steps
+        own_bar = tqdm(total=total, unit="step", desc="sample", leave=False, disable=progress is not True)
+        bar = progress if isinstance(progress, tqdm) else own_bar
+        with own_bar:
+            for part in self._batches(grids, guided=config.cfg_scale != 1.0):
+                latents, nfe = self._sample(
+                    [prompt_list[i] for i in part],
+                    [grids[i] for i in part],
+                    [seed_list[i] for i in part],
+                    config,
+                    bar,
+                )
+                images.extend(self._decode(latent) for latent in latents)
+        return PipelineOutput(
+            images=images,
+            prompts=tuple(prompt_list),
+            seeds=tuple(seed_list),
+            nfe=nfe,
+            seconds=time.perf_counter() - start,
+            settings={
+                "model": self.export.source.name,
+                "step": self.export.step,
+                "recipe_sha256": self.export.source.recipe_sha256,
+                "weights_sha256": self.weights_sha256,
+                "transport": self.transport.name,
+                "num_steps": config.num_steps,
+                "nfe": nfe,
+                "mode": config.mode,
+                "cfg_scale": config.cfg_scale,
+                "cfg_interval": list(config.cfg_interval),
+                "cfg_upper": config.cfg_upper,
+                "stochasticity": config.stochasticity,
+                "schedule_dtype": config.schedule_dtype,
+                "version": __version__,
+            },
+        )
+
+    def _check_parts(self) -> None:
+        model = self.export.model
+        if self.autoencoder.channels != model.in_channels:
+            raise RequestError(
+                f"autoencoder: makes latents of {self.autoencoder.channels} channels, the network expects "
+                f"{model.in_channels} (model.in_channels)"
+            )
+        if self.text_encoder is not None and self.text_encoder.width != model.text_dim:
+            raise RequestError(
+                f"text encoder: makes states of width {self.text_encoder.width}, the network expects "
+                f"{model.text_dim} (model.text_dim)"
+            )
+
+    def _check_prompts(self, prompts: PromptLike | Sequence[PromptLike]) -> list[PromptLike]:
+        found = [prompts] if isinstance(prompts, str | int) else list(prompts)
+        if not found:
+            raise RequestError("prompts: expected at least one, received an empty list")
+        if self.export.model.condition == "text":
+            for i, prompt in enumerate(found):
+                if not isinstance(prompt, str):
+                    raise RequestError(f"prompts[{i}]: expected a caption, received {prompt!r}")
+            return found
+        return [self._check_label(i, label) for i, label in enumerate(found)]
+
+    def _check_label(self, i: int, label: PromptLike) -> int:
+        count = self.export.model.num_classes or 0
+        number = int(label) if isinstance(label, str) and label.isascii() and label.isdigit() else label
+        if isinstance(number, str | bool) or not isinstance(number, Integral) or not 0 <= number < count:
+            raise RequestError(f"prompts[{i}]: expected a class label, 0 to {count - 1}, received {label!r}")
+        return int(number)
+
+    def _check_sizes(self, sizes: str | Size | Sequence[str | Size], count: int) -> list[Size]:
+        if isinstance(sizes, str) or (len(sizes) == 2 and all(isinstance(side, Integral) for side in sizes)):
+            found: list[Any] = [sizes] * count
+        else:
+            found = list(sizes)
+        if len(found) != count:
+            raise RequestError(f"sizes: expected 1 or {count}, one a prompt, received {len(found)}")
+        return [self._check_size(i, size) for i, size in enumerate(found)]
+
+    def _check_size(self, i: int, size: Any) -> Size:
+        if isinstance(size, str):
+            try:
+                height, width = parse_size(size)
+            except ValueError as error:
+                raise RequestError(f"sizes[{i}]: {error}") from error
+        else:
+            try:
+                height, width = (operator.index(side) for side in size)
+            except (TypeError, ValueError) as error:
+                raise RequestError(f"sizes[{i}]: expected (height, width), received {size!r}") from error
+        unit, stride, patch = self.size_multiple, self.autoencoder.stride, self.export.model.patch_size
+        if height < 1 or width < 1 or height % unit or width % unit:
+            raise RequestError(
+                f"sizes[{i}]: {height}x{width}: both sides must be multiples of {unit} pixels "
+                f"(autoencoder stride {stride} x patch size {patch}); "
+                f"nearest that fit: {_nearest(height, width, unit)}"
+            )
+        return height, width
+
+    def _check_sampler(self, given: dict[str, Any]) -> SamplerConfig:
+        mode = given.get("mode", self.export.sampler.mode)
+        if mode not in _MODES:
+            raise RequestError(f"mode: expected one of {', '.join(_MODES)}, received {mode!r}")
+        num_steps = given.get("num_steps", self.export.sampler.num_steps)
+        if num_steps < 1:
+            raise RequestError(f"num_steps: expected at least 1, received {num_steps}")
+        config = replace(self.export.sampler, **given)
+        if (
+            config.cfg_scale != 1.0
+            and self.export.model.condition == "class"
+            and not self.export.model.class_dropout
+        ):
+            raise RequestError(
+                f"cfg_scale: {config.cfg_scale:g} needs a null label, which this network was built without "
+                f"(model.class_dropout: false); set it to 1"
+            )
+        return config
+
+    def _batches(self, grids: Sequence[tuple[int, int]], *, guided: bool) -> Iterator[range]:
+        """Consecutive pictures whose tokens fit the budget."""
+        start, tokens = 0, 0
+        for i, (h, w) in enumerate(grids):
+            cost = h * w * (2 if guided else 1)
+            if i > start and tokens + cost > self.tokens_per_batch:
+                yield range(start, i)
+                start, tokens = i, 0
+            tokens += cost
+        yield range(start, len(grids))
+
+    def _sample(
+        self,
+        prompts: Sequence[PromptLike],
+        grids: Sequence[tuple[int, int]],
+        seeds: Sequence[int],
+        config: SamplerConfig,
+        bar: tqdm,
+    ) -> tuple[list[Tensor], int]:
+        """Latents [C, h, w] of one batch, and the evaluations a picture."""
+
+        def count(*_: Any) -> None:
+            bar.update(len(grids))
+
+        z_TC = initial_noise(grids, self.export.model.token_channels, seeds).to(self.device, self.dtype)
+        segments = Segments.from_grids(grids).to(self.device)
+        result = sample(
+            self.network,
+            self.transport,
+            z_TC,
+            segments,
+            self._condition(prompts),
+            config,
+            null_condition=self._null_condition(len(prompts)) if config.cfg_scale != 1.0 else None,
+            seeds=seeds,
+            on_step=count,
+        )
+        patch = self.export.model.patch_size
+        tokens = segments.split(result.x_TC)
+        return [unpatchify(x, grid, patch) for x, grid in zip(tokens, grids, strict=True)], result.nfe
+
+    def _condition(self, prompts: Sequence[PromptLike]) -> Condition:
+        if self.text_encoder is None:
+            return ClassCondition(torch.tensor(prompts, dtype=torch.int64)).to(self.device)
+        states = self.text_encoder.encode([str(prompt) for prompt in prompts])
+        packed = torch.cat([state.to(self.dtype) for state in states])
+        return TextCondition(packed, Segments.from_lengths([len(s) for s in states])).to(self.device)
+
+    def _null_condition(self, count: int) -> Condition:
+        if self.text_encoder is None:
+            return ClassCondition(torch.full((count,), self.export.model.num_classes or 0)).to(self.device)
+        return self._condition([""] * count)
+
+    def _decode(self, latent: Tensor) -> NDArray[np.uint8]:
+        """A latent [C, h, w] to a picture [H, W, C], rounded to the nearest of 256 levels."""
+        pixels = self.autoencoder.decode(latent[None])[0].float()
+        levels = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        return levels.permute(1, 2, 0).cpu().numpy()
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_png(path: Path, image: NDArray[np.uint8], settings: dict[str, Any]) -> None:
+    """Write a picture [H, W, 1 or 3] with `settings` as metadata: aside, then renamed to `path`.
+
+    Raises:
+        CheckpointError: if the disk refuses; nothing half-written is left.
+    """
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Software", f"tim_ds {__version__}")
+    if "prompt" in settings:
+        info.add_itxt("Description", str(settings["prompt"]))
+    info.add_itxt(PNG_KEY, json.dumps(settings, ensure_ascii=False))
+    content = io.BytesIO()
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(
+        content, format="PNG", pnginfo=info
+    )
+    data = content.getvalue()
+
+    def write(aside: Path) -> None:
+        aside.write_bytes(data)
+
+    write_aside(path, len(data), write)
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The settings that `write_png` stored.
+
+    Raises:
+        RequestError: if the file is no PNG of this package.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            text = image.info.get(PNG_KEY)
+    except (OSError, SyntaxError) as error:
+        raise RequestError(f"{path}: not a picture that can be read ({error})") from error
+    if text is None:
+        raise RequestError(f"{path}: carries no settings of tim_ds")
+    return json.loads(str(text))
+
+
+def refuse_existing(paths: Sequence[Path]) -> None:
+    """Raises RequestError if one of the files exists."""
+    existing = [path for path in paths if path.exists()]
+    if existing:
+        more = f" and {len(existing) - 1} more" if len(existing) > 1 else ""
+        raise RequestError(f"{existing[0]}{more}: exists and is not overwritten; choose another folder")
+
+
+def _autoencoder(export: Export) -> Autoencoder:
+    if export.autoencoder is None:
+        raise RequestError(
+            "export: names no autoencoder; pass one to TiMPipeline, or set `autoencoder` in export.json"
+        )
+    try:
+        return build_autoencoder(export.autoencoder)
+    except ValueError as error:
+        raise RequestError(f"export: {error}") from error
+
+
+def _text_encoder(export: Export) -> TextEncoder:
+    if export.text_encoder is None:
+        raise RequestError(
+            "export: names no text encoder; pass one to TiMPipeline, or set `text_encoder` in export.json"
+        )
+    try:
+        return build_text_encoder(export.text_encoder)
+    except ValueError as error:
+        raise RequestError(f"export: {error}") from error
+
+
+def _check_seeds(seeds: int | Sequence[int], count: int) -> list[int]:
+    found = (
+        [int(seeds) + i for i in range(count)]
+        if isinstance(seeds, int | np.integer)
+        else [int(seed) for seed in seeds]
+    )
+    if len(found) != count:
+        raise RequestError(f"seeds: expected 1 or {count}, one a prompt, received {len(found)}")
+    for i, seed in enumerate(found):
+        if not 0 <= seed < 2**63:
+            raise RequestError(f"seeds[{i}]: expected 0 to 2^63 - 1, received {seed}")
+    return found
+
+
+def _nearest(height: int, width: int, unit: int) -> str:
+    """Up to two sizes that fit, the nearest first."""
+
+    def around(side: int) -> set[int]:
+        below = side // unit * unit
+        return {max(unit, below), max(unit, below + (unit if side % unit else 0))}
+
+    fitting = [(h, w) for h in around(height) for w in around(width)]
+    fitting.sort(key=lambda size: (abs(size[0] - height) + abs(size[1] - width), size))
+    return " or ".join(f"{h}x{w}" for h, w in fitting[:2])
+
+
+def _slug(prompt: PromptLike) -> str:
+    """A short file name part of a prompt: letters and digits of any script, dashes between."""
+    text = f"class-{prompt}" if isinstance(prompt, int) else prompt
+    return re.sub(r"[\W_]+", "-", text.lower()).strip("-")[:40].strip("-") or "no-prompt"

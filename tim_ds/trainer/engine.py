@@ -1,0 +1,536 @@
+"""DeepSpeed, behind one seam: the only file that imports it.
+
+What the rest of the trainer sees: start and stop of the process group, the merged engine configuration, and
+an `Engine` that runs micro-steps, applies optimiser steps under a guard against non-finite gradients, and
+shows the float32 state as `Shard`s, the same at every ZeRO stage.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+if not torch.cuda.is_available():
+    # Read when deepspeed is imported; without it a search for devices is made and its failure reported.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+import deepspeed.ops
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.utils import logger as deepspeed_logger
+from pydantic import ValidationError
+
+from tim_ds.errors import ConfigError
+from tim_ds.trainer.config import OptimizerConfig, TrainConfig
+from tim_ds.trainer.world import World
+
+TIMEOUT = timedelta(minutes=30)
+"""How long a rank waits for the others: a first compiled step can take more than DeepSpeed's ten minutes."""
+
+STATE_KEYS = ("exp_avg", "exp_avg_sq")
+"""Tensors that AdamW keeps for every parameter."""
+
+GATHER_ELEMENTS = 1 << 25
+"""Elements that are gathered at a time when full tensors are put together from shards (128 MiB)."""
+
+# Top-level keys that an engine file may set. DeepSpeed ignores keys that it does not know, so the list is
+# kept here; tests/trainer/test_engine_config.py compares it with the installed DeepSpeed.
+ENGINE_KEYS = (
+    "zero_optimization",
+    "zero_force_ds_cpu_optimizer",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "disable_allgather",
+    "disable_python_gc",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "dump_state",
+    "comms_logger",
+    "flops_profiler",
+    "timers",
+    "log_level",
+    "aio",
+    "compile",
+)
+
+# Keys that follow from the recipe, with the recipe's key.
+RECIPE_KEYS = {
+    "train_batch_size": "data.packs_per_step",
+    "train_micro_batch_size_per_gpu": "data.tokens_per_pack",
+    "gradient_accumulation_steps": "data.packs_per_step",
+    "managed_gradient_accumulation": "data.packs_per_step",
+    "gradient_clipping": "train.optimizer.grad_clip",
+    "optimizer": "train.optimizer",
+    "scheduler": "train.optimizer.schedule",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "torch_autocast": "train.precision",
+    "data_types": "train.precision",
+    "communication_data_type": "train.precision",
+    "zero_allow_untested_optimizer": "train.optimizer",
+    "tensorboard": "train.log_every",
+    "csv_monitor": "train.log_every",
+    "wandb": "train.log_every",
+    "checkpoint": "train.checkpoint",
+    "activation_checkpointing": "train.activation_checkpointing",
+}
+
+
+class StepResult(NamedTuple):
+    applied: bool
+    """Whether the optimiser moved the weights; the same on every rank."""
+    grad_norm: float | Tensor
+    """Global norm before clipping; infinite or NaN where the step was refused."""
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """The piece of one trained parameter whose float32 master this rank updates: n elements from `start` on.
+
+    At stage 0 every rank holds every parameter whole; from stage 1 on the pieces of all ranks cover a
+    parameter once. `master` is a flat view of what the optimiser writes: it is up to date after every step.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    master: Tensor
+    owner: Tensor
+    """The (flat) tensor that the optimiser knows."""
+    owner_start: int
+    """Where the piece begins in the owner."""
+
+    @property
+    def numel(self) -> int:
+        return self.master.numel()
+
+
+def start_world() -> World:
+    """Join the process group of the launcher, or be a group of one without a launcher."""
+    if "RANK" not in os.environ:
+        # No launcher. DeepSpeed would look for MPI.
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    deepspeed_logger.setLevel(logging.WARNING)
+    deepspeed_logger.addFilter(_is_news)
+    _leave_out_shm_op()
+    accelerator: Any = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(
+        dist_backend=accelerator.communication_backend_name(), timeout=TIMEOUT, verbose=False
+    )
+    device = torch.device(accelerator.current_device_name())
+    return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+
+
+def stop_world(world: World, *, failed: bool = False) -> None:
+    """Leave the process group. Ranks that end well wait for each other: a group torn down while a peer
+    still uses it can abort that peer."""
+    if not torch.distributed.is_initialized():
+        return
+    if not failed or world.shared_error is not None:
+        world.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def _leave_out_shm_op() -> None:
+    """Keep DeepSpeed from compiling its shared-memory collective for CPUs when the process group starts.
+
+    It would need ninja, a C++ compiler and a minute, and is used for inference only. The table is otherwise
+    filled on first use by trying to compile every operation that DeepSpeed has; nothing else reads it.
+    """
+    operations: Any = deepspeed.ops
+    operations.__compatible_ops__ = {"deepspeed_shm_comm": False}
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Drops a warning about ZeRO-3 hooks that does not apply: blocks take and give plain tensors besides
+    their context, and tests compare the gradients of every stage."""
+    return "unknown inputs or outputs type" not in record.getMessage()
+
+
+def read_engine_file(path: str | Path) -> dict[str, Any]:
+    """An engine configuration from JSON.
+
+    Raises:
+        ConfigError: if the file cannot be read, is not a JSON object, or gives a key twice.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        seen: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in seen:
+                raise ConfigError(f"{path}: {key}: given twice")
+            seen[key] = value
+        return seen
+
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except OSError as error:
+        raise ConfigError(f"{path}: the engine file cannot be read: {error.strerror}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected a JSON object, received {type(content).__name__}")
+    check_engine_config(content, str(path))
+    return content
+
+
+def check_engine_config(config: Mapping[str, Any], source: str) -> None:
+    """Refuse keys that the recipe decides, that DeepSpeed would ignore, and values that ZeRO does not take.
+
+    Raises:
+        ConfigError: one line a problem.
+    """
+    problems = []
+    for key in config:
+        if key in RECIPE_KEYS:
+            problems.append(f"{source}: {key}: follows from {RECIPE_KEYS[key]} in the recipe; remove it here")
+        elif key not in ENGINE_KEYS:
+            problems.append(f"{source}: {key}: unknown key{_nearest(key, (*ENGINE_KEYS, *RECIPE_KEYS))}")
+    zero = config.get("zero_optimization", {})
+    if isinstance(zero, dict):
+        try:
+            DeepSpeedZeroConfig(**zero)
+        except ValidationError as error:
+            problems += [_zero_problem(detail, source) for detail in error.errors()]
+        if zero.get("compute_grad_norm") is False:
+            problems.append(
+                f"{source}: zero_optimization.compute_grad_norm: expected true, because the guard against "
+                "non-finite gradients reads the norm"
+            )
+        for part in ("offload_optimizer", "offload_param"):
+            if isinstance(zero.get(part), dict) and zero[part].get("device") == "nvme":
+                problems.append(
+                    f"{source}: zero_optimization.{part}.device: expected cpu or none, because the average "
+                    "of the weights reads the masters every step; received nvme"
+                )
+    else:
+        problems.append(f"{source}: zero_optimization: expected an object, received {zero!r}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _nearest(key: str, known: Sequence[str]) -> str:
+    found = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def _zero_problem(detail: Any, source: str) -> str:
+    key = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        fields = DeepSpeedZeroConfig.model_fields
+        known = [field.alias or name for name, field in fields.items()]
+        return f"{source}: zero_optimization.{key}: unknown key{_nearest(key, known)}"
+    return f"{source}: zero_optimization.{key}: {detail['msg']}, received {detail['input']!r}"
+
+
+def merge_config(
+    engine: Mapping[str, Any], train: TrainConfig, *, packs_per_step: int, world_size: int
+) -> dict[str, Any]:
+    """The configuration that DeepSpeed is given: the engine file, and what the recipe decides.
+
+    Raises:
+        ConfigError: if the engine file is wrong, or recipe, ranks and ZeRO stage do not go together.
+    """
+    check_engine_config(engine, "engine file")
+    stage = zero_stage(engine)
+    if packs_per_step % world_size:
+        raise ConfigError(
+            f"data.packs_per_step: expected a multiple of the number of ranks {world_size}, "
+            f"received {packs_per_step}"
+        )
+    if train.precision == "bf16" and stage == 0:
+        raise ConfigError(
+            "train.precision: 'bf16' keeps float32 masters, which ZeRO stage 0 does not; "
+            "use stage 1 to 3, or 'bf16_autocast'"
+        )
+    config = {
+        **engine,
+        # One pack is one sample to DeepSpeed: it counts packs, the loss counts images.
+        "train_batch_size": packs_per_step,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": packs_per_step // world_size,
+        # At stage 0 `Engine.apply` needs the norm before DeepSpeed's step, and clips by it.
+        "gradient_clipping": train.optimizer.grad_clip if stage else 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": engine.get("zero_force_ds_cpu_optimizer", False),
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+    }
+    config.setdefault("steps_per_print", None)
+    # DeepSpeed's own timer waits for the device twice a step.
+    config.setdefault("timers", {"throughput": {"enabled": False}})
+    if train.precision == "bf16":
+        config["bf16"] = {"enabled": True}
+    elif train.precision == "bf16_autocast":
+        # The empty list keeps parameters and gradients float32 on the wire as well.
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    return config
+
+
+def zero_stage(engine: Mapping[str, Any]) -> int:
+    return int(engine.get("zero_optimization", {}).get("stage", 0))
+
+
+class Engine:
+    """A root module under DeepSpeed.
+
+    Args:
+        module: the root module; its parameters that require a gradient are trained.
+        engine: content of an engine file.
+        train: decides precision, clipping and optimiser.
+        packs_per_step: micro-steps of an optimiser step over all ranks.
+        world: from `start_world`.
+        units: module classes that ZeRO-3 gathers and releases as one piece.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        engine: Mapping[str, Any],
+        train: TrainConfig,
+        *,
+        packs_per_step: int,
+        world: World,
+        units: Sequence[type[nn.Module]] = (),
+    ) -> None:
+        self.config = merge_config(engine, train, packs_per_step=packs_per_step, world_size=world.size)
+        self.world = world
+        self.zero_stage = zero_stage(engine)
+        self.accumulation = packs_per_step // world.size
+        self._grad_clip = train.optimizer.grad_clip
+        if self.zero_stage == 3 and units:
+            present = [unit for unit in units if any(isinstance(m, unit) for m in module.modules())]
+            deepspeed.utils.set_z3_leaf_modules(module, present)
+        optimizer = _adamw(module, train.optimizer)
+        # DeepSpeed builds what it returns at run time: its types say little.
+        self._engine: Any
+        self._optimizer: Any
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=self.config
+        )
+        # The optimiser that the caller built, beneath the one that ZeRO puts around it.
+        self._inner: torch.optim.Optimizer = getattr(self._optimizer, "optimizer", self._optimizer)
+        self._trainable = {
+            name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad
+        }
+        self.shards = tuple(self._make_shards())
+
+    @property
+    def module(self) -> nn.Module:
+        """The root module."""
+        return self._engine.module
+
+    @property
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Full shape of every trained parameter, by name."""
+        return {name: _full_shape(parameter) for name, parameter in self._trainable.items()}
+
+    def forward(self, inputs: Any) -> Any:
+        return self._engine(inputs)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate the gradient of one micro-step; `last` reduces it over the ranks.
+
+        Gradients are averaged over ranks and summed over micro-steps: the loss carries the scale of its step.
+        """
+        self._engine.set_gradient_accumulation_boundary(last)
+        # Multiplying by one makes a tensor of its own: at stage 0 DeepSpeed divides the gradient of a
+        # forward's own output by the number of micro-steps (measured with 0.19.8), whatever scale_wrt_gas
+        # says.
+        self._engine.backward(loss * 1.0, scale_wrt_gas=False)
+
+    def apply(self, lr: float) -> StepResult:
+        """Clip and take the optimiser step, or refuse it on every rank if the gradient is not finite."""
+        for group in self._inner.param_groups:
+            group["lr"] = lr
+        if self.zero_stage == 0:
+            return self._apply_unsharded()
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        assert norm is not None  # check_engine_config keeps the norm switched on
+        return StepResult(self._engine.was_step_applied(), norm)
+
+    def _apply_unsharded(self) -> StepResult:
+        """Stage 0, where DeepSpeed clips and steps without looking at the norm."""
+        gradients = [p.grad for p in self._trainable.values() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not bool(norm.isfinite()):
+            self._engine.zero_grad()
+            return StepResult(False, norm)
+        if self._grad_clip > 0:
+            # ZeRO's formula, so that every stage takes the same step.
+            scale = 1.0 / ((norm + 1e-6) / self._grad_clip).clamp(min=1.0)
+            for gradient in gradients:
+                gradient.mul_(scale)
+        self._engine.step()
+        return StepResult(True, norm)
+
+    def optimizer_state(self, shard: Shard) -> dict[str, Tensor]:
+        """The optimiser's tensors of a shard, as flat views; created (zero) if no step was taken yet."""
+        state = self._owner_state(shard.owner)
+        return {key: state[key].view(-1).narrow(0, shard.owner_start, shard.numel) for key in STATE_KEYS}
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Steps behind AdamW's bias correction."""
+        return int(self._owner_state(self.shards[0].owner)["step"]) if self.shards else 0
+
+    @optimizer_steps.setter
+    def optimizer_steps(self, steps: int) -> None:
+        for shard in self.shards:
+            self._owner_state(shard.owner)["step"].fill_(steps)
+
+    def _owner_state(self, owner: Tensor) -> dict[str, Any]:
+        state = self._inner.state[owner]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=owner.device)
+            for key in STATE_KEYS:
+                state[key] = torch.zeros_like(owner)
+        return state
+
+    def publish(self) -> None:
+        """Make the weights of the module follow the masters, after the masters were written from outside."""
+        if self.zero_stage in (1, 2):
+            self._optimizer.update_lp_params()
+        elif self.zero_stage == 3:
+            self.write({shard.name: shard.master for shard in self.shards}, self._trainable)
+
+    @contextmanager
+    def weights(self, values: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+        """The root module with other weights, one flat tensor a shard; restored to the bit at the end.
+
+        All ranks enter and leave together.
+        """
+        kept = {}
+        if self.zero_stage == 0:
+            kept = {shard.name: shard.master.clone() for shard in self.shards}
+        try:
+            self.write(values, self._trainable)
+            yield self.module
+        finally:
+            if self.zero_stage == 0:
+                self.write(kept, self._trainable)
+            else:
+                self.publish()
+
+    @torch.no_grad()
+    def write(self, values: Mapping[str, Tensor], targets: Mapping[str, nn.Parameter]) -> None:
+        """Write shard values into parameters of the module; the masters stay as they are.
+
+        Args:
+            values: one flat tensor a shard, by name.
+            targets: the parameter that receives the value of each trained parameter: itself, or a frozen
+                copy.
+        """
+        if self.zero_stage < 3:
+            for name, value in self.full(values):
+                targets[name].copy_(value)
+            return
+        # Small parameters are kept gathered between steps: their whole copy has to follow their partition.
+        gathered = [p for p in targets.values() if getattr(p, "ds_persist", False)]
+        for parameter in gathered:
+            parameter.partition()  # type: ignore[attr-defined]  # ZeRO-3 adds methods to parameters
+        for shard in self.shards:
+            partition = targets[shard.name].ds_tensor  # type: ignore[attr-defined]
+            partition.data.narrow(0, 0, shard.numel).copy_(values[shard.name])
+        self._optimizer.invalidate_secondary_tensor()
+        if gathered:
+            gathered[0].all_gather(gathered)  # type: ignore[attr-defined]
+
+    def full(self, values: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Full tensors from one flat tensor a shard, in the order of the parameters, a few at a time.
+
+        Every rank receives them. The bits are exact: they travel as integers.
+        """
+        if self.zero_stage == 0:
+            for shard in self.shards:
+                yield shard.name, values[shard.name].view(shard.shape)
+            return
+        pieces = {shard.name: shard for shard in self.shards}
+        for names in self._gather_rounds():
+            sizes = [_numel(self._trainable[name]) for name in names]
+            buffer = torch.zeros(sum(sizes), dtype=torch.int32, device=self.world.device)
+            offset = 0
+            for name, size in zip(names, sizes, strict=True):
+                if name in pieces:
+                    piece = values[name].to(self.world.device, torch.float32).view(torch.int32)
+                    buffer.narrow(0, offset + pieces[name].start, piece.numel()).copy_(piece)
+                offset += size
+            whole = self.world.sum(buffer).view(torch.float32)
+            for name, part in zip(names, whole.split(sizes), strict=True):
+                yield name, part.view(_full_shape(self._trainable[name]))
+
+    def _gather_rounds(self) -> Iterator[list[str]]:
+        names: list[str] = []
+        total = 0
+        for name, parameter in self._trainable.items():
+            if names and total + _numel(parameter) > GATHER_ELEMENTS:
+                yield names
+                names, total = [], 0
+            names.append(name)
+            total += _numel(parameter)
+        if names:
+            yield names
+
+    def _make_shards(self) -> Iterator[Shard]:
+        for name, parameter in self._trainable.items():
+            shape = _full_shape(parameter)
+            if self.zero_stage == 0:
+                flat = parameter.detach().view(-1)
+                yield Shard(name, shape, 0, flat, parameter, 0)
+            elif self.zero_stage < 3:
+                # Set by ZeRO; None if this rank updates none of the parameter.
+                mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]
+                if mapping is not None:
+                    owner = self._inner.param_groups[mapping.param_group_index]["params"][0]
+                    where = mapping.hp_fragment_address
+                    master = owner.detach().narrow(0, where.start, where.numel)
+                    yield Shard(name, shape, mapping.lp_fragment_address.start, master, owner, where.start)
+            else:
+                zero: Any = self._optimizer
+                group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
+                owner = zero.fp32_partitioned_groups_flat[group]
+                start = self.world.rank * size
+                # The last ranks' partitions are padded.
+                numel = min(size, _numel(parameter) - start)
+                if numel > 0:
+                    yield Shard(name, shape, start, owner.detach().narrow(0, offset, numel), owner, offset)
+
+
+def _adamw(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        [p for p in module.parameters() if p.requires_grad],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+def _full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Shape of the whole parameter, which under ZeRO-3 is not that of its tensor."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

@@ -1,0 +1,207 @@
+"""The training loop: micro-steps, the optimiser step, the average, and what happens every so many steps."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data_pipeline.loader import StepLoader
+from tim_ds.errors import NonFiniteError
+from tim_ds.objective.loss import LossTerms
+from tim_ds.trainer.config import TrainConfig
+from tim_ds.trainer.ema import Ema
+from tim_ds.trainer.engine import Engine, StepResult
+from tim_ds.trainer.inputs import StepInputs
+from tim_ds.trainer.lr import learning_rate
+from tim_ds.trainer.metrics import MetricsLog, Sums
+from tim_ds.trainer.step import StepOutput
+from tim_ds.trainer.world import World
+
+logger = logging.getLogger(__name__)
+
+MAX_NAMED = 8
+"""Samples that a message about a refused step names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a run stands. `step` counts steps of the data plan, refused ones included."""
+
+    step: int = 0
+    applied_steps: int = 0
+    """Steps that moved the weights: what the learning rate and the average count."""
+    skipped_steps: int = 0
+    consecutive_skips: int = 0
+
+    def after(self, *, applied: bool) -> Progress:
+        if applied:
+            return replace(
+                self, step=self.step + 1, applied_steps=self.applied_steps + 1, consecutive_skips=0
+            )
+        return replace(
+            self,
+            step=self.step + 1,
+            skipped_steps=self.skipped_steps + 1,
+            consecutive_skips=self.consecutive_skips + 1,
+        )
+
+
+class _Seen(NamedTuple):
+    """What a step needs to name its samples if it is refused."""
+
+    keys: tuple[str, ...]
+    terms: LossTerms
+
+
+@dataclass(eq=False)
+class Loop:
+    """Everything a run needs between its first and its last step.
+
+    Args:
+        teacher: frozen parameters that follow the average, by the name of the trained one; may be empty.
+        save: writes a checkpoint of the given progress; called by all ranks.
+        preview: samples from the network with averaged weights; called by all ranks, under `no_grad`.
+        log: on rank 0.
+    """
+
+    config: TrainConfig
+    engine: Engine
+    ema: Ema
+    loader: StepLoader[StepInputs]
+    world: World
+    sums: Sums
+    progress: Progress
+    save: Callable[[Progress], None]
+    teacher: dict[str, nn.Parameter]
+    preview: Callable[[int, nn.Module], None] | None = None
+    log: MetricsLog | None = None
+    _lr: float = 0.0
+    _last_refusal: str = ""
+
+    def run(self) -> Progress:
+        """Train up to `config.steps`.
+
+        Raises:
+            NonFiniteError: on every rank, after `config.max_skipped_steps` refused steps in a row; a
+                checkpoint is written before.
+        """
+        config = self.config
+        bar = tqdm(
+            total=config.steps,
+            initial=self.progress.step,
+            desc="train",
+            unit="step",
+            disable=not self.world.is_main,
+            mininterval=0.5 if sys.stderr.isatty() else 30.0,
+        )
+        with bar:
+            for micro_batches in self._steps():
+                self._step(micro_batches)
+                step = self.progress.step
+                if step % config.log_every == 0 or step == config.steps:
+                    self._report(bar)
+                if self.preview is not None and step % config.preview.every_steps == 0:
+                    self._preview(step)
+                exhausted = self.progress.consecutive_skips >= config.max_skipped_steps
+                if exhausted or self._is_checkpoint_step(step):
+                    self.save(self.progress)
+                if exhausted:
+                    self._give_up()
+                bar.update()
+        return self.progress
+
+    def _steps(self) -> Iterator[Sequence[StepInputs]]:
+        """The loader's steps, with the time that each was waited for."""
+        steps = iter(self.loader)
+        while True:
+            since = time.perf_counter()
+            micro_batches = next(steps, None)
+            if micro_batches is None:
+                return
+            if self.log is not None:
+                self.log.waited(time.perf_counter() - since)
+            yield micro_batches
+
+    def _step(self, micro_batches: Sequence[StepInputs]) -> None:
+        seen = []
+        for i, batch in enumerate(micro_batches):
+            inputs = batch.to(self.world.device)
+            output: StepOutput = self.engine.forward(inputs)
+            self.engine.backward(output.loss, last=i == len(micro_batches) - 1)
+            self.sums.add(inputs, output.terms)
+            seen.append(_Seen(inputs.keys, output.terms))
+        self._lr = learning_rate(self.config.optimizer, self.progress.applied_steps, self.config.steps)
+        result = self.engine.apply(self._lr)
+        self.progress = self.progress.after(applied=result.applied)
+        self.sums.end_step(applied=result.applied, grad_norm=result.grad_norm)
+        if not result.applied:
+            self._report_refused(seen, result)
+            return
+        self.ema.update(self.progress.applied_steps)
+        if self.teacher:
+            self.ema.write_into(self.teacher)
+
+    def _report(self, bar: tqdm) -> None:  # type: ignore[type-arg]  # tqdm is generic in its stubs alone
+        means = self.sums.take(self.world)
+        if self.log is None:
+            return
+        progress = self.progress
+        self.log.log(
+            progress.step,
+            means,
+            lr=self._lr,
+            applied_steps=progress.applied_steps,
+            skipped_steps=progress.skipped_steps,
+        )
+        if means["denoising"] is not None:
+            bar.set_postfix(denoising=f"{means['denoising']:.4f}", refresh=False)
+
+    def _report_refused(self, seen: Sequence[_Seen], result: StepResult) -> None:
+        bad = [key for keys, terms in seen for key in _non_finite(keys, terms)]
+        samples = [key for keys in self.world.gather(bad) for key in keys]
+        reason = "loss is not finite"
+        if not samples:
+            reason = f"gradient norm is {float(result.grad_norm)} although every loss is finite"
+            samples = [key for keys in self.world.gather([k for s in seen for k in s.keys]) for key in keys]
+        if self.log is None:
+            return
+        self.log.skipped(self.progress.step, reason, samples)
+        named = ", ".join(samples[:MAX_NAMED])
+        more = f" and {len(samples) - MAX_NAMED} more" if len(samples) > MAX_NAMED else ""
+        logger.warning("step %d skipped: %s; samples: %s%s", self.progress.step, reason, named, more)
+        self._last_refusal = f"{reason}; samples of the last step: {named}{more}"
+
+    def _give_up(self) -> None:
+        progress = self.progress
+        self.world.raise_everywhere(
+            NonFiniteError(
+                f"train.max_skipped_steps: {progress.consecutive_skips} steps in a row were skipped, up to "
+                f"step {progress.step}: {self.world.from_main(self._last_refusal)}. A checkpoint holds the "
+                "weights of the last applied step; inspect the samples, or lower the learning rate"
+            )
+        )
+
+    def _is_checkpoint_step(self, step: int) -> bool:
+        checkpoint = self.config.checkpoint
+        return (
+            step == self.config.steps or step % checkpoint.every_steps == 0 or step in checkpoint.milestones
+        )
+
+    def _preview(self, step: int) -> None:
+        assert self.preview is not None  # the caller looked
+        with self.ema.applied() as module, torch.no_grad():
+            self.preview(step, module.network)  # type: ignore[arg-type]  # TransitionStep has one
+
+
+def _non_finite(keys: Sequence[str], terms: LossTerms) -> list[str]:
+    values: Tensor = torch.stack([term.detach().double() for term in terms])
+    finite = values.isfinite().all(0).tolist()
+    return [key for key, good in zip(keys, finite, strict=True) if not good]

@@ -1,0 +1,240 @@
+"""What a run reports: TensorBoard scalars, JSON lines, and the sums behind them.
+
+Sums stay on the device between log steps and travel with the checkpoint, so that `metrics.jsonl` of a run
+that was killed and resumed equals that of one that was not. Only what depends on the clock, under `speed`,
+differs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tim_ds.objective.loss import LossTerms
+from tim_ds.objective.transport import Transport
+from tim_ds.trainer.inputs import StepInputs
+from tim_ds.trainer.world import World
+
+NUM_BINS = 8
+"""Equal bins of t and of t - r over the transport's range."""
+
+METRICS_FILE = "metrics.jsonl"
+
+_TERMS = ("total_S", "denoising_S", "directional_S", "alignment_S")
+_COUNTS = ("images", "tokens", "packs")
+_NUM_SUMS = len(_COUNTS) + len(_TERMS) + 4 * NUM_BINS
+
+
+class Sums:
+    """Sums over the images of an interval, of this rank.
+
+    A step's sums are kept apart until it is known to have been applied: skipped steps enter no mean.
+    """
+
+    def __init__(self, transport: Transport, device: torch.device) -> None:
+        self._range = (transport.T_min, transport.T_max)
+        self.interval = torch.zeros(_NUM_SUMS, dtype=torch.float64, device=device)
+        self.norm = torch.zeros(2, dtype=torch.float64, device=device)
+        """Sum and number of the gradient norms of applied steps; the same on every rank."""
+        self._step = torch.zeros_like(self.interval)
+
+    def add(self, inputs: StepInputs, terms: LossTerms) -> None:
+        """The images of one micro-step."""
+        low, high = self._range
+        t_S, r_S = inputs.times.t_S, inputs.times.r_S
+        denoising_S = terms.denoising_S.double()
+        counts = [float(inputs.num_images), float(inputs.segments.num_tokens), 1.0]
+        parts = [
+            torch.tensor(counts, dtype=torch.float64).to(self._step.device, non_blocking=True),
+            torch.stack([getattr(terms, name).double().sum() for name in _TERMS]),
+        ]
+        for value_S in (t_S - low, t_S - r_S):
+            bins_S = (value_S / (high - low) * NUM_BINS).long().clamp(0, NUM_BINS - 1)
+            zeros = denoising_S.new_zeros(NUM_BINS)
+            parts.append(zeros.index_add(0, bins_S, denoising_S))
+            parts.append(zeros.index_add(0, bins_S, torch.ones_like(denoising_S)))
+        self._step += torch.cat(parts)
+
+    def end_step(self, *, applied: bool, grad_norm: float | Tensor) -> None:
+        if applied:
+            self.interval += self._step
+            norm = torch.as_tensor(grad_norm, dtype=torch.float64, device=self.norm.device)
+            self.norm += torch.stack([norm, torch.ones_like(norm)])
+        self._step.zero_()
+
+    def take(self, world: World) -> dict[str, Any]:
+        """Means over the interval and all ranks. Waits for the device; starts the next interval."""
+        total = world.sum(self.interval.clone())
+        values = torch.cat([total, self.norm]).tolist()
+        self.interval.zero_()
+        self.norm.zero_()
+        counts = dict(zip(_COUNTS, values, strict=False))
+        values = values[len(_COUNTS) :]
+        images = counts["images"]
+        means = {
+            name.removesuffix("_S"): _ratio(value, images)
+            for name, value in zip(_TERMS, values, strict=False)
+        }
+        bins = [values[len(_TERMS) + i * NUM_BINS :][:NUM_BINS] for i in range(4)]
+        norm_sum, norm_count = values[-2:]
+        return {
+            "loss": means["total"],
+            "denoising": means["denoising"],
+            "directional": means["directional"],
+            "alignment": means["alignment"],
+            "denoising_by_t": [_ratio(s, n) for s, n in zip(bins[0], bins[1], strict=True)],
+            "denoising_by_interval": [_ratio(s, n) for s, n in zip(bins[2], bins[3], strict=True)],
+            "grad_norm": _ratio(norm_sum, norm_count),
+            **{name: int(count) for name, count in counts.items()},
+        }
+
+    def state(self) -> dict[str, Tensor]:
+        return {"sums": self.interval, "norm": self.norm}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Continue an interval that a checkpoint cut."""
+        self.interval.copy_(state["sums"])
+        self.norm.copy_(state["norm"])
+
+    def add_states(self, states: Sequence[Mapping[str, Tensor]]) -> None:
+        """Continue, on one rank, an interval that other ranks counted."""
+        for state in states:
+            self.interval += state["sums"].to(self.interval.device)
+        self.norm.copy_(states[0]["norm"])
+
+
+def _ratio(value: float, count: float) -> float | None:
+    return value / count if count else None
+
+
+class MetricsLog:
+    """Writes what `Sums` gives. Only rank 0 holds one.
+
+    Args:
+        folder: of the run.
+        tokens_per_pack: budget of a pack, for the fill.
+        start_step: step that the run continues after; what was written beyond it is dropped.
+    """
+
+    def __init__(self, folder: Path, *, tokens_per_pack: int, start_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._path = folder / METRICS_FILE
+        self._tokens_per_pack = tokens_per_pack
+        folder.mkdir(parents=True, exist_ok=True)
+        _drop_after(self._path, start_step)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(
+            str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else None, flush_secs=30
+        )
+        self._since = time.perf_counter()
+        self._waited = 0.0
+
+    def waited(self, seconds: float) -> None:
+        """Time that the step spent waiting for data."""
+        self._waited += seconds
+
+    def log(
+        self, step: int, means: dict[str, Any], *, lr: float, applied_steps: int, skipped_steps: int
+    ) -> None:
+        """One line and its scalars at a log step."""
+        now = time.perf_counter()
+        seconds, waited = now - self._since, self._waited
+        self._since, self._waited = now, 0.0
+        packs, tokens, images = means["packs"], means["tokens"], means["images"]
+        line = {
+            "step": step,
+            **means,
+            "fill": _ratio(tokens, packs * self._tokens_per_pack),
+            "lr": lr,
+            "applied_steps": applied_steps,
+            "skipped_steps": skipped_steps,
+            "speed": {
+                "seconds": seconds,
+                "images_per_s": images / seconds,
+                "tokens_per_s": tokens / seconds,
+                "data_wait_share": waited / seconds,
+                "memory_gib": _memory_gib(),
+            },
+        }
+        self._write(line)
+        scalars = {**line, **line["speed"]}
+        for name in ("speed", "step", "images", "tokens", "packs", "seconds", "memory_gib"):
+            value = scalars.pop(name)
+            if name == "memory_gib" and value is not None:
+                scalars[name] = value
+        for name, value in scalars.items():
+            for tag, number in _scalars(name, value):
+                self._board.add_scalar(tag, number, step)
+
+    def skipped(self, step: int, reason: str, samples: Sequence[str]) -> None:
+        """A line about a step that was refused."""
+        self._write({"step": step, "skipped": reason, "samples": list(samples)})
+
+    def image(self, tag: str, image: Any, step: int) -> None:
+        """A picture for TensorBoard: uint8 [height, width, 3]."""
+        self._board.add_image(tag, image, step, dataformats="HWC")
+
+    def flush(self) -> None:
+        """Put the lines on the disk: a checkpoint must not know of steps that the file does not."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._board.flush()
+
+    def close(self) -> None:
+        self.flush()
+        self._file.close()
+        self._board.close()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run, oldest first. A last line that was cut off is left out."""
+    path = folder / METRICS_FILE
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def _drop_after(path: Path, step: int) -> None:
+    kept = [line for line in read_metrics(path.parent) if line["step"] <= step]
+    aside = path.with_name(f".{path.name}.part")
+    aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    os.replace(aside, path)
+
+
+def _scalars(name: str, value: Any) -> list[tuple[str, float]]:
+    if isinstance(value, list):
+        width = 1 / NUM_BINS
+        return [
+            (f"{name}/{i * width:.3f}-{(i + 1) * width:.3f}", entry)
+            for i, entry in enumerate(value)
+            if entry is not None
+        ]
+    if value is None or not math.isfinite(value):
+        return []
+    group = "speed" if name.endswith(("_per_s", "_share", "_gib")) else "train"
+    return [(f"{group}/{name}", float(value))]
+
+
+def _memory_gib() -> float | None:
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.max_memory_allocated() / 2**30

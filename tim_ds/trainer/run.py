@@ -1,0 +1,463 @@
+"""Assembles a run from its recipe: data, network, engine, average, checkpoints. Resumes it, exports it.
+
+    deepspeed launch/train.py RECIPE --ds ds_configs/zero3.json --run runs/NAME [section.key=value ...]
+
+The same command starts a run, continues one that was stopped, and says so if the run is finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import fcntl
+import json
+import logging
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import tim_ds
+from data_pipeline.errors import DataError
+from data_pipeline.index import Index, load_index
+from data_pipeline.loader import build_loader, load_null_states
+from tim_ds.config.load import dump, load_recipe, split_arguments
+from tim_ds.config.recipe import Recipe, recipe_hash, to_dict
+from tim_ds.errors import CheckpointError, ConfigError, TimError
+from tim_ds.model.blocks import FinalLayer, TransitionBlock
+from tim_ds.model.export_folder import EXPORT_FILE, Export, SourceConfig, write_export
+from tim_ds.model.tim import TiM
+from tim_ds.trainer.checkpoint import (
+    SPARE_BYTES,
+    Checkpoint,
+    CheckpointFolder,
+    Piece,
+    free_bytes,
+    write_flushed,
+)
+from tim_ds.trainer.ema import Ema
+from tim_ds.trainer.engine import STATE_KEYS, Engine, read_engine_file, start_world, stop_world, zero_stage
+from tim_ds.trainer.inputs import Prepare
+from tim_ds.trainer.loop import Loop, Progress
+from tim_ds.trainer.metrics import MetricsLog, Sums
+from tim_ds.trainer.step import TransitionStep
+from tim_ds.trainer.world import World
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"
+EXPORT = "export"
+
+UNITS = (TransitionBlock, FinalLayer)
+"""Modules that ZeRO-3 gathers as one piece: without it every small layer has hooks and messages of its own.
+Only modules whose input carries a gradient can be: DeepSpeed collects the gradients of such a piece when the
+gradient of its input is known (the embedders' inputs have none, and would be collected before they exist)."""
+
+# Settings that a resumed run may change: they alter neither what is computed nor its order. (data.shards is
+# a place; the data themselves are compared by the hash of their index.)
+MAY_CHANGE = (
+    "name",
+    "data.shards",
+    "data.workers",
+    "data.autoencoder.path",
+    "data.text_encoder.path",
+    "sampler",
+    "train.steps",
+    "train.log_every",
+    "train.max_skipped_steps",
+    "train.activation_checkpointing",
+    "train.checkpoint",
+    "train.preview",
+)
+
+Preview = Callable[[int, nn.Module], None]
+MakePreview = Callable[[Recipe, Path, World, "MetricsLog | None"], Preview]
+
+
+def train(
+    recipe: Recipe,
+    run_dir: Path,
+    engine_file: Path,
+    world: World,
+    *,
+    make_preview: MakePreview | None = None,
+) -> str:
+    """Train, or continue, the run of `recipe` in `run_dir`; every rank calls this.
+
+    Args:
+        engine_file: DeepSpeed settings in JSON (`ds_configs/`).
+        world: from `start_world`.
+        make_preview: builds what samples pictures while training.
+    Returns:
+        One sentence for the user.
+    Raises:
+        TimError, DataError: for everything that the user can put right.
+    """
+    engine_config = read_engine_file(engine_file)
+    index = load_index(recipe.data.shards)
+    _check_parts(recipe, engine_config, index)
+    with _only_run(run_dir, world):
+        folder = CheckpointFolder(
+            run_dir / CHECKPOINTS,
+            world,
+            keep=recipe.train.checkpoint.keep,
+            milestones=recipe.train.checkpoint.milestones,
+        )
+        checkpoint = folder.newest()
+        if checkpoint is not None:
+            check_same_run(checkpoint, recipe, index)
+            if checkpoint.step >= recipe.train.steps and _exported_step(run_dir) == checkpoint.step:
+                return (
+                    f"{run_dir}: finished at step {checkpoint.step}, nothing to do. "
+                    f"Weights: {run_dir / EXPORT}"
+                )
+        return _run(recipe, run_dir, engine_config, world, index, folder, checkpoint, make_preview)
+
+
+def _run(
+    recipe: Recipe,
+    run_dir: Path,
+    engine_config: Mapping[str, Any],
+    world: World,
+    index: Index,
+    folder: CheckpointFolder,
+    checkpoint: Checkpoint | None,
+    make_preview: MakePreview | None,
+) -> str:
+    config = recipe.train
+    root = build_root(recipe, world.size)
+    engine = Engine(
+        root, engine_config, config, packs_per_step=recipe.data.packs_per_step, world=world, units=UNITS
+    )
+    _check_room(run_dir, engine, world)
+    ema = Ema(engine, decay=config.ema_decay, warmup=config.ema_warmup)
+    sums = Sums(root.transport, world.device)
+    progress = Progress()
+    if checkpoint is not None:
+        progress = restore(checkpoint, engine, ema, sums)
+        if world.is_main:
+            logger.info("%s: continued after step %d", checkpoint.path, progress.step)
+    teacher = teacher_parameters(root)
+    if teacher:
+        ema.write_into(teacher)
+    log = None
+    if world.is_main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_flushed(run_dir / "recipe.yaml", dump(recipe))
+        write_flushed(run_dir / "engine.json", json.dumps(engine.config, indent=2) + "\n")
+        log = MetricsLog(run_dir, tokens_per_pack=recipe.data.tokens_per_pack, start_step=progress.step)
+
+    def save(progress: Progress) -> None:
+        if log is not None:
+            log.flush()
+        folder.save(
+            progress.step,
+            state_pieces(engine, ema),
+            sums.state(),
+            {
+                "progress": asdict(progress),
+                "optimizer_steps": engine.optimizer_steps,
+                "data": {"index_hash": index.hash, "samples": len(index)},
+                "recipe": to_dict(recipe),
+                "recipe_hash": recipe_hash(recipe),
+                "zero_stage": engine.zero_stage,
+                "world_size": world.size,
+                "versions": versions(),
+            },
+        )
+
+    num_steps = max(config.steps - progress.step, 0)
+    loop = Loop(
+        config=config,
+        engine=engine,
+        ema=ema,
+        loader=build_loader(
+            recipe.data,
+            patch_size=recipe.model.patch_size,
+            rank=world.rank,
+            world_size=world.size,
+            seed=config.seed,
+            start_step=progress.step,
+            num_steps=num_steps,
+            finish=_prepare(recipe, index),
+        ),
+        world=world,
+        sums=sums,
+        progress=progress,
+        save=save,
+        teacher=teacher,
+        preview=make_preview(recipe, run_dir, world, log)
+        if make_preview and config.preview.every_steps
+        else None,
+        log=log,
+    )
+    try:
+        progress = loop.run()
+    finally:
+        if log is not None:
+            log.close()
+    export(recipe, run_dir, ema, world, progress.step)
+    return f"{run_dir}: finished at step {progress.step}. Weights: {run_dir / EXPORT}"
+
+
+def build_root(recipe: Recipe, world_size: int) -> TransitionStep:
+    """The root module with freshly initialised weights, the same on every rank."""
+    torch.manual_seed(recipe.train.seed)
+    network = TiM(recipe.model, checkpoint_blocks=recipe.train.activation_checkpointing)
+    teacher = None
+    if recipe.objective.guided_target is not None:
+        teacher = copy.deepcopy(network)
+    return TransitionStep(
+        network,
+        recipe.objective,
+        latent_channels=recipe.model.in_channels,
+        world_size=world_size,
+        teacher=teacher,
+    )
+
+
+def teacher_parameters(root: TransitionStep) -> dict[str, nn.Parameter]:
+    """Frozen parameters of the teacher, by the name of the trained one."""
+    if root.teacher is None:
+        return {}
+    return {f"network.{name}": parameter for name, parameter in root.teacher.named_parameters()}
+
+
+def state_pieces(engine: Engine, ema: Ema) -> Iterator[Piece]:
+    """What a checkpoint holds of this rank: masters, AdamW's averages and the EMA."""
+    if engine.zero_stage == 0 and not engine.world.is_main:
+        # Every rank has everything.
+        return
+    for shard in engine.shards:
+        yield Piece("master", shard.name, shard.start, shard.master)
+        yield Piece("ema", shard.name, shard.start, ema.values[shard.name])
+        for kind, value in engine.optimizer_state(shard).items():
+            yield Piece(kind, shard.name, shard.start, value)
+
+
+def restore(checkpoint: Checkpoint, engine: Engine, ema: Ema, sums: Sums) -> Progress:
+    """Put a checkpoint's state into engine, average and sums, whatever ranks and stage wrote it."""
+    for shard in engine.shards:
+        checkpoint.fill("master", shard.name, shard.start, shard.master)
+        checkpoint.fill("ema", shard.name, shard.start, ema.values[shard.name])
+        state = engine.optimizer_state(shard)
+        for kind in STATE_KEYS:
+            checkpoint.fill(kind, shard.name, shard.start, state[kind])
+    engine.optimizer_steps = checkpoint.manifest["optimizer_steps"]
+    engine.publish()
+    world = engine.world
+    ranks = checkpoint.manifest["world_size"]
+    if ranks == world.size:
+        sums.load_state(checkpoint.own(world.rank))
+    elif world.is_main:
+        # Other ranks than those that counted: their sums are added up here.
+        sums.add_states([checkpoint.own(rank) for rank in range(ranks)])
+    return Progress(**checkpoint.manifest["progress"])
+
+
+def check_same_run(checkpoint: Checkpoint, recipe: Recipe, index: Index) -> None:
+    """Refuse to continue a checkpoint of another model, objective, data or optimisation.
+
+    Raises:
+        CheckpointError: listing every setting that differs.
+    """
+    there, here = _flat(checkpoint.manifest["recipe"]), _flat(to_dict(recipe))
+    free = [*MAY_CHANGE]
+    if recipe.train.optimizer.schedule != "constant":
+        # The length of the run shapes the rate of every step.
+        free.remove("train.steps")
+    lines = [
+        f"  {key}: {json.dumps(there.get(key))} in the checkpoint, {json.dumps(here.get(key))} now"
+        for key in sorted({*there, *here})
+        if there.get(key) != here.get(key)
+        and not any(key == name or key.startswith(f"{name}.") for name in free)
+    ]
+    stored_hash = checkpoint.manifest["data"]["index_hash"]
+    if stored_hash != index.hash:
+        lines.append(f"  data: index {stored_hash} in the checkpoint, {index.hash} now ({index.folder})")
+    if lines:
+        raise CheckpointError(
+            f"{checkpoint.path}: not a checkpoint of this run; choose another run folder, or give back\n"
+            + "\n".join(lines)
+        )
+
+
+def export(recipe: Recipe, run_dir: Path, ema: Ema, world: World, step: int) -> None:
+    """Write the averaged weights as an export folder; every rank calls this."""
+    state = {}
+    for name, value in ema.full():
+        if world.is_main:
+            state[name.removeprefix("network.")] = value.to("cpu", copy=True)
+    problem = None
+    if world.is_main:
+        description = Export(
+            model=recipe.model,
+            transport=recipe.objective.transport,
+            sampler=recipe.sampler,
+            autoencoder=recipe.data.autoencoder,
+            text_encoder=recipe.data.text_encoder,
+            step=step,
+            source=SourceConfig(kind="run", name=recipe.name, recipe_sha256=recipe_hash(recipe)),
+        )
+        try:
+            write_export(run_dir / EXPORT, description, state, overwrite=True)
+        except CheckpointError as error:
+            problem = str(error)
+    problem = world.from_main(problem)
+    if problem is not None:
+        world.raise_everywhere(CheckpointError(problem))
+
+
+def versions() -> dict[str, str]:
+    return {
+        "tim_ds": tim_ds.__version__,
+        "torch": torch.__version__,
+        "deepspeed": version("deepspeed"),
+        "python": platform.python_version(),
+    }
+
+
+def _prepare(recipe: Recipe, index: Index) -> Prepare:
+    null_states, null_label = None, None
+    if recipe.objective.guided_target is not None:
+        if index.has_text:
+            null_states = load_null_states(recipe.data.shards, index.text_width)
+        else:
+            null_label = index.num_classes
+    return Prepare(recipe.objective, recipe.train.seed, null_states, null_label)
+
+
+def _check_parts(recipe: Recipe, engine_config: Mapping[str, Any], index: Index) -> None:
+    """What recipe, engine file and shards must agree on before anything is built.
+
+    Raises:
+        ConfigError: one line a problem.
+    """
+    model = recipe.model
+    problems = []
+    if index.has_text != (model.condition == "text"):
+        holds = "captions" if index.has_text else "class labels"
+        problems.append(
+            f"model.condition: {model.condition!r}, but the shards in {index.folder} hold {holds}"
+        )
+    elif index.has_text and model.text_dim != index.text_width:
+        problems.append(
+            f"model.text_dim: {model.text_dim}, but the text states in {index.folder} have width "
+            f"{index.text_width}"
+        )
+    elif not index.has_text and model.num_classes != index.num_classes:
+        problems.append(
+            f"model.num_classes: {model.num_classes}, but the shards in {index.folder} hold "
+            f"{index.num_classes}"
+        )
+    if model.in_channels != index.channels:
+        problems.append(
+            f"model.in_channels: {model.in_channels}, but the latents in {index.folder} have {index.channels}"
+        )
+    if recipe.objective.derivative == "jvp" and zero_stage(engine_config) == 3:
+        problems.append(
+            "objective.derivative: 'jvp' cannot pass the hooks of ZeRO stage 3; use 'dde', or stage 0 to 2"
+        )
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _check_room(run_dir: Path, engine: Engine, world: World) -> None:
+    """Raises CheckpointError, before any work, if the disk cannot hold a checkpoint and the export."""
+    numel = sum(torch.Size(shape).numel() for shape in engine.parameter_shapes.values())
+    needed = 4 * numel * (len(STATE_KEYS) + 2 + 1) + SPARE_BYTES
+    free = world.from_main(free_bytes(run_dir))
+    if free < needed:
+        world.raise_everywhere(
+            CheckpointError(
+                f"{run_dir}: {needed:,} bytes are needed for one checkpoint and the exported weights, "
+                f"{free:,} are free; free space or choose another run folder"
+            )
+        )
+
+
+@contextmanager
+def _only_run(run_dir: Path, world: World) -> Iterator[None]:
+    """Keeps a second process from training in the folder: rank 0's lock, which ends with the process."""
+    with ExitStack() as stack:
+        problem = None
+        if world.is_main:
+            try:
+                run_dir.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context((run_dir / ".lock").open("w"))
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                problem = (
+                    f"{run_dir}: another process is training there; wait for it or choose another folder"
+                )
+            except OSError as error:
+                problem = f"{run_dir}: cannot be used as a run folder: {error.strerror}"
+        problem = world.from_main(problem)
+        if problem is not None:
+            world.raise_everywhere(CheckpointError(problem))
+        yield
+
+
+def _exported_step(run_dir: Path) -> int | None:
+    """Step of the exported weights; None without a whole export."""
+    try:
+        return int(json.loads((run_dir / EXPORT / EXPORT_FILE).read_text())["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line of `launch/train.py`. Returns the exit status: 2 for what the user can put right."""
+    parser = argparse.ArgumentParser(
+        prog="launch/train.py", description="Train, or continue, the run of a recipe under DeepSpeed."
+    )
+    parser.add_argument("recipe", nargs="+", help="a YAML file, and section.key=value to override settings")
+    parser.add_argument("--ds", required=True, type=Path, help="engine file: ds_configs/*.json")
+    parser.add_argument("--run", required=True, type=Path, help="folder of the run, made or continued")
+    # The deepspeed launcher adds it; the environment says the same.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_intermixed_args(arguments)
+    paths, overrides = split_arguments(options.recipe)
+    if len(paths) != 1:
+        parser.error(f"expected one recipe, received {len(paths)}: {' '.join(paths)}")
+    is_main = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(
+        level=logging.INFO if is_main else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+    )
+    world = None
+    try:
+        recipe = load_recipe(paths[0], overrides)
+        read_engine_file(options.ds)
+        world = start_world()
+        message = train(recipe, options.run, options.ds, world)
+    except (TimError, DataError) as error:
+        # Before the ranks met, each meets the same error; later, one may fail alone.
+        alone = world is not None and world.shared_error is not error
+        if is_main or alone:
+            rank = f" (rank {world.rank})" if world is not None and not is_main else ""
+            print(f"error{rank}: {error}", file=sys.stderr)
+        if world is not None:
+            stop_world(world, failed=True)
+        return 2
+    stop_world(world)
+    if is_main:
+        print(message)
+    return 0

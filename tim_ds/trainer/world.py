@@ -1,0 +1,58 @@
+"""The ranks of a run, and the few things they say to each other. Started and stopped by `engine.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(eq=False)
+class World:
+    """This process among the processes of the run. Every method that communicates is called by all ranks."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    shared_error: BaseException | None = None
+    """The error that ended the run on every rank alike; see `raise_everywhere`."""
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(value, op=dist.ReduceOp.SUM)
+        return value
+
+    def gather(self, value: T) -> list[T]:
+        """What each rank passed, in the order of ranks (any picklable object)."""
+        if self.size == 1:
+            return [value]
+        gathered: list[T | None] = [None] * self.size
+        dist.all_gather_object(gathered, value)
+        return gathered  # type: ignore[return-value]  # every entry was filled by its rank
+
+    def from_main(self, value: T) -> T:
+        """Rank 0's value."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def raise_everywhere(self, error: Exception) -> NoReturn:
+        """Raise an error that every rank raises at this point, so that one of them need report it."""
+        self.shared_error = error
+        raise error
