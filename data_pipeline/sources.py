@@ -308,7 +308,7 @@ def _sidecars(
 
 
 class FolderSource:
-    """Pictures beneath a folder, `<stem>.json` and `<stem>.txt` beside each; the topmost folder is a class."""
+    """Pictures beneath a folder, `<stem>.json` and `<stem>.txt` beside each. Classes: the topmost folders."""
 
     kind = "folder"
 
