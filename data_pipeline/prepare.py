@@ -408,16 +408,21 @@ def _classes(job: Job) -> tuple[str, ...]:
     return (job.settings.classes or job.source.classes) if job.settings.condition == "class" else ()
 
 
+def _ranked(counts: Counter[str]) -> list[tuple[str, int]]:
+    """The most frequent first; of equals by name, whatever order they were counted in."""
+    return sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))
+
+
 def describe(job: Job, total: PartReport, *, rows: int = 20) -> str:
     """The text that the command prints: counts, drops, sizes, bytes."""
     settings = job.settings
     lines = [f"items            {total.items}", f"samples          {total.samples}"]
     lines.append(f"dropped          {total.num_dropped} ({total.num_dropped / max(1, total.items):.2%})")
-    for reason, count in total.dropped.most_common():
+    for reason, count in _ranked(total.dropped):
         lines.append(f"  {count:>9}  {reason}: {total.examples.get(reason, ['?'])[0]}")
     if total.notes:
         lines.append("handled")
-        lines += [f"  {count:>9}  {note}" for note, count in total.notes.most_common()]
+        lines += [f"  {count:>9}  {note}" for note, count in _ranked(total.notes)]
     sizes = sorted(total.sizes.items(), key=lambda entry: (-entry[1], parse_size(entry[0])))
     lines.append(f"sizes            {len(sizes)} (height x width in pixels)")
     for size, count in sizes[:rows]:

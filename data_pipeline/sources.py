@@ -551,6 +551,8 @@ class WebdatasetSource:
                     members[ending.lower()] = extracted.read() if extracted else b""
         except (tarfile.TarError, OSError, EOFError) as error:
             raise Refused(UNREADABLE, f"{path.name}:{_display(key)} at byte {start}: {error}") from error
+        if not members:
+            raise Refused(UNREADABLE, f"{path.name} breaks off at byte {start}")
         return members, _display(key)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -578,6 +580,7 @@ def _tar_samples(path: Path) -> Iterator[tuple[str, int, int]]:
     """
     current: str | None = None
     start = end = 0
+    size = path.stat().st_size
     broken = False
     try:
         with tarfile.open(path, mode="r:") as tar:
@@ -593,12 +596,15 @@ def _tar_samples(path: Path) -> Iterator[tuple[str, int, int]]:
                     end = info.offset_data + -(-info.size // 512) * 512
             except (tarfile.TarError, EOFError):
                 broken = True
+            # A complete tar ends in two zero blocks.
+            broken = broken or size < tar.offset + 1024
     except (tarfile.TarError, EOFError, OSError) as error:
         raise DataError(f"{path}: not a readable tar ({error}); copy it again or take it away") from error
     if current is not None:
         yield current, start, end
-    if broken:
-        yield "", path.stat().st_size, path.stat().st_size
+    if broken and end <= size:
+        # What follows is missing, the last sample is not.
+        yield "", size, size
 
 
 class ToySource:
