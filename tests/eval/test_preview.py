@@ -8,11 +8,10 @@ from tests.networks import export_of, network_of
 from tim_ds.eval.preview import preview_sheet
 from tim_ds.eval.sheet import SheetBlock, SheetRow, contact_sheet
 from tim_ds.pipeline import TiMPipeline
-from tim_ds.sampler.config import SamplerConfig
 from tim_ds.trainer.config import PreviewConfig
 
 
-def test_one_row_a_step_count_with_the_preview_s_own_sampler() -> None:
+def test_one_row_a_step_count_otherwise_sampled_as_the_export_says() -> None:
     export = export_of(num_steps=9)
     network = network_of(export)
     preview = PreviewConfig(
@@ -21,15 +20,12 @@ def test_one_row_a_step_count_with_the_preview_s_own_sampler() -> None:
         sizes=("8x8", "16x8"),
         num_steps=(1, 3),
         seed=4,
-        sampler=SamplerConfig(mode="diffusion", cfg_scale=2.0),
     )
     pipe = TiMPipeline(network, export)
     rows = [
         SheetRow(
             label,
-            pipe(
-                preview.prompts, preview.sizes, num_steps=n, mode="diffusion", cfg_scale=2.0, seeds=[4, 5]
-            ).images,
+            pipe(preview.prompts, preview.sizes, num_steps=n, seeds=[4, 5]).images,
         )
         for label, n in (("1 step", 1), ("3 steps", 3))
     ]

@@ -44,7 +44,7 @@ data:
   autoencoder: {{kind: pixels, factor: 2, channels: 1}}
   text_encoder: {{kind: words, width: {TEXT_WIDTH}}}
 train:
-  steps: 6
+  steps: 4
   log_every: 1
   ema_decay: 0.9
   optimizer: {{lr: 1e-2, warmup_steps: 2, grad_clip: 0.5}}

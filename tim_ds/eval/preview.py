@@ -15,11 +15,10 @@ def preview_sheet(network: nn.Module, export: Export, preview: PreviewConfig) ->
 
     Args:
         network: usually the averaged weights.
-        export: what the network is, as it would be written beside its weights.
+        export: what the network is, as it would be written beside its weights; its `sampler` holds the rest.
     Raises:
         RequestError: if a prompt or size does not fit the network.
     """
-    sampler = preview.sampler
     pipeline = TiMPipeline(network, export)
     rows = []
     for num_steps in preview.num_steps:
@@ -27,10 +26,6 @@ def preview_sheet(network: nn.Module, export: Export, preview: PreviewConfig) ->
             preview.prompts,
             preview.sizes,
             num_steps=num_steps,
-            cfg_scale=sampler.cfg_scale,
-            cfg_interval=sampler.cfg_interval,
-            stochasticity=sampler.stochasticity,
-            mode=sampler.mode,
             seeds=preview.seed,
         )
         rows.append(SheetRow("1 step" if num_steps == 1 else f"{num_steps} steps", output.images))
