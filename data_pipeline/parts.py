@@ -367,15 +367,6 @@ class PartEncoder:
             self._report.bytes["shards"] = size
         return self._report
 
-    def null_tensor(self) -> dict[str, Tensor]:
-        """What stands for the empty caption: its states or its ids; nothing for labels and plain captions."""
-        settings = self._settings
-        if settings.text_encoder is None or settings.text == "caption":
-            return {}
-        if settings.text == "ids":
-            return {"ids": self._encoders.ids([""])[0]}
-        return {"states": self._encoders.states([""])[0].to(self._dtype)}
-
     def _samples(self, numbers: range, on_item: Callable[[], object] | None) -> Iterator[Sample]:
         self._report = PartReport(items=len(numbers))
         window: list[_Prepared] = []
@@ -601,6 +592,14 @@ def _chain(first: Sample, rest: Iterable[Sample]) -> Iterator[Sample]:
 
 def _blocks(size: int) -> int:
     return -(-size // 512) * 512
+
+
+def null_states(settings: Settings, device: str) -> Tensor | None:
+    """States of the empty caption in 16 bits; None for class data. Loads the text encoder."""
+    if settings.text_encoder is None:
+        return None
+    encoder = _on(build_text_encoder(settings.text_encoder), device)
+    return encoder.encode([""])[0].to(DTYPES[settings.dtype])
 
 
 def read_part(path: Path) -> PartReport | None:

@@ -38,7 +38,15 @@ from data_pipeline.config import AutoencoderConfig, TextEncoderConfig
 from data_pipeline.encoders.identity import latent_shape, revision
 from data_pipeline.errors import DataError
 from data_pipeline.index import INDEX_NAME, build_index, load_index
-from data_pipeline.parts import PartEncoder, PartReport, Settings, part_ranges, read_part, shard_name
+from data_pipeline.parts import (
+    PartEncoder,
+    PartReport,
+    Settings,
+    null_states,
+    part_ranges,
+    read_part,
+    shard_name,
+)
 from data_pipeline.resolution import SizeRules, parse_buckets, parse_size
 from data_pipeline.schema import MANIFEST_NAME, NULL_NAME
 from data_pipeline.sources import KINDS, Source, detect_kind, open_source
@@ -345,7 +353,9 @@ def begin(job: Job, record: dict[str, Any]) -> bool:
     return True
 
 
-def finish(job: Job, record: dict[str, Any], *, max_drop_share: float, progress: bool) -> PartReport | None:
+def finish(
+    job: Job, record: dict[str, Any], *, max_drop_share: float, progress: bool, processes: int = 1
+) -> PartReport | None:
     """Write index and manifest if every part is finished; None if some are not.
 
     Raises:
@@ -367,16 +377,18 @@ def finish(job: Job, record: dict[str, Any], *, max_drop_share: float, progress:
         if total.samples == 0:
             raise DataError(f"{job.out}: no item of the source can be used: {dict(total.dropped)}")
         settings = job.settings
-        null = (
-            PartEncoder(job.source, settings, device=job.devices[0]).null_tensor() if _has_null(job) else {}
-        )
-        if null:
-            aside = job.out / f".{NULL_NAME}.partial"
-            aside.write_bytes(save(null))
-            os.replace(aside, job.out / NULL_NAME)
         index = build_index(
-            job.out, num_classes=settings.num_classes or len(_classes(job)) or None, progress=progress
+            job.out,
+            num_classes=settings.num_classes or len(_classes(job)) or None,
+            progress=progress,
+            processes=processes,
+            max_bad_share=0.0,
         )
+        null = null_states(settings, job.devices[0])
+        if null is not None:
+            aside = job.out / f".{NULL_NAME}.partial"
+            aside.write_bytes(save({"states": null}))
+            os.replace(aside, job.out / NULL_NAME)
         index.save()
         manifest = {
             **record,
@@ -394,10 +406,6 @@ def finish(job: Job, record: dict[str, Any], *, max_drop_share: float, progress:
             aside.unlink(missing_ok=True)
         shutil.rmtree(job.work, ignore_errors=True)
     return total
-
-
-def _has_null(job: Job) -> bool:
-    return job.settings.condition == "caption" and job.settings.text != "caption"
 
 
 def _has_flips(job: Job) -> bool:
@@ -677,7 +685,13 @@ def prepare(options: argparse.Namespace) -> str:
     )
     if job.dry_run:
         return f"{describe(job, total)}\nnothing was written"
-    whole = finish(job, record, max_drop_share=options.max_drop_share, progress=progress)
+    whole = finish(
+        job,
+        record,
+        max_drop_share=options.max_drop_share,
+        progress=progress,
+        processes=options.workers,
+    )
     if whole is None:
         missing = sum(job.finished(part) is None for part in range(len(job.parts)))
         return (

@@ -16,12 +16,15 @@ Shards for encoders that run while training hold, instead of a latent or of stat
 
     <key>.png, .jpg, .webp     the picture; its json says its crop and what the autoencoder makes of it
     <key>.text.safetensors     tensor `ids` int32 [n] (and `ids.1`, ...), the caption's tokens
-    <key>.txt                  the caption itself, UTF-8
+    <key>.txt                  the caption itself, UTF-8; further ones in the json's `captions`
+
+The json then gives `text_width`, and for a picture `latent` (channels, stride): what the encoders make of it.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -183,33 +186,100 @@ def _check_values(tensor: Tensor, where: str) -> None:
         raise DataError(f"{where}: holds NaN or infinity")
 
 
+def decode_tensors(data: bytes, where: str) -> dict[str, Tensor]:
+    """All tensors of a safetensors member.
+
+    Raises:
+        DataError: if the bytes are no safetensors.
+    """
+    try:
+        return load(data)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise DataError(f"{where}: not a readable safetensors member ({error})") from error
+
+
+def take_tensor(tensors: Mapping[str, Tensor], name: str, where: str) -> Tensor:
+    """The tensor `name` of a member.
+
+    Raises:
+        DataError: if it is not there.
+    """
+    if name not in tensors:
+        raise DataError(f"{where}: expected a tensor {name!r}, received {sorted(tensors)}")
+    return tensors[name]
+
+
+def take_variants(tensors: Mapping[str, Tensor], name: str, where: str) -> tuple[Tensor, ...]:
+    """The tensors `name`, `name.1`, `name.2`, ... of a member: one a caption.
+
+    Raises:
+        DataError: if the first is not there.
+    """
+    found = [take_tensor(tensors, name, where)]
+    while (further := tensors.get(variant(name, len(found)))) is not None:
+        found.append(further)
+    return tuple(found)
+
+
 def decode_tensor(data: bytes, name: str, where: str) -> Tensor:
     """The tensor `name` of a safetensors member.
 
     Raises:
         DataError: if the bytes are no safetensors or do not hold it.
     """
-    try:
-        tensors = load(data)
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise DataError(f"{where}: not a readable safetensors member ({error})") from error
-    if name not in tensors:
-        raise DataError(f"{where}: expected a tensor {name!r}, received {sorted(tensors)}")
-    return tensors[name]
+    return take_tensor(decode_tensors(data, where), name, where)
 
 
-def decode_variants(data: bytes, name: str, where: str) -> tuple[Tensor, ...]:
-    """The tensors `name`, `name.1`, `name.2`, ... of a safetensors member: one a caption.
+def picture_of(members: Mapping[str, object]) -> str | None:
+    """The extension of the picture among a sample's members."""
+    return next((ending for ending in PICTURES if ending in members), None)
+
+
+def planned_latent(meta: dict[str, Any], where: str) -> tuple[int, int, int]:
+    """Shape [C, h, w] of the latent that an autoencoder will make of a stored picture, as its json says.
 
     Raises:
-        DataError: if the bytes are no safetensors or do not hold the first.
+        DataError: if the json does not say it.
     """
-    first = decode_tensor(data, name, where)
-    tensors = load(data)
-    found = [first]
-    while variant(name, len(found)) in tensors:
-        found.append(tensors[variant(name, len(found))])
-    return tuple(found)
+    try:
+        channels, stride = (int(meta["latent"][name]) for name in ("channels", "stride"))
+        height, width = int(meta["height_px"]), int(meta["width_px"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{where}: the json of a picture must give height_px, width_px and latent (channels, stride); "
+            f"missing or wrong: {error}. Prepare the shards with `python -m data_pipeline.prepare`"
+        ) from error
+    if min(channels, stride, height, width) < 1 or height % stride or width % stride:
+        raise DataError(
+            f"{where}: {height}x{width} pixels at stride {stride} and {channels} channels make no latent"
+        )
+    return channels, height // stride, width // stride
+
+
+def planned_text_width(meta: dict[str, Any], where: str) -> int:
+    """Width of the states that a text encoder will make of ids or of a caption, as the sample's json says.
+
+    Raises:
+        DataError: if the json does not say it.
+    """
+    width = meta.get("text_width")
+    if not isinstance(width, int) or width < 1:
+        raise DataError(
+            f"{where}: the json must give the text_width of captions that are not encoded, received {width!r}"
+        )
+    return width
+
+
+def decode_caption(data: bytes, where: str) -> str:
+    """The caption of a `.txt` member.
+
+    Raises:
+        DataError: if it is not UTF-8.
+    """
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: the caption is not UTF-8 ({error})") from error
 
 
 def decode_label(data: bytes, where: str) -> int:

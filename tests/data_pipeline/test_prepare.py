@@ -1,5 +1,6 @@
 """From every kind of source to shards that the loader reads; killed, resumed, spread over processes."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -16,16 +17,17 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from data_pipeline import pictures, prepare, sources
+from data_pipeline import inspect, pictures, prepare, sources
 from data_pipeline.config import AutoencoderConfig, DataConfig, TextEncoderConfig
 from data_pipeline.encoders.autoencoder import PixelAutoencoder, build_autoencoder
 from data_pipeline.encoders.language_model import load_gemma, load_t5
 from data_pipeline.encoders.text import WordsEncoder
-from data_pipeline.index import load_index
+from data_pipeline.errors import DataError
+from data_pipeline.index import build_index, load_index
 from data_pipeline.loader import build_loader
 from data_pipeline.reader import ShardReader
 from data_pipeline.resolution import SizeRules, fit
-from data_pipeline.schema import decode_tensor, decode_variants
+from data_pipeline.schema import decode_tensor, decode_tensors, take_variants
 from tests.data_pipeline import odd_pictures, source_folders
 from tests.data_pipeline.tiny_models import save_autoencoders, save_gemma, save_t5
 
@@ -108,7 +110,7 @@ def test_latents_are_those_of_the_resized_picture(tmp_path):
         pixels = pictures.to_pixels(pictures.apply_fit(picture, fitted), 3)  # type: ignore[arg-type]
         expected = PixelAutoencoder(4, 3).encode(pictures.normalise(pixels)[None])[0].half()
         assert torch.equal(reader.read(sample_id).latent, expected)
-        member = reader._member(reader._span(sample_id, ""), sample_id, "latent")
+        member = reader.read_member(sample_id, "latent")
         mirrored = PixelAutoencoder(4, 3).encode(pictures.normalise(pixels.flip(-1))[None])[0].half()
         assert torch.equal(decode_tensor(member, "flipped", ""), mirrored)
         meta = reader.read_meta(sample_id)
@@ -160,6 +162,7 @@ def test_pretrained_encoders_give_what_they_give_one_by_one(models, tmp_path, au
         tolerance = 2**-8 if dtype == "bfloat16" else 2**-10
         torch.testing.assert_close(stored.latent.float(), expected, rtol=tolerance, atol=1e-4)
         # Weights in bfloat16, whose sums change with the padding of a batch (measured 0.03).
+        assert stored.states is not None
         torch.testing.assert_close(
             stored.states.float(), language.encode([meta["caption"]])[0], rtol=0.05, atol=0.06
         )
@@ -173,8 +176,8 @@ def test_further_captions_are_stored_as_variants(tmp_path):
     assert run(source, out, *PIXELS, *WORDS, "--keep", "license,absent") == 0
     reader, encoder = ShardReader(load_index(out)), WordsEncoder(8)
     for sample_id in range(COUNT):
-        member = reader._member(reader._span(sample_id, ""), sample_id, "text")
-        stored = decode_variants(member, "states", "")
+        member = reader.read_member(sample_id, "text")
+        stored = take_variants(decode_tensors(member, ""), "states", "")
         expected = encoder.encode(source_folders.captions(sample_id))
         assert len(stored) == len(expected)
         assert all(torch.equal(a.float(), b) for a, b in zip(stored, expected, strict=True))
@@ -196,7 +199,7 @@ def test_stored_latents_keep_their_mirror_image_and_label(models, tmp_path):
     reader = ShardReader(index)
     for sample_id in range(7):
         found = load_file(source / reader.read_meta(sample_id)["source"])
-        member = reader._member(reader._span(sample_id, ""), sample_id, "latent")
+        member = reader.read_member(sample_id, "latent")
         assert torch.equal(decode_tensor(member, "latent", ""), found["latent"][0].half())
         assert torch.equal(decode_tensor(member, "flipped", ""), found["latent"][1].half())
         assert reader.read(sample_id).label == int(found["label"])
@@ -332,7 +335,7 @@ def test_odd_tars_are_used_as_far_as_they_go(tmp_path):
     report = manifest_of(tmp_path / "out")["report"]
     assert "a good one" in {meta["caption"] for meta in metas(tmp_path / "out")}
     assert report["dropped"][sources.ESCAPES] == 1 and report["dropped"][sources.NO_PICTURE] == 1
-    assert report["dropped"][sources.UNREADABLE] == 1 and report["samples"] == 4
+    assert report["dropped"][sources.UNREADABLE] == 1 and report["samples"] == 5
     (root / "b.tar").write_bytes(b"no tar at all")
     assert run(root, tmp_path / "other", *PIXELS, *WORDS) == 1
 
@@ -441,7 +444,7 @@ def test_a_killed_run_goes_on_to_the_same_files(many, tmp_path):
     source, expected = many
     # 12 parts of two renames each, the settings, null states, index and manifest: 28 renames.
     arguments = [str(source), "--no-progress", "--device", "cpu", *RULES, *PIXELS, *WORDS]
-    points = {0: "settings", 1: "first shard", 2: "first report", 11: "a shard", 26: "index", 27: "manifest"}
+    points = {1: "first shard", 2: "first report", 11: "a later shard", 27: "manifest"}
     running = {
         point: subprocess.Popen(
             [sys.executable, "-c", DYING, str(point), *arguments, "--out", str(tmp_path / str(point))]
@@ -533,6 +536,110 @@ def test_a_source_without_anything_usable_is_an_error(tmp_path, capsys):
     root = write_captioned(tmp_path / "source", {"a": b""})
     assert run(root, tmp_path / "out", *PIXELS, *WORDS, "--max-drop-share", "1") == 1
     assert "no item of the source can be used: {'empty caption': 1}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["png", "original"])
+def test_stored_pictures_are_encoded_to_the_latents_of_a_direct_preparation(form, tmp_path):
+    source = odd_folder(tmp_path / "source")
+    share = ["--max-drop-share", "0.9"]
+    assert run(source, tmp_path / "latents", *PIXELS, *WORDS, *share) == 0
+    assert run(source, tmp_path / form, *PIXELS, *WORDS, *share, "--pictures", form) == 0
+    index = load_index(tmp_path / form)
+    assert index.online == ("picture",) and (index.channels, index.text_width) == (48, 8)
+    direct, online = loaded(tmp_path / "latents"), loaded(tmp_path / form)
+    assert direct.keys() == online.keys() and len(direct) == len(odd_pictures.handled())
+    for sample_id, (tokens, text) in direct.items():
+        # Latents were rounded to 16 bits: pixels in [-1, 1], so half a unit of 2^-11.
+        torch.testing.assert_close(online[sample_id][0], tokens, rtol=0, atol=2**-12)
+        assert torch.equal(online[sample_id][1], text)
+    if form == "original":
+        # The bytes of the source, where the format is one of the three that shards hold.
+        reader = ShardReader(index)
+        members = {reader.read_meta(n)["source"]: reader.read_member(n, "latent") for n in range(len(index))}
+        jpeg = next(name for name in members if name.endswith("_jpeg.png"))
+        assert members[jpeg] == (source / jpeg).read_bytes()
+
+
+def loaded(out: Path, text: TextEncoderConfig | None = None) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """Tokens and first caption's states of every sample, through the training loader."""
+    config = DataConfig(
+        shards=str(out),
+        tokens_per_pack=256,
+        packs_per_step=1,
+        autoencoder=AutoencoderConfig(kind="pixels", factor=4),
+        text_encoder=text or TextEncoderConfig(kind="words", width=8),
+        caption_dropout=0.0,
+    )
+    probe = build_loader(config, patch_size=1, num_steps=0)
+    found = {}
+    for step in build_loader(config, patch_size=1, num_steps=probe.steps_per_epoch):
+        for batch in step:
+            assert batch.text_LE is not None and batch.text_lengths is not None
+            tokens = batch.latents_TC.split([h * w for h, w in batch.grids])
+            texts = batch.text_LE.split(list(batch.text_lengths))
+            found.update(zip(batch.sample_ids, zip(tokens, texts, strict=True), strict=True))
+    return found
+
+
+@pytest.mark.parametrize("form", ["ids", "caption"])
+def test_ids_and_captions_are_encoded_to_the_states_of_a_direct_preparation(form, models, tmp_path, capsys):
+    source = source_folders.folder(tmp_path / "source", 6)
+    options = [*PIXELS, "--text-encoder", "gemma", "--text-encoder-path", str(models / "gemma")]
+    options += ["--captions", "first", "--dtype", "bfloat16"]
+    assert run(source, tmp_path / "states", *options) == 0
+    assert run(source, tmp_path / form, *options, "--text", form) == 0
+    index = load_index(tmp_path / form)
+    assert index.online == (form,) and index.text_width == 16
+    text = TextEncoderConfig(kind="gemma", path=str(models / "gemma"))
+    direct, online = loaded(tmp_path / "states", text), loaded(tmp_path / form, text)
+    for sample_id, (tokens, states) in direct.items():
+        assert torch.equal(online[sample_id][0], tokens)
+        # Weights in bfloat16, whose sums change with the padding of a batch.
+        torch.testing.assert_close(online[sample_id][1], states, rtol=0.05, atol=0.06)
+    if form == "ids":
+        report = manifest_of(tmp_path / form)["report"]
+        assert report["text_tokens"] == int(index.columns["text_length"].sum())
+        # Ids are smaller than states by the width; the report says by how much.
+        assert "as 16-bit states" in capsys.readouterr().out
+
+
+def test_what_is_encoded_while_training_needs_the_right_encoder_and_no_workers(models, tmp_path):
+    source = source_folders.folder(tmp_path / "source", 6)
+    options = ["--autoencoder", "pixels", "--factor", "2", *WORDS, "--text", "caption", "--pictures", "png"]
+    assert run(source, tmp_path / "out", *options) == 0
+    assert load_index(tmp_path / "out").online == ("picture", "caption")
+    config = DataConfig(
+        shards=str(tmp_path / "out"),
+        tokens_per_pack=4096,
+        packs_per_step=1,
+        autoencoder=AutoencoderConfig(kind="pixels", factor=2),
+        text_encoder=TextEncoderConfig(kind="words", width=8),
+    )
+    assert len(list(build_loader(config, patch_size=1, num_steps=2))) == 2
+    with pytest.raises(DataError, match=r"data\.workers: expected 0, received 2.*picture and caption"):
+        build_loader(dataclasses.replace(config, workers=2), patch_size=1, num_steps=1)
+
+
+def test_shards_that_differ_in_what_is_still_to_be_encoded_are_refused(tmp_path):
+    source = source_folders.folder(tmp_path / "source", 6)
+    for form in ("png", "latent"):
+        assert run(source, tmp_path / form, *PIXELS, *WORDS, "--pictures", form, "--captions", "first") == 0
+    (tmp_path / "png" / "part-000000.tar").rename(tmp_path / "latent" / "other.tar")
+    with pytest.raises(DataError, match="differ in what they leave to encode while training"):
+        build_index(tmp_path / "latent", progress=False)
+
+
+def test_inspect_shows_stored_pictures_and_what_was_dropped(tmp_path, capsys):
+    source, out = odd_folder(tmp_path / "source"), tmp_path / "out"
+    options = [*PIXELS, *WORDS, "--pictures", "png", "--text", "caption", "--max-drop-share", "0.9"]
+    assert run(source, out, *options) == 0
+    capsys.readouterr()
+    assert inspect.main([str(out), "--samples", "9"]) == 0
+    printed = capsys.readouterr().out
+    assert "to be encoded    picture and caption, in the training process" in printed
+    assert "dropped          8 of the source" in printed and f"1  {pictures.BOMB}" in printed
+    with Image.open(out / "contact_sheet.png") as sheet:
+        assert len(np.unique(np.asarray(sheet))) > 50
 
 
 @pytest.mark.parametrize(
