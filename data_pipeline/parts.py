@@ -349,8 +349,7 @@ class PartEncoder:
         if first is not None:
             count = write_shard(path, _chain(first, samples))
             size = path.stat().st_size
-            digest = blake2b(path.read_bytes(), digest_size=16).hexdigest()
-            self._report.shards[path.name] = {"samples": count, "bytes": size, "blake2b": digest}
+            self._report.shards[path.name] = {"samples": count, "bytes": size, "blake2b": hash_file(path)}
             self._report.bytes["shards"] = size
         return self._report
 
@@ -588,6 +587,15 @@ class PartEncoder:
 def _chain(first: Sample, rest: Iterable[Sample]) -> Iterator[Sample]:
     yield first
     yield from rest
+
+
+def hash_file(path: Path) -> str:
+    """BLAKE2b of a file in 128 bits."""
+    digest = blake2b(digest_size=16)
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _blocks(size: int) -> int:

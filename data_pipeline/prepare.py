@@ -680,7 +680,8 @@ def prepare(options: argparse.Namespace) -> str:
         rank=rank,
         world_size=world_size,
         workers=options.workers,
-        max_drop_share=options.max_drop_share,
+        # A dry run is there to show the drops, however many.
+        max_drop_share=1.0 if job.dry_run else options.max_drop_share,
         progress=progress,
     )
     if job.dry_run:

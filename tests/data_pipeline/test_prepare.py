@@ -226,6 +226,10 @@ def test_classes_come_from_folders_lists_and_tars(tmp_path):
         else:
             assert labels == [n % 3 for n in range(COUNT)] and index.num_classes == 3
         assert load_all(out, AutoencoderConfig(kind="pixels", factor=4), None) == set(range(COUNT))
+        stored = tmp_path / f"stored_{name}"
+        assert run(source, stored, *PIXELS, "--condition", "class", "--pictures", "png") == 0
+        assert load_index(stored).columns["label"].tolist() == labels
+        assert load_all(stored, AutoencoderConfig(kind="pixels", factor=4), None) == set(range(COUNT))
 
 
 def test_the_toy_layout_can_take_its_own_buckets(tmp_path):
@@ -273,7 +277,7 @@ def test_odd_captions_follow_the_rules(tmp_path, caplog):
     texts = {
         "bom": "\ufeffa  word\n in two lines".encode(),
         "empty": b" \n ",
-        "latin": "caf\u00e9".encode("latin-1"),
+        "latin": "\u00e9t\u00e9".encode("latin-1"),
         "long": b"ab " * 33_334,
         "nul": b"a\x00b",
     }

@@ -45,7 +45,7 @@ GOLDEN: list[tuple[tuple[int, int], tuple[int, int], tuple[int, int]]] = [
 @pytest.mark.parametrize(("original", "stored", "resized"), GOLDEN)
 def test_worked_examples(original, stored, resized):
     rules = dataclasses.replace(DC_AE, max_crop=0.2)
-    found = fit(*original, rules)
+    found = fit(original[0], original[1], rules)
     assert isinstance(found, Fit)
     assert (found.height, found.width) == stored
     assert (found.resize_height, found.resize_width) == resized
