@@ -36,7 +36,7 @@ from data_pipeline.pictures import (
 from data_pipeline.resolution import Fit, SizeRules, Unfit, describe_fit, fit, fit_given
 from data_pipeline.schema import Sample
 from data_pipeline.shards import write_shard
-from data_pipeline.sources import BAD_CAPTION, BAD_LABEL, Item, Source
+from data_pipeline.sources import BAD_CAPTION, BAD_LABEL, Item, Source, hash_file
 
 logger = logging.getLogger(__name__)
 
@@ -587,15 +587,6 @@ class PartEncoder:
 def _chain(first: Sample, rest: Iterable[Sample]) -> Iterator[Sample]:
     yield first
     yield from rest
-
-
-def hash_file(path: Path) -> str:
-    """BLAKE2b of a file in 128 bits."""
-    digest = blake2b(digest_size=16)
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _blocks(size: int) -> int:

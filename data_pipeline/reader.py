@@ -161,5 +161,8 @@ def image_tokens(latent: Tensor, patch_size: int) -> Tensor:
     channels, height, width = latent.shape
     p = patch_size
     # Converted first: a copy that transposes and converts at once takes three times as long.
-    x = latent.to(torch.float32).reshape(channels, height // p, p, width // p, p)
+    x = latent.to(torch.float32)
+    if p == 1:
+        return x.reshape(channels, height * width).T
+    x = x.reshape(channels, height // p, p, width // p, p)
     return x.permute(1, 3, 2, 4, 0).reshape((height // p) * (width // p), p * p * channels)

@@ -162,6 +162,15 @@ def open_source(
     return source
 
 
+def hash_file(path: Path) -> str:
+    """BLAKE2b of a file in 128 bits."""
+    digest = blake2b(digest_size=16)
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 class _Lister:
     """Hash of names in order."""
 
@@ -455,11 +464,7 @@ class ParquetSource:
         return ()
 
     def fingerprint(self) -> str:
-        digest = blake2b(digest_size=16)
-        with open(self._path, "rb") as stream:
-            while block := stream.read(1 << 24):
-                digest.update(block)
-        return digest.hexdigest()
+        return hash_file(self._path)
 
     def read(self, number: int) -> Item:
         group = bisect_right(self._ends, number)

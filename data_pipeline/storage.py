@@ -87,14 +87,14 @@ class Remote:
         self,
         location: str,
         *,
-        attempts: int = ATTEMPTS,
-        timeout_s: float = TIMEOUT_S,
-        first_pause_s: float = FIRST_PAUSE_S,
+        attempts: int | None = None,
+        timeout_s: float | None = None,
+        first_pause_s: float | None = None,
     ) -> None:
         self.location = str(location).rstrip("/")
-        self._attempts = attempts
-        self._timeout_s = timeout_s
-        self._first_pause_s = first_pause_s
+        self._attempts = ATTEMPTS if attempts is None else attempts
+        self._timeout_s = TIMEOUT_S if timeout_s is None else timeout_s
+        self._first_pause_s = FIRST_PAUSE_S if first_pause_s is None else first_pause_s
 
     def read(self, name: str) -> bytes:
         """A whole file.
@@ -141,19 +141,13 @@ class Remote:
         return sync(files.loop, getattr(files, f"_{method}"), *args, timeout=self._timeout_s, **kwargs)
 
     def _try(self, name: str, call: Callable[[Any, str], T]) -> T:
-        # fsspec starts a thread for its sockets; only runs that read URLs should pay for it.
-        from fsspec.core import url_to_fs
-
         where = f"{self.location}/{name}"
         pause = self._first_pause_s
         for attempt in range(1, self._attempts + 1):
             try:
-                # Looked up anew each time: fsspec keeps one file system a process, and another after a fork.
-                return call(*url_to_fs(where))
-            except FileNotFoundError:
+                return call(*_file_system(where))
+            except (FileNotFoundError, DataError):
                 raise
-            except ImportError as error:
-                raise DataError(f"{where}: no reader for this kind of URL is installed ({error})") from error
             # Every file system raises classes of its own (aiohttp, botocore, ...), not all of them OSError.
             except Exception as error:
                 if attempt == self._attempts:
@@ -162,6 +156,17 @@ class Remote:
                 time.sleep(pause)
                 pause *= 2
         raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    # fsspec starts a thread for its sockets; only runs that read URLs should pay for it. It is asked anew for
+    # every read: it keeps one file system a process, and makes another after a fork.
+    from fsspec.core import url_to_fs
+
+    try:
+        return url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise DataError(f"{url}: no reader for this kind of URL ({error})") from error
 
 
 Storage = Folder | Remote

@@ -15,6 +15,11 @@ import torch
 
 torch.set_num_threads(1)
 
+# Without a GPU, Triton's kernels run in its interpreter. Triton reads the variable when it is first imported,
+# and other libraries import it too: hence here, before any test.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 @pytest.fixture(autouse=True)
 def seed() -> int:

@@ -27,6 +27,10 @@ from tim_ds.trainer.step import StepOutput, TransitionStep
 from tim_ds.trainer.world import World
 
 GUIDED = "objective.guided_target={w_gt: 0.5, w_cond: 0.5, start: 0.0, end: 1.0}"
+PREVIEW = (
+    "train.preview={every_steps: 2, prompts: [a cat, a dog before a cat], sizes: [4x6, 8x4], "
+    "num_steps: [1, 3]}"
+)
 # Short enough for a run that stops after its first step.
 ELSEWHERE = ("train.optimizer.warmup_steps=0",)
 GATHERS = {"count": 0}
@@ -105,19 +109,26 @@ def train_every_stage(world: World, folder: Path, shards: Path, poisoned: Path) 
 
 def train_in_low_precision(world: World, folder: Path, shards: Path, poisoned: Path) -> None:
     for precision, stage in (("bf16_autocast", 0), ("bf16_autocast", 3), ("bf16", 1), ("bf16", 3)):
-        settings = recipe(shards, f"train.precision={precision}")
+        settings = recipe(shards, f"train.precision={precision}", "train.steps=2")
         file = shared_engine_file(world, folder, stage)
         train(settings, folder / f"{precision}_{stage}", file, world)
+
+
+def train_with_previews(world: World, folder: Path, shards: Path, poisoned: Path) -> None:
+    for stage in (1, 3):
+        train(
+            recipe(shards, PREVIEW), folder / f"zero{stage}", shared_engine_file(world, folder, stage), world
+        )
 
 
 def average_by_hand(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[str, Any]:
     """EMA of the full masters, computed beside the sharded one, for several stages and precisions."""
     found = {}
-    for stage, precision in ((0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (3, "bf16")):
+    for stage, precision in ((0, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (3, "bf16")):
         settings = recipe(shards, f"train.precision={precision}")
         engine, ema = build(world, settings, folder, stage)
         by_hand = masters(engine)
-        for step, batches in enumerate(micro_batches(settings, world, 3), start=1):
+        for step, batches in enumerate(micro_batches(settings, world, 2), start=1):
             assert take_step(engine, batches).applied
             ema.update(step)
             for name, value in masters(engine).items():
@@ -140,7 +151,8 @@ def borrow_average(world: World, folder: Path, shards: Path, poisoned: Path) -> 
     settings = recipe(shards)
     batches = micro_batches(settings, world, 3)
     every_rank_same = micro_batches(settings, World(), 1)[0][0]
-    for stage, threshold in ((0, None), (1, None), (2, None), (3, 0), (3, 100_000)):
+    # At stage 3, parameters above the threshold are partitioned and smaller ones kept whole: some of each.
+    for stage, threshold in ((0, None), (2, None), (3, 100)):
         zero: dict[str, Any] = {} if threshold is None else {"stage3_param_persistence_threshold": threshold}
         ends = []
         seen: dict[str, float] = {}
@@ -347,6 +359,7 @@ CASES: dict[str, Callable[[World, Path, Path, Path], Any]] = {
     for function in (
         train_every_stage,
         train_in_low_precision,
+        train_with_previews,
         average_by_hand,
         borrow_average,
         watch_trace,

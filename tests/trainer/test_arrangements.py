@@ -68,8 +68,8 @@ def test_bfloat16_stays_close_to_float32(groups: Groups, plain: PlainRun, name: 
     groups.results(2, "train_in_low_precision")
     lines = read_metrics(groups.folder_of(2, "train_in_low_precision") / name)
     # bfloat16 has 8 bits: single products are off by 0.4 %, a mean over a pack by less.
-    assert [line["denoising"] for line in lines] == pytest.approx(plain.denoising, rel=2e-2)
-    assert [line["denoising"] for line in lines] != pytest.approx(plain.denoising, rel=1e-6)
+    assert [line["denoising"] for line in lines] == pytest.approx(plain.denoising[:2], rel=2e-2)
+    assert [line["denoising"] for line in lines] != pytest.approx(plain.denoising[:2], rel=1e-6)
 
 
 def test_zero3_keeps_its_trace_and_gathers_the_same_every_step(groups: Groups) -> None:

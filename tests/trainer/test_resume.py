@@ -12,13 +12,16 @@ from safetensors.torch import load_file
 from tests.trainer.cases import ELSEWHERE, run_cases
 from tests.trainer.killing import MOMENTS, train_until
 from tests.trainer.plain import train_plainly
-from tests.trainer.ranks import engine_file, free_port, recipe, run_ranks, start_rank
+from tests.trainer.ranks import (
+    engine_file,
+    free_port,
+    lines_without_clock,
+    recipe,
+    run_ranks,
+    start_rank,
+)
 from tim_ds.trainer.checkpoint import find_checkpoints
 from tim_ds.trainer.metrics import read_metrics
-
-
-def lines_without_clock(run: Path) -> list[dict[str, Any]]:
-    return [{key: value for key, value in line.items() if key != "speed"} for line in read_metrics(run)]
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

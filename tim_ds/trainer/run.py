@@ -15,7 +15,7 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -33,11 +33,9 @@ from tim_ds import __version__
 from tim_ds.config.load import dump, load_recipe, split_arguments
 from tim_ds.config.recipe import Recipe, recipe_hash, to_dict
 from tim_ds.errors import CheckpointError, ConfigError, TimError
-from tim_ds.eval.preview import preview_sheet
 from tim_ds.model.blocks import FinalLayer, TransitionBlock
-from tim_ds.model.export_folder import EXPORT_FILE, Export, SourceConfig, write_export
+from tim_ds.model.export_folder import EXPORT_FILE, write_export
 from tim_ds.model.tim import TiM
-from tim_ds.pipeline import write_png
 from tim_ds.trainer.checkpoint import (
     SPARE_BYTES,
     Checkpoint,
@@ -59,6 +57,7 @@ from tim_ds.trainer.engine import (
 from tim_ds.trainer.inputs import Prepare
 from tim_ds.trainer.loop import Loop, Progress
 from tim_ds.trainer.metrics import MetricsLog, Sums
+from tim_ds.trainer.preview import Previews, describe_export
 from tim_ds.trainer.step import TransitionStep
 from tim_ds.trainer.world import World
 
@@ -66,7 +65,6 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 EXPORT = "export"
-PREVIEWS = "previews"
 
 UNITS = (TransitionBlock, FinalLayer)
 """Modules that ZeRO-3 gathers as one piece: without it every small layer has hooks and messages of its own.
@@ -90,14 +88,12 @@ MAY_CHANGE = (
     "train.preview",
 )
 
-Preview = Callable[[int, nn.Module], None]
-
 
 @dataclass(frozen=True, slots=True)
 class DataFacts:
     """What a run needs to know of its shards besides their content."""
 
-    folder: Path
+    folder: Path | str
     hash: str
     samples: int
     channels: int
@@ -196,6 +192,13 @@ def _run(
         write_flushed(run_dir / "engine.json", json.dumps(engine.config, indent=2) + "\n")
         log = MetricsLog(run_dir, tokens_per_pack=recipe.data.tokens_per_pack, start_step=progress.step)
 
+    preview = None
+    if config.preview.every_steps:
+        export_now = describe_export(recipe, progress.step, recipe_hash(recipe))
+        preview = world.together(
+            partial(Previews, recipe, export_now, root.network, run_dir, world, log), (TimError,)
+        )
+
     def save(progress: Progress) -> None:
         if log is not None:
             log.flush()
@@ -225,7 +228,7 @@ def _run(
         progress=progress,
         save=save,
         teacher=teacher,
-        preview=previewer(recipe, run_dir, log) if config.preview.every_steps else None,
+        preview=preview,
         log=log,
     )
     try:
@@ -327,44 +330,14 @@ def export(recipe: Recipe, run_dir: Path, ema: Ema, world: World, step: int) -> 
             state[name.removeprefix("network.")] = value.to("cpu", copy=True)
     problem = None
     if world.is_main:
+        description = describe_export(recipe, step, recipe_hash(recipe))
         try:
-            write_export(run_dir / EXPORT, describe_export(recipe, step), state, overwrite=True)
+            write_export(run_dir / EXPORT, description, state, overwrite=True)
         except CheckpointError as error:
             problem = str(error)
     problem = world.from_main(problem)
     if problem is not None:
         world.raise_everywhere(CheckpointError(problem))
-
-
-def describe_export(recipe: Recipe, step: int) -> Export:
-    """What the weights of `step` are, for whoever samples from them."""
-    return Export(
-        model=recipe.model,
-        transport=recipe.objective.transport,
-        sampler=recipe.sampler,
-        autoencoder=recipe.data.autoencoder,
-        text_encoder=recipe.data.text_encoder,
-        step=step,
-        source=SourceConfig(kind="run", name=recipe.name, recipe_sha256=recipe_hash(recipe)),
-    )
-
-
-def previewer(recipe: Recipe, run_dir: Path, log: MetricsLog | None) -> Preview:
-    """What samples pictures while training: a PNG sheet in RUN/previews and a TensorBoard image.
-
-    Every rank samples, because under ZeRO-3 every rank holds a part of the weights; rank 0 writes.
-    """
-
-    def preview(step: int, network: nn.Module) -> None:
-        sheet = preview_sheet(network, describe_export(recipe, step), recipe.train.preview)
-        if log is not None:
-            # A resumed run passes the steps after its checkpoint again, with the same pictures.
-            path = run_dir / PREVIEWS / f"step_{step:09d}.png"
-            path.unlink(missing_ok=True)
-            write_png(path, sheet, {"recipe": recipe.name, "step": step})
-            log.image("preview", sheet, step)
-
-    return preview
 
 
 def versions() -> dict[str, str]:

@@ -1,0 +1,237 @@
+"""Ahead-of-time compilation of every shipped kernel, on a machine with or without a GPU.
+
+    python -m tim_kernels.aot            compile, print the table, exit 1 if something is wrong
+    python -m tim_kernels.aot --write    and record the table in kernels/results/resources.json
+    python -m tim_kernels.aot --json     print it as JSON
+
+Compiles for sm_80 (A100), sm_90 (H100, H200) and sm_100 (B200) with the ptxas inside Triton and reads
+registers, stack and machine code with the cuobjdump and nvdisasm beside it. Needs a process without
+TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tim_kernels.shipped import Variant
+
+ARCHITECTURES = (80, 90, 100)
+WITHOUT_SPILLS = (80, 90)
+"""Architectures on which a spill is a fault; on the others it is on record."""
+REGISTER_MARGIN = 8
+"""Registers a thread by which a kernel may grow over the record; 8 is the unit in which they are allotted."""
+RECORD = Path(__file__).parents[1] / "results" / "resources.json"
+
+_LOADS = ("LDG", "LDGSTS", "UBLKCP", "UTMALDG")
+_MATRIX = ("HMMA", "IMMA", "HGMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "OMMA")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel needs, a thread or a program, and what its machine code holds."""
+
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    spills: int
+    loads: int
+    wide_loads: int
+    """Loads of 128 bits a thread, asynchronous copies included."""
+    wide_stores: int
+    matrix: int
+    traps: int
+    narrow_offsets: int
+    """Products of a row stride in 32 bits: they would wrap beyond 2^31 elements."""
+    specialised_lengths: int
+    """Run-time lengths (num_*) on whose value Triton would compile anew."""
+
+
+def compile_variant(variant: Variant, architecture: int) -> Resources:
+    """Compile for one architecture.
+
+    Raises:
+        RuntimeError: if Triton was imported for interpretation.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.runtime.jit import JITFunction
+
+    if not isinstance(variant.kernel, JITFunction):
+        raise RuntimeError("TRITON_INTERPRET is set: start a process without it to compile kernels")
+    names = variant.kernel.arg_names
+    unspecialised = {p.name for p in variant.kernel.params if p.do_not_specialize}
+    signature = {n: "constexpr" if n in variant.constants else variant.types[n] for n in names}
+    divided = {
+        (i,): [["tt.divisibility", 16]]
+        for i, n in enumerate(names)
+        if signature[n].startswith("*") or (signature[n].startswith("i") and n not in unspecialised)
+    }
+    source = ASTSource(
+        fn=variant.kernel,
+        signature=signature,
+        constexprs=variant.constants,
+        attrs=divided,  # type: ignore[arg-type]
+    )
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": variant.num_warps}
+    )
+    lengths = {n for n in names if n.startswith("num_")} - unspecialised
+    return _read(compiled.asm, compiled.metadata.shared, len(lengths))
+
+
+def faults(variant: Variant, architecture: int, found: Resources, recorded: Resources | None) -> list[str]:
+    """What is wrong with a compiled kernel; `recorded` is None where there is nothing to compare with."""
+    wrong = []
+    if found.traps or not found.loads:
+        # A compilation that Triton calls a success may be empty.
+        wrong.append(f"no working body: {found.loads} loads, {found.traps} traps")
+    if architecture in WITHOUT_SPILLS and (found.spills or found.stack_bytes):
+        wrong.append(f"{found.spills} spills, {found.stack_bytes} bytes of stack; expected none")
+    if found.wide_loads < variant.wide_loads:
+        wrong.append(f"{found.wide_loads} loads of 128 bits, expected at least {variant.wide_loads}")
+    if variant.matrix and not found.matrix:
+        wrong.append("no matrix instructions")
+    if found.narrow_offsets:
+        wrong.append(f"{found.narrow_offsets} products of a row stride in 32 bits")
+    if found.specialised_lengths:
+        wrong.append(f"{found.specialised_lengths} lengths are not in do_not_specialize")
+    if recorded is not None and found.registers > recorded.registers + REGISTER_MARGIN:
+        wrong.append(f"{found.registers} registers, on record {recorded.registers}")
+    return [f"{variant.name}, sm_{architecture}: {text}" for text in wrong]
+
+
+def compile_all(architectures: Sequence[int] = ARCHITECTURES) -> dict[str, Any]:
+    """The table: compiler version, architectures, and the resources of each variant by architecture."""
+    import triton
+
+    from tim_kernels.shipped import variants
+
+    table = {v.name: {f"sm_{a}": asdict(compile_variant(v, a)) for a in architectures} for v in variants()}
+    return {"triton": triton.__version__, "architectures": list(architectures), "variants": table}
+
+
+def read_record(path: Path = RECORD) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def all_faults(table: dict[str, Any], record: dict[str, Any]) -> list[str]:
+    """Faults of a whole table. Registers are compared where the same Triton made both."""
+    from tim_kernels.shipped import variants
+
+    wrong = []
+    comparable = table["triton"] == record["triton"]
+    for v in variants():
+        for a in table["architectures"]:
+            found = Resources(**table["variants"][v.name][f"sm_{a}"])
+            old = record["variants"].get(v.name, {}).get(f"sm_{a}")
+            if old is None:
+                wrong.append(f"{v.name}, sm_{a}: not on record; run python -m tim_kernels.aot --write")
+            wrong += faults(v, a, found, Resources(**old) if old and comparable else None)
+    stale = record["variants"].keys() - table["variants"].keys()
+    wrong += [f"{name}: on record but not shipped; run python -m tim_kernels.aot --write" for name in stale]
+    return wrong
+
+
+def format_table(table: dict[str, Any]) -> str:
+    """Markdown: one row a variant, each figure for the architectures in turn."""
+    lines = [
+        f"Compiled with Triton {table['triton']} for {', '.join(f'sm_{a}' for a in table['architectures'])}.",
+        "",
+        "| kernel | registers | shared bytes | spills | 128-bit loads of all | matrix instructions |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, by_architecture in table["variants"].items():
+        rows = [Resources(**by_architecture[f"sm_{a}"]) for a in table["architectures"]]
+        cells = [
+            " / ".join(str(r.registers) for r in rows),
+            " / ".join(str(r.shared_bytes) for r in rows),
+            " / ".join(str(r.spills) for r in rows),
+            " / ".join(f"{r.wide_loads} of {r.loads}" for r in rows),
+            " / ".join(str(r.matrix) for r in rows),
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _read(asm: dict[str, Any], shared_bytes: int, specialised_lengths: int) -> Resources:
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(asm["cubin"])
+        usage = _run(tools / "cuobjdump", "--dump-resource-usage", cubin)
+        code = _run(tools / "nvdisasm", "-c", cubin)
+    match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if match is None:
+        raise RuntimeError(f"cuobjdump: expected REG and STACK, received {usage[:500]!r}")
+    # An instruction line: /*0a30*/  @!P0 LDG.E.128.CONSTANT R4, ...
+    opcodes = Counter(re.findall(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", code))
+
+    def count(families: tuple[str, ...], suffix: str = "") -> int:
+        return sum(
+            n for op, n in opcodes.items() if op.split(".")[0] in families and suffix in [*op.split("."), ""]
+        )
+
+    return Resources(
+        registers=int(match[1]),
+        stack_bytes=int(match[2]),
+        shared_bytes=shared_bytes,
+        spills=count(("STL", "LDL")),
+        loads=count(_LOADS),
+        wide_loads=count(_LOADS, "128"),
+        wide_stores=count(("STG",), "128"),
+        matrix=count(_MATRIX),
+        traps=count(("BPT",)),
+        narrow_offsets=len(re.findall(r"arith\.muli [^\n]*%\w*_stride\b[^\n]*: i32", asm["ttir"])),
+        specialised_lengths=specialised_lengths,
+    )
+
+
+def _run(*command: object) -> str:
+    return subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True).stdout
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tim_kernels.aot", description=__doc__)
+    parser.add_argument("--write", action="store_true", help=f"record the table in {RECORD}")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--architectures",
+        type=int,
+        nargs="+",
+        choices=ARCHITECTURES,
+        default=list(ARCHITECTURES),
+        help="compile for these alone",
+    )
+    arguments = parser.parse_args()
+    if arguments.write and arguments.architectures != list(ARCHITECTURES):
+        parser.error("--write records all architectures")
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        print("TRITON_INTERPRET is set: unset it to compile kernels", file=sys.stderr)
+        return 2
+    table = compile_all(arguments.architectures)
+    if arguments.write:
+        RECORD.parent.mkdir(exist_ok=True)
+        RECORD.write_text(json.dumps(table, indent=1) + "\n")
+    print(json.dumps(table) if arguments.json else format_table(table))
+    wrong = all_faults(table, read_record())
+    print("\n".join(wrong), end="\n" if wrong else "", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+"""The definition, in plain PyTorch: any floating dtype, forward mode, vmap and compilation included.
+
+T tokens, S segments, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+from tim_kernels.gated_residual.reference import gated_residual_reference
+
+
+def modulated_layer_norm_reference(
+    x_TD: Tensor,
+    branch_TD: Tensor | None,
+    gate_SD: Tensor | None,
+    shift_SD: Tensor,
+    scale_SD: Tensor,
+    segment_ids: Tensor,
+    *,
+    eps: float,
+    h_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """x' = x + gate[s] * branch;  h = LayerNorm(x') * (1 + scale[s]) + shift[s].
+
+    Dtypes:
+        arithmetic: float32, or float64 when x is. x' is rounded to the dtype of x before it is normalised.
+    """
+    wide = torch.promote_types(x_TD.dtype, torch.float32)
+    if branch_TD is not None and gate_SD is not None:
+        x_TD = gated_residual_reference(x_TD, branch_TD, gate_SD, segment_ids)
+    normal_TD = nnf.layer_norm(x_TD.to(wide), (x_TD.shape[-1],), eps=eps)
+    scale_TD, shift_TD = scale_SD.index_select(0, segment_ids), shift_SD.index_select(0, segment_ids)
+    return x_TD, (normal_TD * (1 + scale_TD) + shift_TD).to(h_dtype)

@@ -1,0 +1,209 @@
+"""Every kernel variant that is compiled ahead of time and whose resources are on record (`aot.py`).
+
+Widths are those of the authors' networks: 1152 (XL) and 768 (B). A new kernel adds its variants here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tim_kernels import segment_sum
+from tim_kernels.gated_residual import kernel as gated
+from tim_kernels.modulated_layer_norm import kernel as norm
+from tim_kernels.swiglu import kernel as swiglu
+from tim_kernels.transition_loss import kernel as loss
+
+_INT32_POINTERS = ("chunks_ptr", "first_chunk_ptr")
+_COEFFICIENTS = ("alpha_hat", "sigma_hat", "b_over_db", "d_alpha_hat", "d_sigma_hat")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel, for one set of argument types and compile-time values, as the op launches it.
+
+    `types` names the Triton type of each run-time argument ("*bf16", "i32", "fp32"). An argument that is None
+    at launch stands in `constants`, as the compile-time arguments do.
+    """
+
+    op: str
+    label: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    num_warps: int
+    wide_loads: int
+    """Fewest 128-bit loads that the machine code must hold."""
+    matrix: bool = False
+    """Whether it is meant to run on the tensor cores."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.op}/{self.label}"
+
+
+def variants() -> list[Variant]:
+    return [
+        *_segment_sum(),
+        *_modulated_layer_norm(),
+        *_gated_residual(),
+        *_swiglu(),
+        *_transition_loss(),
+    ]
+
+
+def _variant(
+    op: str, label: str, kernel: Any, pointers: dict[str, str | None], options: dict[str, Any], **rest: Any
+) -> Variant:
+    """Pointers by argument name without `_ptr`, None where the op passes None; strides go by their names."""
+    options = dict(options)
+    num_warps = options.pop("num_warps")
+    constants, types = dict(options), dict(rest.pop("types", {}))
+    for name in kernel.arg_names:
+        if name in _INT32_POINTERS:
+            types[name] = "*i32"
+        elif name.endswith("_ptr"):
+            pointee = pointers[name.removesuffix("_ptr")]
+            if pointee is None:
+                constants[name] = None
+            else:
+                types[name] = f"*{pointee}"
+        elif name.endswith("_stride"):
+            types[name] = "i32"
+    return Variant(op, label, kernel, types, constants, num_warps, **rest)
+
+
+def _segment_sum() -> list[Variant]:
+    return [
+        _variant(
+            "segment_sum",
+            "any width",
+            segment_sum.segment_sum_kernel,
+            {"partial": "fp32", "out": "fp32"},
+            segment_sum.OPTIONS,
+            types={"row_size": "i32"},
+            wide_loads=1,
+        )
+    ]
+
+
+def _modulated_layer_norm() -> list[Variant]:
+    found = []
+    for width, stream, stored, residual in (
+        (1152, "fp32", "bf16", True),
+        (1152, "bf16", "bf16", True),
+        (1152, "fp32", "bf16", False),
+        (1152, "fp32", "fp32", False),
+        (768, "fp32", "bf16", True),
+    ):
+        label = f"width {width}, stream {stream}, h {stored}, {'with' if residual else 'no'} residual"
+        optional = stored if residual else None
+        modulation = {"shift": "fp32", "scale": "fp32", "gate": "fp32" if residual else None}
+        pointers: dict[str, str | None] = {
+            **modulation,
+            "x": stream,
+            "branch": optional,
+            "x_new": stream if residual else None,
+            "h": stored,
+            "statistics": "fp32",
+        }
+        found.append(
+            _variant(
+                "modulated_layer_norm",
+                f"forward: {label}",
+                norm.forward_kernel,
+                pointers,
+                norm.forward_options(width),
+                types={"eps": "fp32"},
+                # x, shift, scale and, with a residual, branch and gate: each at least one a thread.
+                wide_loads=5 if residual else 3,
+            )
+        )
+        pointers |= {
+            "d_h": stored,
+            # The final layer's x' goes nowhere but into its norm.
+            "d_x_new": stream if stored == "bf16" else None,
+            "x_new": stream,
+            "d_x": stream,
+            "d_branch": optional,
+            "partial": "fp32",
+        }
+        found.append(
+            _variant(
+                "modulated_layer_norm",
+                f"backward: {label}",
+                norm.backward_kernel,
+                pointers,
+                norm.backward_options(width),
+                # At 768 columns a thread holds four of the wider block: 64 bits of a bfloat16 row.
+                wide_loads=3 if width == 768 or not residual else 5,
+            )
+        )
+    return found
+
+
+def _gated_residual() -> list[Variant]:
+    names = ("gate", "x", "out", "d_out", "partial")
+    pointers: dict[str, str | None] = {**dict.fromkeys(names, "fp32"), "branch": "bf16", "d_branch": "bf16"}
+    options = gated.options(1152)
+    label = "width 1152, stream fp32, branch bf16"
+    return [
+        _variant(
+            "gated_residual", f"forward: {label}", gated.forward_kernel, pointers, options, wide_loads=5
+        ),
+        _variant(
+            "gated_residual", f"backward: {label}", gated.backward_kernel, pointers, options, wide_loads=5
+        ),
+    ]
+
+
+def _swiglu() -> list[Variant]:
+    """The MLP (3072, in the same tiles as 2048 and 4608) and the AdaLN generators (384 and 576)."""
+    found = []
+    for width, stored in ((3072, "bf16"), (384, "fp32"), (576, "fp32")):
+        label = f"width {width}, {stored}"
+        pointers: dict[str, str | None] = dict.fromkeys(
+            ("gate", "up", "out", "d_out", "d_gate", "d_up"), stored
+        )
+        options, rows = swiglu.tile_options(width), {"num_rows": "i32"}
+        # Two vectors of bfloat16, or four of float32, for each input.
+        vectors = 2 if stored == "bf16" else 4
+        forward, backward = swiglu.forward_kernel, swiglu.backward_kernel
+        found += [
+            _variant(
+                "swiglu", f"forward: {label}", forward, pointers, options, types=rows, wide_loads=2 * vectors
+            ),
+            _variant(
+                "swiglu",
+                f"backward: {label}",
+                backward,
+                pointers,
+                options,
+                types=rows,
+                wide_loads=3 * vectors,
+            ),
+        ]
+    return found
+
+
+def _transition_loss() -> list[Variant]:
+    """Latents of 32 channels, one cell a token, F and all others in float32, no guidance in the target."""
+    names = ("F", "x", "z", "dF_dt", "partial", "d_F", "count", "denoising", "directional")
+    gradients = ("d_denoising", "d_directional")
+    pointers: dict[str, str | None] = dict.fromkeys((*names, *gradients, *_COEFFICIENTS), "fp32")
+    pointers["diffusion_target"] = None
+    options = loss.cell_options(32, 32)
+    tiles = {**options, "DIRECTIONAL": True}
+    finish = {"C": options["C"], "L": options["L"], **loss.FINISH_OPTIONS}
+    # Two vectors for each of F, x, z and dF/dt.
+    return [
+        _variant(
+            "transition_loss", "forward: 32 channels", loss.forward_kernel, pointers, tiles, wide_loads=8
+        ),
+        _variant(
+            "transition_loss", "finish: 32 channels", loss.finish_kernel, pointers, finish, wide_loads=0
+        ),
+        _variant(
+            "transition_loss", "backward: 32 channels", loss.backward_kernel, pointers, tiles, wide_loads=8
+        ),
+    ]

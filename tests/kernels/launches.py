@@ -1,0 +1,124 @@
+"""What the ops hand to Triton: every launch of a forward and backward at the shipped widths, recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tim_kernels import (
+    ChunkPlan,
+    TargetCoefficients,
+    gated_residual,
+    modulated_layer_norm,
+    swiglu,
+    swiglu_packed,
+    transition_loss,
+    use_path,
+)
+from tim_kernels.shipped import variants
+
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """tensors: the arguments in memory.  constants: compile-time values, and None for absent tensors."""
+
+    kernel: Any
+    tensors: dict[str, Tensor]
+    constants: dict[str, Any]
+    num_warps: int
+
+    @property
+    def types(self) -> dict[str, str]:
+        return {name: TYPES[x.dtype] for name, x in self.tensors.items()}
+
+
+@contextmanager
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
+    """Launches of the shipped kernels within the block. The kernels still run."""
+    launches: list[Launch] = []
+    with monkeypatch.context() as patch:
+        for kernel in {id(v.kernel): v.kernel for v in variants()}.values():
+            patch.setattr(kernel, "run", _spy(kernel, launches))
+        yield launches
+
+
+def record_launches(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    """Run every op in its shipped forms, forward and backward."""
+    lengths = (3, 2)
+    with recorded(monkeypatch) as launches, use_path("triton"):
+        _modulated_layer_norm(lengths, device)
+        _gated_residual(lengths, device)
+        _swiglu(sum(lengths), device)
+        _transition_loss(lengths, device)
+    return launches
+
+
+def _spy(kernel: Any, launches: list[Launch]) -> Callable[..., Any]:
+    run = kernel.run
+
+    def spied(*args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        given = {**dict(zip(kernel.arg_names, args, strict=False)), **options}
+        tensors = {n: x for n, x in given.items() if isinstance(x, Tensor)}
+        constants = {n: given[n] for n in kernel.arg_names if given[n] is None or n.isupper()}
+        launches.append(Launch(kernel, tensors, constants, options["num_warps"]))
+        return run(*args, grid=grid, warmup=warmup, **options)
+
+    return spied
+
+
+def _leaf(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.ones(shape, dtype=dtype, device=device, requires_grad=True)
+
+
+def _modulated_layer_norm(lengths: tuple[int, ...], device: torch.device) -> None:
+    plan = ChunkPlan.from_lengths(lengths, device=device)
+    rows, segments = sum(lengths), len(lengths)
+    fp32, bf16 = torch.float32, torch.bfloat16
+    for width, stream, stored, residual in (
+        (1152, fp32, bf16, True),
+        (1152, bf16, bf16, True),
+        (1152, fp32, bf16, False),
+        (1152, fp32, fp32, False),
+        (768, fp32, bf16, True),
+    ):
+        gate, shift, scale = (_leaf(segments, width, dtype=fp32, device=device) for _ in range(3))
+        x = _leaf(rows, width, dtype=stream, device=device)
+        branch = _leaf(rows, width, dtype=stored, device=device) if residual else None
+        x_new, h = modulated_layer_norm(
+            x, branch, gate if residual else None, shift, scale, plan, h_dtype=stored
+        )
+        # The final layer's x' goes nowhere but into its norm.
+        outputs = [h] if stored == fp32 else [x_new, h]
+        torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
+
+
+def _swiglu(rows: int, device: torch.device) -> None:
+    packed = _leaf(rows, 2 * 3072, dtype=torch.bfloat16, device=device)
+    swiglu_packed(packed).backward(torch.ones(rows, 3072, dtype=torch.bfloat16, device=device))
+    for width in (384, 576):
+        gate, up = (_leaf(rows, width, dtype=torch.float32, device=device) for _ in range(2))
+        swiglu(gate, up).backward(torch.ones_like(gate))
+
+
+def _transition_loss(lengths: tuple[int, ...], device: torch.device) -> None:
+    F, x, z, dF_dt = (_leaf(sum(lengths), 32, dtype=torch.float32, device=device) for _ in range(4))
+    coefficients = TargetCoefficients(*(torch.ones(len(lengths), device=device) for _ in range(5)))
+    plan = ChunkPlan.from_lengths(lengths, device=device)
+    denoising_S, directional_S = transition_loss(F, x, z, dF_dt, coefficients, plan, latent_channels=32)
+    (denoising_S + directional_S).sum().backward()
+
+
+def _gated_residual(lengths: tuple[int, ...], device: torch.device) -> None:
+    plan = ChunkPlan.from_lengths(lengths, device=device)
+    x = _leaf(sum(lengths), 1152, dtype=torch.float32, device=device)
+    branch = _leaf(sum(lengths), 1152, dtype=torch.bfloat16, device=device)
+    gate = _leaf(len(lengths), 1152, dtype=torch.float32, device=device)
+    gated_residual(x, branch, gate, plan).backward(torch.ones_like(x))

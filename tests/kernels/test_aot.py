@@ -1,0 +1,146 @@
+"""Every shipped kernel compiles for the GPUs it is meant for, and to what it is meant to.
+
+Compilation happens in a process of its own, because this one may interpret kernels.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.kernels.launches import Launch, record_launches
+from tim_kernels import aot
+from tim_kernels.shipped import Variant, variants
+
+ROOT = Path(__file__).parents[2]
+
+
+def _compiled(*architectures: int) -> dict[str, Any]:
+    done = _python("-m", "tim_kernels.aot", "--json", "--architectures", *map(str, architectures))
+    assert done.stdout, done.stderr
+    return json.loads(done.stdout)
+
+
+def _python(*arguments: str, interpret: str = "0") -> subprocess.CompletedProcess[str]:
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    environment = {**os.environ, "TRITON_INTERPRET": interpret, "PYTHONPATH": paths}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def table() -> dict[str, Any]:
+    return _compiled(80, 90)
+
+
+def test_no_kernel_spills_traps_or_outgrows_its_record(table):
+    assert table["variants"].keys() == {v.name for v in variants()}
+    assert aot.all_faults(table, aot.read_record()) == []
+
+
+def test_the_table_describes_real_machine_code(table):
+    """Guards the reading of the disassembly: no kernel can do without loads and registers."""
+    for name, by_architecture in table["variants"].items():
+        assert by_architecture.keys() == {"sm_80", "sm_90"}
+        for found in (aot.Resources(**r) for r in by_architecture.values()):
+            assert 16 <= found.registers <= 255, name
+            assert 0 <= found.wide_loads <= found.loads > 0, name
+    assert sum(r["sm_80"]["wide_stores"] for r in table["variants"].values()) > 0
+
+
+@pytest.mark.slow
+def test_every_kernel_works_on_sm_100():
+    assert aot.all_faults(_compiled(100), aot.read_record()) == []
+
+
+GOOD = aot.Resources(
+    registers=64,
+    stack_bytes=0,
+    shared_bytes=16,
+    spills=0,
+    loads=9,
+    wide_loads=6,
+    wide_stores=2,
+    matrix=0,
+    traps=0,
+    narrow_offsets=0,
+    specialised_lengths=0,
+)
+BAD = {
+    "spill": ({"spills": 3}, "3 spills"),
+    "stack": ({"stack_bytes": 8}, "8 bytes of stack"),
+    "empty body": ({"loads": 0, "traps": 1}, "no working body: 0 loads, 1 traps"),
+    "narrow loads": ({"wide_loads": 4}, "4 loads of 128 bits, expected at least 5"),
+    "no tensor cores": ({"matrix": 0}, "no matrix instructions"),
+    "32-bit rows": ({"narrow_offsets": 2}, "2 products of a row stride in 32 bits"),
+    "recompilation": ({"specialised_lengths": 1}, "1 lengths are not in do_not_specialize"),
+    "growth": ({"registers": 73}, "73 registers, on record 64"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD.keys())
+def test_each_fault_is_found(change, message):
+    variant = Variant("op", "label", None, {}, {}, 4, wide_loads=5, matrix="matrix" in change)
+    (fault,) = aot.faults(variant, 90, replace(GOOD, **change), GOOD)
+    assert fault.startswith("op/label, sm_90: ") and message in fault
+
+
+def test_growth_within_the_margin_and_spills_beyond_the_two_architectures_pass():
+    variant = Variant("op", "label", None, {}, {}, 4, wide_loads=5)
+    assert aot.faults(variant, 90, replace(GOOD, registers=72), GOOD) == []
+    assert aot.faults(variant, 100, replace(GOOD, spills=3), GOOD) == []
+    assert aot.faults(variant, 90, replace(GOOD, registers=200), None) == []
+
+
+def test_variants_missing_from_the_record_or_left_in_it_are_faults():
+    table = {
+        "triton": "0",
+        "architectures": list(aot.ARCHITECTURES),
+        "variants": {v.name: {f"sm_{a}": asdict(GOOD) for a in aot.ARCHITECTURES} for v in variants()},
+    }
+    first = variants()[0].name
+    record = {**table, "variants": {**table["variants"], "gone": {}}}
+    del record["variants"][first]
+    wrong = aot.all_faults(table, record)
+    assert sum(f"{first}, sm_" in w and "not on record" in w for w in wrong) == len(aot.ARCHITECTURES)
+    assert sum(w.startswith("gone: on record but not shipped") for w in wrong) == 1
+
+
+def _matches(variant: Variant, launch: Launch) -> bool:
+    return (
+        variant.kernel is launch.kernel
+        and variant.constants == launch.constants
+        and variant.num_warps == launch.num_warps
+        and all(launch.types[name] == kind for name, kind in variant.types.items() if kind[0] == "*")
+    )
+
+
+def test_the_shipped_variants_are_those_that_the_ops_launch(device, monkeypatch):
+    """Each variant is compared with real launches of its op: types, absent tensors, blocks and warps."""
+    launches = record_launches(device, monkeypatch)
+    for variant in variants():
+        assert any(_matches(variant, launch) for launch in launches), variant.name
+    for launch in launches:
+        assert any(_matches(variant, launch) for variant in variants()), launch
+
+
+def test_no_length_makes_triton_compile_again():
+    """Packs of other numbers of tokens, segments and chunks find their kernels compiled."""
+    done = _python("-m", "tests.kernels.dry_run")
+    assert done.returncode == 0, done.stderr
+    compilations = json.loads(done.stdout)
+    kernels = {f"{v.kernel.fn.__module__}.{v.kernel.fn.__name__}" for v in variants()}
+    assert compilations["first"].keys() == kernels
+    assert compilations["all"] == compilations["first"]
+
+
+def test_compiling_under_the_interpreter_is_refused():
+    done = _python("-m", "tim_kernels.aot", interpret="1")
+    assert done.returncode == 2 and "unset it to compile kernels" in done.stderr
