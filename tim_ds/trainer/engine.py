@@ -130,10 +130,9 @@ def start_world() -> World:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     deepspeed_logger.setLevel(logging.WARNING)
     deepspeed_logger.addFilter(_is_news)
-    # DeepSpeed's reduce-scatter, once a call.
-    warnings.filterwarnings(
-        "ignore", message=".*reduce_scatter_tensor.* is deprecated", category=FutureWarning
-    )
+    # Older names of collectives, which DeepSpeed calls: a line a call.
+    deprecated = r"`torch\.distributed\.\w+` is deprecated"
+    warnings.filterwarnings("ignore", message=deprecated, category=FutureWarning)
     _leave_out_shm_op()
     accelerator: Any = get_accelerator()
     if accelerator.device_name() != "cpu":

@@ -65,7 +65,8 @@ class Previews:
                 output = self._pipeline(config.prompts, config.sizes, num_steps=num_steps, seeds=config.seed)
             except NonFiniteError as error:
                 # The weights are finite, or the step would have been refused: a picture is no reason to stop.
-                logger.warning("step %d: no preview at %d steps: %s", step, num_steps, error)
+                if self._world.is_main:
+                    logger.warning("step %d: no preview at %d steps: %s", step, num_steps, error)
                 continue
             rows.append(SheetRow(f"{num_steps} steps" if num_steps > 1 else "1 step", output.images))
         if not rows or not self._world.is_main:
