@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -523,6 +524,34 @@ def test_other_settings_and_other_sources_are_refused_midway(many, tmp_path, cap
     (tmp_path / "full" / "mine.txt").write_text("keep")
     assert run(source, tmp_path / "full", *PIXELS, *WORDS) == 1
     assert "is not empty" in capsys.readouterr().err
+
+
+def test_other_weights_are_refused_and_another_place_of_the_same_is_not(models, tmp_path, capsys):
+    source, out = source_folders.folder(tmp_path / "source", 6), tmp_path / "out"
+    moved, changed = (shutil.copytree(models / "sd_vae", tmp_path / name) for name in ("moved", "changed"))
+    weights = load_file(file := next(changed.glob("*.safetensors")))
+    name = sorted(weights)[0]
+    save_file({**weights, name: weights[name] + 1}, file)
+
+    def at(folder: Path) -> list[str]:
+        return ["--autoencoder", "sd_vae", "--autoencoder-path", str(folder), *WORDS]
+
+    assert run(source, out, *at(models / "sd_vae"), "--rank", "0", "--world-size", "2") == 0
+    assert run(source, out, *at(changed)) == 1
+    assert "revisions.autoencoder (there 'blake2b:" in capsys.readouterr().err
+    assert run(source, out, *at(moved)) == 0
+    assert len(load_index(out)) == 6
+
+
+def test_drops_stop_a_long_run_early(tmp_path, monkeypatch, capsys):
+    source, out = odd_folder(tmp_path / "source"), tmp_path / "out"
+    for path in source.glob("0*.*"):
+        path.write_bytes(b"")
+    monkeypatch.setattr(prepare, "EARLY_ITEMS", 5)
+    assert run(source, out, *PIXELS, *WORDS) == 1
+    assert "5 of 5 items are dropped" in capsys.readouterr().err
+    assert not list(out.glob("*.tar")) and len(list((out / ".prepare").glob("0*.json"))) == 1
+    assert run(source, tmp_path / "dry", *PIXELS, *WORDS, "--dry-run") == 0
 
 
 def test_too_many_drops_stop_the_run_and_can_be_allowed(tmp_path, capsys):

@@ -106,6 +106,25 @@ def test_a_long_caption_is_cut_with_a_warning_that_names_it(gemma_folder, caplog
     assert "caption of 6 tokens cut to 4: 'a three above" in caplog.text
 
 
+def test_ids_give_the_states_of_their_captions(gemma_folder):
+    encoder = gemma(gemma_folder)
+    ids = encoder.tokenize(CAPTIONS)
+    assert [row.tolist() for row in ids][1:] == [[2], [2, 4, 8]]
+    assert all(row.dtype == torch.int32 for row in ids)
+    for one, other in zip(encoder.encode_ids(ids), encoder.encode(CAPTIONS), strict=True):
+        assert torch.equal(one, other)
+    assert encoder.encode_ids([]) == encoder.tokenize([]) == []
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [([9], "up to 9.*within the text encoder's 9"), ([-1, 2], "none below 0"), ([], "at least one token")],
+)
+def test_ids_of_another_tokenizer_are_refused(gemma_folder, ids, message):
+    with pytest.raises(DataError, match=message):
+        gemma(gemma_folder).encode_ids([torch.tensor(ids, dtype=torch.int32)])
+
+
 def test_no_captions_give_no_states(gemma_folder):
     assert gemma(gemma_folder).encode([]) == []
 
