@@ -1,4 +1,4 @@
-"""The network gives the same values and gradients on the kernels as on their definitions, and says what ran."""
+"""The network gives the same values and gradients on the kernels as on their definitions, and tells which."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The seam between the network and its kernels: every memory-bound operation of a block passes through here.
 
 The operations of `tim_kernels` choose between their Triton kernel and their plain-PyTorch definition; the
-choice can be forced (`tim_kernels.use_path`, TIM_KERNELS) and is logged once. The definitions work in any floating
-dtype, under autocast, with forward-mode derivatives; nothing here asks the device for a length.
+choice can be forced (`tim_kernels.use_path`, TIM_KERNELS) and is logged once. The definitions work in any
+floating dtype, under autocast, with forward-mode derivatives; nothing here asks the device for a length.
 
 T image tokens, L text tokens, S segments, D model width, N heads, H head width.
 """
