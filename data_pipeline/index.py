@@ -107,6 +107,8 @@ class Index:
     """Samples (or broken ends of shards) that the index leaves out because they break the schema."""
     bad: tuple[tuple[str, str], ...] = ()
     """(shard:key, reason) of the first of them."""
+    online: tuple[str, ...] = ()
+    """What is encoded while training: `picture`, and `ids` or `caption`; empty where all of it was before."""
     stored: tuple[Path, str] | None = None
     """Local file that the arrays are mapped from, and the hash it records; None for an index just built."""
 
@@ -197,6 +199,7 @@ class Index:
             "num_classes": self.num_classes,
             "num_bad": self.num_bad,
             "bad": [list(entry) for entry in self.bad],
+            **({"online": list(self.online)} if self.online else {}),
         }
 
     def _arrays(self) -> list[tuple[str, np.ndarray]]:
@@ -327,6 +330,7 @@ def _map_index(path: Path, folder: Path | str) -> Index:
             members=arrays["members"],
             num_bad=header["num_bad"],
             bad=tuple((name, reason) for name, reason in header["bad"]),
+            online=tuple(header.get("online", ())),
             stored=(path, header["hash"]),
         )
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
@@ -394,6 +398,8 @@ class _ShardRows:
     channels: np.ndarray
     widths: np.ndarray
     bad: list[tuple[str, str]]
+    forms: dict[tuple[str, ...], str]
+    """What samples leave to encode (`Index.online`), and one sample for each."""
 
     def __len__(self) -> int:
         return len(self.channels)
@@ -455,6 +461,10 @@ def build_index(
     _keep_the_most_common(paths, parts)
     samples, bad = sum(map(len, parts)), [entry for part in parts for entry in part.bad]
     _check_bad(folder, samples, bad, max_bad_share)
+    forms = {form: where for part in parts for form, where in part.forms.items()}
+    if len(forms) > 1:
+        listed = "; ".join(f"{where} leaves {' and '.join(f) or 'nothing'}" for f, where in forms.items())
+        raise DataError(f"{folder}: samples differ in what they leave to encode while training: {listed}")
     text_width = next(int(part.widths[0]) for part in parts if len(part))
     columns = _merge_columns(parts)
     largest = int(columns["label"].max())
@@ -474,6 +484,7 @@ def build_index(
         members=members,
         num_bad=len(bad),
         bad=tuple(bad[:BAD_LISTED]),
+        online=next(iter(forms)),
     )
 
 
@@ -543,6 +554,7 @@ def _index_shard(path: Path) -> _ShardRows:
     keys = bytearray()
     shapes: list[tuple[int, int]] = []
     bad: list[tuple[str, str]] = []
+    forms: dict[tuple[str, ...], str] = {}
     seen: set[str] = set()
     with open(path, "rb") as stream:
         for row in _walk(path, stream):
@@ -553,7 +565,7 @@ def _index_shard(path: Path) -> _ShardRows:
             seen.add(row.key)
             if problem is None:
                 try:
-                    values, shape = _check_row(row, stream, where)
+                    values, shape, online = _check_row(row, stream, where)
                 except DataError as error:
                     problem = str(error).removeprefix(f"{where}: ")
                 else:
@@ -562,24 +574,29 @@ def _index_shard(path: Path) -> _ShardRows:
                     for name, value in values.items():
                         rows[name].append(value)
                     shapes.append(shape)
+                    forms.setdefault(online, where)
             if problem is not None:
                 bad.append((where, problem))
     rows["shard"] = [0] * len(shapes)
     channels, widths = np.array(shapes, dtype=np.int64).reshape(-1, 2).T
     columns = {name: np.asarray(rows[name], dtype=dtype) for name, dtype in COLUMNS.items()}
-    return _ShardRows(columns, np.frombuffer(bytes(keys), dtype=np.uint8), channels, widths, bad)
+    return _ShardRows(columns, np.frombuffer(bytes(keys), dtype=np.uint8), channels, widths, bad, forms)
 
 
-def _check_row(row: _Row, stream: BinaryIO, where: str) -> tuple[dict[str, int], tuple[int, int]]:
-    """Columns of a sample, its channels and its width of states (0 for class data).
+def _check_row(
+    row: _Row, stream: BinaryIO, where: str
+) -> tuple[dict[str, int], tuple[int, int], tuple[str, ...]]:
+    """Columns of a sample; its channels and width of states (0 for class data); what is still to be encoded.
 
     Raises:
         DataError: if it breaks the schema.
     """
     members = row.members
-    if schema.LATENT not in members:
+    picture = None if schema.LATENT in members else schema.picture_of(members)
+    if schema.LATENT not in members and picture is None:
         raise DataError(f"{where}: expected a member {schema.LATENT}, received {sorted(members)}")
-    if (schema.TEXT in members) == (schema.LABEL in members):
+    with_caption = schema.CAPTION in members and not {schema.TEXT, schema.LABEL} & set(members)
+    if (schema.TEXT in members) == (schema.LABEL in members) and not with_caption:
         raise DataError(
             f"{where}: expected either {schema.TEXT} or {schema.LABEL}, received {sorted(members)}"
         )
@@ -595,18 +612,41 @@ def _check_row(row: _Row, stream: BinaryIO, where: str) -> tuple[dict[str, int],
         start -= offset
         return start, size, span[start : start + size]
 
-    latent_start, latent_size, latent_bytes = cut(schema.LATENT)
-    text_start, text_size, text_bytes = cut(schema.TEXT)
-    meta_start, meta_size, _ = cut(schema.META)
-    latent = schema.decode_tensor(latent_bytes, "latent", where)
-    schema.check_latent(latent, where)
-    if max(latent.shape[1:]) >= 1 << 16:
-        raise DataError(f"{where}: latent: expected sides below 65536 cells, received {list(latent.shape)}")
+    latent_start, latent_size, latent_bytes = cut(picture or schema.LATENT)
+    text_start, text_size, text_bytes = cut(schema.CAPTION if with_caption else schema.TEXT)
+    meta_start, meta_size, meta_bytes = cut(schema.META)
+    online: list[str] = []
+    if picture is not None:
+        online.append("picture")
+        shape = schema.planned_latent(schema.decode_meta(meta_bytes, where), where)
+    else:
+        tensors = schema.decode_tensors(latent_bytes, where)
+        latent = schema.take_tensor(tensors, "latent", where)
+        schema.check_latent(latent, where)
+        if "flipped" in tensors:
+            schema.check_latent(tensors["flipped"], f"{where}: flipped")
+        shape = (latent.shape[0], latent.shape[1], latent.shape[2])
+    if max(shape[1:]) >= 1 << 16:
+        raise DataError(f"{where}: latent: expected sides below 65536 cells, received {list(shape)}")
     text_length, width, label = 0, 0, -1
-    if schema.TEXT in members:
-        states = schema.decode_tensor(text_bytes, "states", where)
-        schema.check_states(states, where)
-        text_length, width = states.shape
+    if with_caption:
+        online.append("caption")
+        schema.decode_caption(text_bytes, where)
+        width = schema.planned_text_width(schema.decode_meta(meta_bytes, where), where)
+    elif schema.TEXT in members:
+        tensors = schema.decode_tensors(text_bytes, where)
+        if "ids" in tensors:
+            online.append("ids")
+            captions = schema.take_variants(tensors, "ids", where)
+            for ids in captions:
+                schema.check_ids(ids, where)
+            width = schema.planned_text_width(schema.decode_meta(meta_bytes, where), where)
+        else:
+            captions = schema.take_variants(tensors, "states", where)
+            for states in captions:
+                schema.check_states(states, where)
+            width = captions[0].shape[1]
+        text_length = len(captions[0])
     else:
         label = schema.decode_label(cut(schema.LABEL)[2], where)
     values = {
@@ -619,12 +659,12 @@ def _check_row(row: _Row, stream: BinaryIO, where: str) -> tuple[dict[str, int],
         "text_size": text_size,
         "meta_start": meta_start,
         "meta_size": meta_size,
-        "height": latent.shape[1],
-        "width": latent.shape[2],
+        "height": shape[1],
+        "width": shape[2],
         "text_length": text_length,
         "label": label,
     }
-    return values, (latent.shape[0], width)
+    return values, (shape[0], width), tuple(online)
 
 
 def _walk(path: Path, stream: BinaryIO) -> Iterator[_Row]:

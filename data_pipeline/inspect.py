@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,10 +22,11 @@ from data_pipeline.config import AutoencoderConfig
 from data_pipeline.encoders.autoencoder import Autoencoder, build_autoencoder
 from data_pipeline.errors import DataError
 from data_pipeline.index import Index, load_index
+from data_pipeline.online import decode_picture
 from data_pipeline.packing import Plan
 from data_pipeline.permutation import derive_key, permute
 from data_pipeline.reader import ShardReader
-from data_pipeline.schema import MANIFEST_NAME
+from data_pipeline.schema import MANIFEST_NAME, decode_tensor
 from data_pipeline.storage import open_storage
 
 TILE_PX = 128
@@ -88,6 +90,8 @@ def report(
         lines.append(
             f"classes          {index.num_classes}, {len(np.unique(columns['label']))} of them present"
         )
+    if index.online:
+        lines.append(f"to be encoded    {' and '.join(index.online)}, in the training process")
     if len(looked_at) < len(index):
         lines[-1] += f" (of {len(looked_at)} samples looked at)"
     lines.append(
@@ -140,26 +144,42 @@ def contact_sheet(
     step_x, step_y = TILE_PX + 8, TILE_PX + TEXT_LINES * LINE_PX + 12
     sheet = Image.new("RGB", (min(columns, count) * step_x, -(-count // columns) * step_y), "white")
     draw = ImageDraw.Draw(sheet)
-    for place, (sample_id, sample) in enumerate(zip(chosen, reader.read_all(chosen), strict=True)):
+    for place, sample_id in enumerate(chosen):
         x, y = place % columns * step_x + 4, place // columns * step_y + 4
-        if isinstance(sample, DataError):
+        try:
+            meta = reader.read_meta(sample_id)
+            sheet.paste(_tile(_picture(reader, autoencoder, sample_id, meta)), (x, y))
+        except DataError:
             text = f"damaged: {index.key(sample_id)}"
         else:
-            caption = reader.read_meta(sample_id).get("caption")
-            text = str(caption) if caption is not None else index.key(sample_id)
-            if sample.label is not None:
-                text = f"class {sample.label}"
-            sheet.paste(_tile(autoencoder, sample.latent), (x, y))
+            text = str(meta.get("caption", index.key(sample_id)))
+            if not index.has_text:
+                text = f"class {int(index.columns['label'][sample_id])}"
         wrapped = textwrap.wrap(text, LINE_CHARACTERS)[:TEXT_LINES]
         draw.multiline_text((x, y + TILE_PX + 2), "\n".join(wrapped), fill="black", spacing=1)
     reader.close()
     return sheet
 
 
-def _tile(autoencoder: Autoencoder, latent: torch.Tensor) -> Image.Image:
+def _picture(
+    reader: ShardReader, autoencoder: Autoencoder, sample_id: int, meta: dict[str, Any]
+) -> Image.Image:
+    """The stored picture, or the decoded latent; what the caption is stored as does not matter.
+
+    Raises:
+        DataError: if the sample is damaged.
+    """
+    where = reader.index.name(sample_id)
+    member = reader.read_member(sample_id, "latent")
+    if "picture" in reader.index.online:
+        return decode_picture(member, meta, where)
+    latent = decode_tensor(member, "latent", where)
     pixels = autoencoder.decode(latent.to(torch.float32)[None])[0]
     levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    picture = Image.fromarray(levels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
+    return Image.fromarray(levels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
+
+
+def _tile(picture: Image.Image) -> Image.Image:
     scale = TILE_PX / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     # Enlarged pixels stay square; large pictures are averaged down.

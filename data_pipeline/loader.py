@@ -25,6 +25,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.draws import generator, uniforms
 from data_pipeline.errors import DataError
 from data_pipeline.index import Index, load_index
+from data_pipeline.online import OnlineReader
 from data_pipeline.packing import Plan
 from data_pipeline.reader import ShardReader, StoredSample, image_tokens
 from data_pipeline.schema import MANIFEST_NAME, NULL_NAME, check_states
@@ -189,6 +190,7 @@ class _Packs(Dataset["_Item"], Generic[T]):
         null_states: Tensor | None,
         cache_bytes: int,
         finish: Callable[[PackedBatch], T] | None,
+        reader: ShardReader | None = None,
     ) -> None:
         self.index = index
         self.plan = plan
@@ -199,7 +201,7 @@ class _Packs(Dataset["_Item"], Generic[T]):
         self._caption_dropout = caption_dropout
         self._null_states = null_states
         self._finish = finish
-        self._reader = ShardReader(index)
+        self._reader = reader or ShardReader(index)
         self._cache: dict[int, StoredSample] = {}
         self._cache_room = cache_bytes
         self._damage = _Damage(f"a process of rank {rank}")
@@ -473,6 +475,7 @@ def build_loader(
         null_states=load_null_states(config.shards, index.text_width) if index.has_text else None,
         cache_bytes=CACHE_BYTES if config.workers == 0 else 0,
         finish=finish,
+        reader=OnlineReader(index, config) if index.online else None,
     )
     return StepLoader(
         packs,

@@ -77,8 +77,16 @@ class ShardReader:
         Raises:
             DataError: naming shard and key, if it is damaged.
         """
-        data = self._member(self._span(sample_id), sample_id, "meta")
+        data = self.read_member(sample_id, "meta")
         return schema.decode_meta(data, self.index.name(sample_id)) if data else {}
+
+    def read_member(self, sample_id: int, name: str) -> bytes:
+        """Bytes of a member: `latent` (or the picture in its place), `text` (or the caption) or `meta`.
+
+        Raises:
+            DataError: naming shard and key, if the sample is damaged.
+        """
+        return self._member(self._span(sample_id), sample_id, name)
 
     def _decode(self, sample_id: int, span: bytes) -> StoredSample:
         index, columns = self.index, self.index.columns

@@ -37,7 +37,7 @@ def test_rows_point_at_what_was_written(text_folder):
     reader = ShardReader(index)
     for number, written in enumerate(text_samples(150)):
         read = reader.read(number)
-        assert written.states is not None and read.states is not None
+        assert written.latent is not None and written.states is not None and read.states is not None
         assert torch.equal(read.latent, written.latent)
         assert torch.equal(read.states, written.states)
         assert index.name(number) == f"shard-{number // 40:06d}.tar:{written.key}"

@@ -217,13 +217,18 @@ def test_a_worker_reports_the_same_error(text_folder, tmp_path):
         list(build_loader(data_config(folder, workers=1), patch_size=1, num_steps=8))
 
 
+def size_of(sample: Sample) -> tuple[int, ...]:
+    assert sample.latent is not None
+    return tuple(sample.latent.shape[1:])
+
+
 def test_a_damaged_sample_without_a_substitute_is_an_error(tmp_path):
     samples = text_samples(12)
-    smallest = [n for n, s in enumerate(samples) if s.latent.shape[1:] == (2, 2)][:1]
+    smallest = [n for n, s in enumerate(samples) if size_of(s) == (2, 2)][:1]
     assert smallest
-    keep = [s for n, s in enumerate(samples) if s.latent.shape[1:] != (2, 2) or n in smallest]
+    keep = [s for n, s in enumerate(samples) if size_of(s) != (2, 2) or n in smallest]
     folder = write_folder(tmp_path / "few", keep)
-    damage(folder, [n for n, s in enumerate(keep) if s.latent.shape[1:] == (2, 2)])
+    damage(folder, [n for n, s in enumerate(keep) if size_of(s) == (2, 2)])
     with pytest.raises(DataError, match=r"checksum differs.*none of 0 samples of its size or smaller"):
         list(build_loader(data_config(folder, packs_per_step=1), patch_size=1, num_steps=2))
 
