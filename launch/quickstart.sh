@@ -1,22 +1,27 @@
 #!/usr/bin/env bash
 # A first real run on the CPU, in minutes: a TiM and a flow-matching baseline are trained on handwriting on the same
-# budget, sampled at 1 to 32 steps, and scored. Every command is printed before it runs, so that it can be repeated by
-# hand. Starting again continues what was interrupted and skips what is finished.
+# budget, at the same time, one core each; then both are sampled at 1 to 32 steps and scored. Every command is printed
+# before it runs, so that it can be repeated by hand. Starting again continues what was interrupted and skips what is
+# finished.
 #
 #     bash launch/quickstart.sh          (or: make quickstart, which installs first)
 #
 # Environment:
-#   RUNS       folder of data, runs and results                      (default: runs)
-#   PROCESSES  training processes, each a rank of DeepSpeed          (default: 1)
-#   ENGINE     DeepSpeed settings                                    (default: ds_configs/cpu_smoke.json)
+#   RUNS       folder of data, runs and results                            (default: runs)
+#   PROCESSES  training processes of each run, each a rank of DeepSpeed    (default: 1)
+#   ENGINE     DeepSpeed settings                                          (default: ds_configs/cpu_smoke.json)
+#   PORT       where a run's processes meet; the baseline takes the next   (default: 29500)
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 RUNS=${RUNS:-runs}
 PROCESSES=${PROCESSES:-1}
 ENGINE=${ENGINE:-ds_configs/cpu_smoke.json}
+PORT=${PORT:-29500}
+# The matrices are small: a second thread costs more in waiting than it computes.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-DATA=$RUNS/handwriting/shards
+DATA=$RUNS/handwriting
 TIM=$RUNS/handwriting_tim
 FLOW=$RUNS/handwriting_flow
 RESULTS=$RUNS/handwriting_nfe
@@ -27,27 +32,51 @@ if ! command -v deepspeed > /dev/null; then
     exit 1
 fi
 
-stage() {
-    local title=$1 begin=$SECONDS
+show() {
+    printf '\n== %s\n$' "$1"
     shift
-    printf '\n== %s\n$' "$title"
     printf ' %q' "$@"
     printf '\n'
+}
+
+stage() {
+    local title=$1 begin=$SECONDS
+    show "$@"
+    shift
     "$@"
     printf -- '-- %s: %d s\n' "$title" $((SECONDS - begin))
 }
 
-train() {
-    local title=$1 recipe=$2 run=$3
-    stage "$title" deepspeed --num_gpus "$PROCESSES" launch/train.py "$recipe" \
-        --ds "$ENGINE" --run "$run" "data.shards=$DATA"
+# Puts the command that trains a recipe into `command`.
+training() {
+    local recipe=$1 run=$2
+    # Something answers there: another run on this machine.
+    while (exec 3<> "/dev/tcp/127.0.0.1/$PORT") 2> /dev/null; do PORT=$((PORT + 1)); done
+    command=(deepspeed --num_gpus "$PROCESSES" --master_port "$PORT" launch/train.py "$recipe"
+        --ds "$ENGINE" --run "$run" "data.shards=$DATA")
+    PORT=$((PORT + 1))
 }
 
 stage "handwriting: captioned strips and columns of digits" \
     python -m data_pipeline.handwriting --out "$DATA"
 
-train "training TiM" launch/recipes/handwriting_tim.yaml "$TIM"
-train "training the flow-matching baseline" launch/recipes/handwriting_flow.yaml "$FLOW"
+training launch/recipes/handwriting_flow.yaml "$FLOW"
+mkdir -p "$RUNS"
+show "training the flow-matching baseline, beside the next; its output: $FLOW.log" "${command[@]}"
+"${command[@]}" > "$FLOW.log" 2>&1 &
+baseline=$!
+trap 'kill "$baseline" 2> /dev/null || true' EXIT
+
+training launch/recipes/handwriting_tim.yaml "$TIM"
+stage "training TiM" "${command[@]}"
+
+echo "waiting for the baseline"
+if ! wait "$baseline"; then
+    tail -n 20 "$FLOW.log" >&2
+    echo "quickstart: the baseline's training failed; its whole output is in $FLOW.log" >&2
+    exit 1
+fi
+trap - EXIT
 
 stage "quality against the number of steps" \
     python launch/evaluate.py nfe "$TIM/export" --baseline "$FLOW/export" \

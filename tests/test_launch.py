@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -167,23 +169,35 @@ class TestQuickstart:
         return run
 
     def test_runs_every_stage_from_the_repository_root(self, start: Any, tmp_path: Path) -> None:
-        done = start()
+        with socket.socket() as other_run:
+            other_run.bind(("127.0.0.1", 0))
+            other_run.listen()
+            taken = other_run.getsockname()[1]
+            done = start(PORT=str(taken))
         assert done.returncode == 0, done.stderr
+        flow_port, tim_port = (int(found) for found in re.findall(r"--master_port (\d+)", done.stdout))
+        assert taken < flow_port < tim_port
         root = tmp_path / "repository"
-        train = "deepspeed --num_gpus 1 launch/train.py launch/recipes"
-        tail = "--ds ds_configs/cpu_smoke.json --run runs"
+
+        def train(port: int, name: str) -> str:
+            return (
+                f"deepspeed --num_gpus 1 --master_port {port} launch/train.py launch/recipes/{name}.yaml "
+                f"--ds ds_configs/cpu_smoke.json --run runs/{name} data.shards=runs/handwriting"
+            )
+
         commands = [
-            "python -m data_pipeline.handwriting --out runs/handwriting/shards",
-            f"{train}/handwriting_tim.yaml {tail}/handwriting_tim data.shards=runs/handwriting/shards",
-            f"{train}/handwriting_flow.yaml {tail}/handwriting_flow data.shards=runs/handwriting/shards",
+            "python -m data_pipeline.handwriting --out runs/handwriting",
+            train(flow_port, "handwriting_flow"),
+            train(tim_port, "handwriting_tim"),
             "python launch/evaluate.py nfe runs/handwriting_tim/export"
             " --baseline runs/handwriting_flow/export"
-            " --label TiM --baseline-label flow matching --data runs/handwriting/shards"
+            " --label TiM --baseline-label flow matching --data runs/handwriting"
             " --out runs/handwriting_nfe",
         ]
-        assert (tmp_path / "record").read_text().splitlines() == [
-            f"{root}: {command}" for command in commands
-        ]
+        record = (tmp_path / "record").read_text().splitlines()
+        # The two trainings run side by side.
+        assert sorted(record) == sorted(f"{root}: {command}" for command in commands)
+        assert record[0].endswith(commands[0]) and record[-1].endswith(commands[-1])
         # Each is printed as it would be typed, and the end says where to look.
         for command in commands:
             typed = command.replace("flow matching", "flow\\ matching")
@@ -200,15 +214,22 @@ class TestQuickstart:
     def test_settings_come_from_the_environment(self, start: Any, tmp_path: Path) -> None:
         assert start(RUNS="/data/my runs", PROCESSES="2", ENGINE="mine.json").returncode == 0
         record = (tmp_path / "record").read_text()
-        assert "deepspeed --num_gpus 2 launch/train.py" in record
+        assert re.search(r"deepspeed --num_gpus 2 --master_port \d+ launch/train.py", record)
         assert "--ds mine.json --run /data/my runs/handwriting_tim" in record
         assert "runs/handwriting_tim " not in record.replace("/data/my runs", "")
 
-    def test_stops_at_the_first_failure(self, start: Any, tmp_path: Path) -> None:
-        done = start(FAIL="handwriting_tim.yaml")
+    @pytest.mark.parametrize("failing", ["data_pipeline.handwriting", "handwriting_tim.yaml"])
+    def test_stops_at_the_first_failure(self, start: Any, tmp_path: Path, failing: str) -> None:
+        done = start(FAIL=failing)
         assert done.returncode == 3
-        assert len((tmp_path / "record").read_text().splitlines()) == 2
+        assert "launch/evaluate.py" not in (tmp_path / "record").read_text()
         assert "== done" not in done.stdout
+
+    def test_says_why_the_baseline_failed(self, start: Any, tmp_path: Path) -> None:
+        done = start(FAIL="handwriting_flow.yaml")
+        assert done.returncode == 1
+        assert "its whole output is in runs/handwriting_flow.log" in done.stderr
+        assert "launch/evaluate.py" not in (tmp_path / "record").read_text()
 
     def test_says_what_to_install(self, start: Any) -> None:
         done = start(path="/usr/bin:/bin")

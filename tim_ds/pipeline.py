@@ -129,7 +129,7 @@ class TiMPipeline:
         if export.model.condition == "text":
             self.text_encoder = _text_encoder(export) if text_encoder is None else text_encoder
         self._check_parts()
-        self.tokens_per_batch = 16_384
+        self.tokens_per_batch = 4096
         """Image tokens of one network call, both halves of guidance counted; a larger picture goes alone."""
 
     @classmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data_pipeline.config import AutoencoderConfig
 from data_pipeline.errors import DataError
@@ -67,11 +67,17 @@ class PixelAutoencoder:
 
     def encode(self, pixels: Tensor) -> Tensor:
         check_pixels(pixels, self)
-        return nn.functional.pixel_unshuffle(pixels, self._factor)
+        # Views and one copy. torch's pixel_unshuffle wakes its threads at any size: 3 ms for an 8x8 picture
+        # on a busy two-core machine (measured), a thousand times its work.
+        f = self._factor
+        blocks = pixels.unflatten(3, (-1, f)).unflatten(2, (-1, f))
+        return blocks.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
 
     def decode(self, latents: Tensor) -> Tensor:
         check_latents(latents, self)
-        return nn.functional.pixel_shuffle(latents, self._factor)
+        f = self._factor
+        blocks = latents.unflatten(1, (-1, f, f))
+        return blocks.permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
 
 
 class PretrainedAutoencoder:

@@ -11,6 +11,7 @@ torch: the twin.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -37,6 +38,7 @@ OPS = (
 )
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ALL = "*"
+_TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 _forced: dict[str, Path] = {}
 _taken: dict[str, str] = {}
@@ -98,16 +100,11 @@ def wanted(op: str) -> Path:
     for key in (op, _ALL):
         if key in _forced:
             return _forced[key]
-    return _from_environment(os.environ.get(ENVIRONMENT_VARIABLE, ""), op)
+    return _from_environment(op)
 
 
-@cache
 def triton_is_installed() -> bool:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    return _TRITON_IS_INSTALLED
 
 
 @cache
@@ -122,9 +119,9 @@ def is_interpreting() -> bool:
     return isinstance(tl.sum, InterpretedFunction)
 
 
-@cache
-def _from_environment(text: str, op: str) -> Path:
+def _from_environment(op: str) -> Path:
     chosen: Path = "auto"
+    text = os.environ.get(ENVIRONMENT_VARIABLE, "")
     for item in filter(None, (part.strip() for part in text.split(","))):
         key, _, value = item.rpartition("=")
         where = f"{ENVIRONMENT_VARIABLE}={text}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -59,3 +60,21 @@ def assert_kernel_equals_twin(
             error = (y.cpu().double() - truth[name]).abs().max() / truth[name].abs().max().clamp_min(1e-30)
             assert error <= tolerance, f"{name}: relative error {error:.2e} above {tolerance:.0e}"
     return ours
+
+
+def far_apart(dense: Tensor, folder: Path) -> Tensor:
+    """The rows of `dense` (three, 16 bits) in memory so large that the last is beyond 2^31 elements.
+
+    An offset that wraps in 32 bits falls into zeros before the rows. On the CPU the memory is a sparse file.
+    """
+    rows, width = dense.shape
+    stride, lead = 2**30 + 64, 2**31
+    size = lead + (rows - 1) * stride + width
+    if dense.device.type == "cuda":
+        memory = torch.zeros(size, dtype=dense.dtype, device=dense.device)
+    else:
+        memory = torch.from_file(str(folder / "sparse"), shared=True, size=size, dtype=dense.dtype)
+    far = memory.as_strided((rows, width), (stride, 1), lead)
+    assert (rows - 1) * far.stride(0) > 2**31
+    far.copy_(dense)
+    return far

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,28 +29,37 @@ TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"
 
 @dataclass(frozen=True)
 class Launch:
-    """types: of the tensors.  constants: compile-time values, and None for absent tensors."""
+    """tensors: the arguments in memory.  constants: compile-time values, and None for absent tensors."""
 
     kernel: Any
-    types: dict[str, str]
+    tensors: dict[str, Tensor]
     constants: dict[str, Any]
     num_warps: int
 
+    @property
+    def types(self) -> dict[str, str]:
+        return {name: TYPES[x.dtype] for name, x in self.tensors.items()}
 
-def record_launches(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...] = (3, 2)
-) -> list[Launch]:
-    """Run every op in its shipped forms and return its launches. Kernels still run."""
+
+@contextmanager
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
+    """Launches of the shipped kernels within the block. The kernels still run."""
     launches: list[Launch] = []
     with monkeypatch.context() as patch:
         for kernel in {id(v.kernel): v.kernel for v in variants()}.values():
             patch.setattr(kernel, "run", _spy(kernel, launches))
-        with use_path("triton"):
-            _modulated_layer_norm(lengths, device)
-            _gated_residual(lengths, device)
-            _qk_norm_rope(lengths, device)
-            _swiglu(sum(lengths), device)
-            _transition_loss(lengths, device)
+        yield launches
+
+
+def record_launches(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    """Run every op in its shipped forms, forward and backward."""
+    lengths = (3, 2)
+    with recorded(monkeypatch) as launches, use_path("triton"):
+        _modulated_layer_norm(lengths, device)
+        _gated_residual(lengths, device)
+        _qk_norm_rope(lengths, device)
+        _swiglu(sum(lengths), device)
+        _transition_loss(lengths, device)
     return launches
 
 
@@ -58,9 +68,9 @@ def _spy(kernel: Any, launches: list[Launch]) -> Callable[..., Any]:
 
     def spied(*args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         given = {**dict(zip(kernel.arg_names, args, strict=False)), **options}
-        types = {n: TYPES[x.dtype] for n, x in given.items() if isinstance(x, Tensor)}
-        compiled = {n: given[n] for n in kernel.arg_names if given[n] is None or n.isupper()}
-        launches.append(Launch(kernel, types, compiled, options["num_warps"]))
+        tensors = {n: x for n, x in given.items() if isinstance(x, Tensor)}
+        constants = {n: given[n] for n in kernel.arg_names if given[n] is None or n.isupper()}
+        launches.append(Launch(kernel, tensors, constants, options["num_warps"]))
         return run(*args, grid=grid, warmup=warmup, **options)
 
     return spied

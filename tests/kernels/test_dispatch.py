@@ -109,3 +109,13 @@ def test_the_choice_is_logged_once(caplog):
         f"{OP}: torch (a tensor is on cpu)",
         f"{OP}: torch (asked for)",
     ]
+
+
+def test_a_compiled_model_goes_through_without_a_break():
+    plan, x, m = ChunkPlan.from_lengths((3,)), torch.randn(3, 8), torch.randn(1, 8)
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return modulated_layer_norm(x, x, m, m, m, plan)[1]
+
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x))

@@ -333,6 +333,20 @@ def test_forward_mode_goes_through_the_twin(device):
             jvp(lambda y: _One()(y)[0], (x,), (tangent,))
 
 
+def test_a_compiled_model_holds_the_twin_in_one_graph():
+    inputs = {k: x for k, x in _packed_inputs((2, 1), 2, 8, shift=True).items() if x is not None}
+    table, plan = _table(3, 8, inputs["packed"]), ChunkPlan.from_lengths((2, 1))
+    norms = [(inputs[f"{n}_weight"], inputs[f"{n}_bias"]) for n in "qk"]
+
+    def run(packed, shift):
+        return qkv_norm_rope(packed, 2, *norms, table, shift_SE=shift, plan=plan)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, backend="eager", fullgraph=True)
+    arguments = inputs["packed"], inputs["shift"]
+    assert all(torch.equal(a, b) for a, b in zip(compiled(*arguments), run(*arguments), strict=True))
+
+
 def test_an_op_with_nothing_to_do_hands_out_its_input():
     x = normal(3, 2, 8, seed=0)
     assert qk_norm_rope(x, None, None, None) is x

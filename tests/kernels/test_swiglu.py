@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.func import jvp
 
-from tests.kernels.compare import assert_kernel_equals_twin, normal, outputs_and_gradients
+from tests.kernels.compare import assert_kernel_equals_twin, far_apart, normal, outputs_and_gradients
 from tim_kernels import path_taken, swiglu, swiglu_packed, use_path
 from tim_kernels.saved import saved_bytes
 from tim_kernels.swiglu.kernel import TILE, tile_options
@@ -107,16 +107,9 @@ def test_both_forms_give_the_same_bits(device):
 
 
 def test_rows_beyond_two_to_the_31_elements(device, tmp_path: Path):
-    """Row 2 starts 2^31 elements and more into memory: a 32-bit offset would wrap. The file is sparse."""
-    width, stride = 16, 2**30 + 64
-    size = 2 * stride + width
-    if device.type == "cuda":
-        memory = torch.zeros(size, dtype=torch.bfloat16, device=device)
-    else:
-        memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=size, dtype=torch.bfloat16)
-    far = memory.as_strided((3, width), (stride, 1))
+    width = 16
     near = normal(3, width, seed=0, dtype=torch.bfloat16).to(device)
-    far.copy_(near)
+    far = far_apart(near, tmp_path)
     gradient = normal(3, width, seed=1, dtype=torch.bfloat16).to(device)
     with use_path("triton"):
         results = []

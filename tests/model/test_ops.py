@@ -72,7 +72,7 @@ def test_residual_modulated_norm_is_its_formula():
     segments = Segments.from_lengths((3, 1, 2))
     x, branch = _normal(6, 10), _normal(6, 10, seed=1)
     gate, shift, scale = (_normal(3, 10, seed=s) for s in (2, 3, 4))
-    x_new, h = ops.residual_modulated_norm(x, branch, gate, shift, scale, segments)
+    x_new, h = ops.residual_modulated_norm(x, branch, gate, shift, scale, ops.plan_chunks(segments))
     for token, s in enumerate([0, 0, 0, 1, 2, 2]):
         row = x[token] + gate[s] * branch[token]
         normal = (row - row.mean()) / torch.sqrt(row.var(unbiased=False) + 1e-6)

@@ -43,6 +43,12 @@ def test_written_weights_read_back_bit_equal_with_their_metadata(tmp_path: Path)
     assert _names(path.parent) == ["tim.safetensors"]
 
 
+def test_written_file_is_as_readable_as_any_other(tmp_path: Path) -> None:
+    write_weights(tmp_path / "tim.safetensors", _state())
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "tim.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_views_of_one_buffer_and_transposed_tensors_are_written_as_they_read(tmp_path: Path) -> None:
     flat = torch.arange(12.0)
     state = {"a": flat[:6].view(2, 3), "b": flat[6:].view(2, 3).T}
@@ -183,6 +189,14 @@ def test_loading_lists_missing_extra_and_misshapen_keys_at_once_and_changes_noth
     assert "extra (1):\n    2.weight" in message
     assert "misshapen (1):\n    1.weight (expected [2, 4], received [2, 5])" in message
     assert _same(dict(network.state_dict()), before)
+
+
+@pytest.mark.parametrize("shape", [(1,), (4, 1), (1, 3)])
+def test_a_shape_that_would_broadcast_is_refused(shape: tuple[int, ...]) -> None:
+    network = _network()
+    state = {**network.state_dict(), "0.weight": torch.ones(shape)}
+    with pytest.raises(CheckpointError, match=r"misshapen \(1\):\n    0\.weight \(expected \[4, 3\]"):
+        load_weights_into(network, state, source="given.bin")
 
 
 def test_long_lists_of_keys_are_capped_with_their_count() -> None:

@@ -341,6 +341,15 @@ def test_state_is_carried_in_float64_whatever_the_network_sees() -> None:
     assert not any(torch.equal(x, x.float().double()) for x in states)
 
 
+def test_the_first_step_starts_from_the_unrounded_noise() -> None:
+    z = _noise(torch.bfloat16)
+    result = _run(Spy(), "trigflow", z=z, num_steps=1)
+    F = (z / 3 + SEGMENTS.expand(torch.tensor([0.0, 1.0, 2.0]).bfloat16())[:, None]).double()
+    angle = torch.tensor(1.57, dtype=torch.float64)
+    expected = angle.cos() * (angle.sin() * z.double()) - angle.sin() * F
+    assert torch.equal(result.x_TC, expected.float())
+
+
 def test_no_gradient_graph_is_kept() -> None:
     model = class_config()
     network = random_network(model)

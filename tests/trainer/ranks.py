@@ -22,6 +22,7 @@ from data_pipeline.schema import Sample
 from data_pipeline.shards import write_shard
 from tim_ds.config.load import parse_recipe
 from tim_ds.config.recipe import Recipe
+from tim_ds.trainer.metrics import read_metrics
 
 SIZES = ((2, 2), (2, 3), (3, 2), (4, 2), (3, 3), (2, 4))
 CHANNELS = 4
@@ -44,7 +45,7 @@ data:
   autoencoder: {{kind: pixels, factor: 2, channels: 1}}
   text_encoder: {{kind: words, width: {TEXT_WIDTH}}}
 train:
-  steps: 6
+  steps: 4
   log_every: 1
   ema_decay: 0.9
   optimizer: {{lr: 1e-2, warmup_steps: 2, grad_clip: 0.5}}
@@ -85,6 +86,11 @@ def engine_file(folder: Path, stage: int, **zero: Any) -> Path:
     path = folder / f"zero{stage}{'_'.join(['', *zero])}.json"
     path.write_text(json.dumps(content))
     return path
+
+
+def lines_without_clock(run: Path) -> list[dict[str, Any]]:
+    """The metrics of a run, less what no two runs share."""
+    return [{key: value for key, value in line.items() if key != "speed"} for line in read_metrics(run)]
 
 
 def free_port() -> int:

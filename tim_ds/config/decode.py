@@ -182,8 +182,8 @@ class _Decoder:
     def located(self, message: str, path: str) -> None:
         """Records what a dataclass refused, under its full dotted key and with the line of that key.
 
-        A section says `sampler.num_steps: ...` wherever it sits; inside `train.preview` that becomes
-        `train.preview.sampler.num_steps: ...`.
+        A section says `weight.warp: ...` wherever it sits; inside `objective` that becomes
+        `objective.weight.warp: ...`.
         """
         parts = path.split(".") if path else []
         for i in range(len(parts)):

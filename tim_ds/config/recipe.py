@@ -162,25 +162,20 @@ def _objective_problems(recipe: Recipe) -> Iterator[str]:
             )
 
 
-def _samplers(recipe: Recipe) -> tuple[tuple[str, SamplerConfig], ...]:
-    return (("sampler", recipe.sampler), ("train.preview.sampler", recipe.train.preview.sampler))
-
-
 def _sampling_problems(recipe: Recipe) -> Iterator[str]:
-    kind = recipe.objective.transport.kind
-    for key, sampler in _samplers(recipe):
-        if sampler.cfg_scale != 1.0 and recipe.data.caption_dropout == 0:
-            yield (
-                f"{key}.cfg_scale: guidance needs the network without its condition, which "
-                f"data.caption_dropout 0 never trains; set it to 1, received {sampler.cfg_scale:g}"
-            )
-        if sampler.stochasticity > 0 and kind not in ("ot_fm", "tim"):
-            yield f"{key}.stochasticity: defined for ot_fm and tim, not for {kind}; set it to 0"
-        if sampler.mode == "transition" and recipe.objective.diffusion_share == 1.0:
-            yield (
-                f"{key}.mode: objective.diffusion_share 1 never shows the network a step from t to r < t; "
-                "use 'diffusion'"
-            )
+    kind, sampler = recipe.objective.transport.kind, recipe.sampler
+    if sampler.cfg_scale != 1.0 and recipe.data.caption_dropout == 0:
+        yield (
+            "sampler.cfg_scale: guidance needs the network without its condition, which "
+            f"data.caption_dropout 0 never trains; set it to 1, received {sampler.cfg_scale:g}"
+        )
+    if sampler.stochasticity > 0 and kind not in ("ot_fm", "tim"):
+        yield f"sampler.stochasticity: defined for ot_fm and tim, not for {kind}; set it to 0"
+    if sampler.mode == "transition" and recipe.objective.diffusion_share == 1.0:
+        yield (
+            "sampler.mode: objective.diffusion_share 1 never shows the network a step from t to r < t; "
+            "use 'diffusion'"
+        )
 
 
 def _preview_problems(recipe: Recipe) -> Iterator[str]:
@@ -209,8 +204,6 @@ def _preview_problems(recipe: Recipe) -> Iterator[str]:
     for i, num_steps in enumerate(preview.num_steps):
         if num_steps < 1:
             yield f"train.preview.num_steps[{i}]: expected at least 1, received {num_steps}"
-    if preview.sampler.num_steps != SamplerConfig().num_steps:
-        yield "train.preview.sampler.num_steps: previews use train.preview.num_steps; remove it"
 
 
 def _schedule_problems(recipe: Recipe) -> Iterator[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from torch.utils.tensorboard import SummaryWriter
 
 from data_pipeline.handwriting import NUMERALS
@@ -26,6 +26,8 @@ SHEET_NAMES = {"seen": "samples_seen.png", "held_back": "samples_held_back.png"}
 
 _COLOURS = ("#1f6feb", "#d97706", "#2e9d6b", "#8957e5")
 _SHEET_COLUMNS = {"seen": 10, "held_back": 6}
+# One column of four cells would make every row of the sheet half as high again.
+_SHEET_CELLS = {"seen": 3, "held_back": 4}
 _FOOTNOTE = "Same prompts and seeds in every row. A red frame: the reader does not read what the prompt says."
 
 
@@ -92,7 +94,7 @@ def table(evaluation: Evaluation) -> str:
 
 def samples_sheet(evaluation: Evaluation, prompts: PromptSet) -> Picture:
     """One column a prompt, one block a network, one row a step count."""
-    columns = choose_columns(prompts, _SHEET_COLUMNS[prompts.name])
+    columns = choose_columns(prompts, _SHEET_COLUMNS[prompts.name], max_cells=_SHEET_CELLS[prompts.name])
     chosen = [prompts.prompts[c] for c in columns]
     blocks = []
     for label in evaluation.labels:
@@ -143,6 +145,8 @@ def plot(evaluation: Evaluation) -> Picture:
         fontsize=9,
     )
     distance.set_yscale("log")
+    distance.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    distance.yaxis.set_minor_locator(NullLocator())
     distance.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     distance.set_title("Frechet distance to held-back scans (lower is better)", fontsize=11)
     accuracy.set_ylim(-3, 103)
@@ -194,15 +198,16 @@ def _scalars(scores: Scores) -> dict[str, float]:
     return values
 
 
-def choose_columns(prompts: PromptSet, count: int) -> list[int]:
-    """The first prompts of every layout in turn, so that a sheet shows them all; ordered by layout."""
+def choose_columns(prompts: PromptSet, count: int, *, max_cells: int) -> list[int]:
+    """The first prompts of every layout of up to `max_cells`, in turn; ordered by layout."""
     by_layout: dict[tuple[str, int], list[int]] = {}
     for i, prompt in enumerate(prompts.prompts):
-        by_layout.setdefault((prompt.orientation, len(prompt.cells)), []).append(i)
+        if len(prompt.cells) <= max_cells:
+            by_layout.setdefault((prompt.orientation, len(prompt.cells)), []).append(i)
     layouts = sorted(by_layout, key=lambda layout: (layout[0] == "column", layout[1]))
     chosen: list[tuple[int, int]] = []
     depth = 0
-    while len(chosen) < min(count, len(prompts.prompts)):
+    while len(chosen) < min(count, sum(map(len, by_layout.values()))):
         for n, layout in enumerate(layouts):
             if depth < len(by_layout[layout]) and len(chosen) < count:
                 chosen.append((n, by_layout[layout][depth]))

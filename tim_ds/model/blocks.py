@@ -26,6 +26,7 @@ class BlockContext:
     """The raw interval embedding, for the distance-aware term, float32 [S, D]."""
     table: tuple[Tensor, Tensor]
     """Rotary cos and sin of every image token."""
+    chunks: ops.ChunkPlan
     self_plan: ops.AttentionPlan
     text_LD: Tensor | None
     """Embedded and normalised captions (None in a class-conditional network). The norm in front of every
@@ -111,15 +112,15 @@ class TransitionBlock(nn.Module):
 
     def forward(self, x_TD: Tensor, context: BlockContext) -> Tensor:
         m = self.adaLN_modulation(context.modulation_SD).chunk(3 * self.num_branches, dim=-1)
-        segments = context.segments
-        x, h = ops.residual_modulated_norm(x_TD, None, None, m[0], m[1], segments)
+        chunks, h_dtype = context.chunks, ops.compute_dtype(self.mlp.fc2.weight)
+        x, h = ops.residual_modulated_norm(x_TD, None, None, m[0], m[1], chunks, h_dtype)
         branch, gate = self.attn(h, context), m[2]
         if self.cross_attn is not None:
             assert context.text_LD is not None, "a text network always has its captions"
-            x, h = ops.residual_modulated_norm(x, branch, gate, m[3], m[4], segments)
+            x, h = ops.residual_modulated_norm(x, branch, gate, m[3], m[4], chunks, h_dtype)
             branch, gate = self.cross_attn(h, context.text_LD, context), m[5]
-        x, h = ops.residual_modulated_norm(x, branch, gate, m[-3], m[-2], segments)
-        return ops.gated_residual(x, self.mlp(h), m[-1], segments)
+        x, h = ops.residual_modulated_norm(x, branch, gate, m[-3], m[-2], chunks, h_dtype)
+        return ops.gated_residual(x, self.mlp(h), m[-1], chunks)
 
 
 class FinalLayer(nn.Module):
@@ -131,7 +132,7 @@ class FinalLayer(nn.Module):
         self.linear = PreciseLinear(width, config.token_channels)
         self.adaLN_modulation = SwiGLU(width, width // 2, 2 * width, linear=PreciseLinear)
 
-    def forward(self, x_TD: Tensor, modulation_SD: Tensor, segments: Segments) -> Tensor:
+    def forward(self, x_TD: Tensor, modulation_SD: Tensor, chunks: ops.ChunkPlan) -> Tensor:
         shift, scale = self.adaLN_modulation(modulation_SD).chunk(2, dim=-1)
-        _, h = ops.residual_modulated_norm(x_TD, None, None, shift, scale, segments)
+        _, h = ops.residual_modulated_norm(x_TD, None, None, shift, scale, chunks)
         return self.linear(h)

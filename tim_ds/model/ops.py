@@ -1,7 +1,8 @@
 """The seam between the network and its kernels: every memory-bound operation of a block passes through here.
 
-Each function is the plain-PyTorch definition of its operation. They work in any floating dtype, under
-autocast, with forward-mode derivatives, and never ask the device for a length.
+The operations of `tim_kernels` choose between their Triton kernel and their plain-PyTorch definition; the
+choice can be forced (`tim_kernels.use_path`, TIM_KERNELS) and is logged once. The definitions work in any
+floating dtype, under autocast, with forward-mode derivatives; nothing here asks the device for a length.
 
 T image tokens, L text tokens, S segments, D model width, N heads, H head width.
 """
@@ -15,9 +16,11 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
+import tim_kernels
 from tim_ds.errors import ShapeError
 from tim_ds.model.rope import rotate
 from tim_ds.packed import Segments
+from tim_kernels import ChunkPlan
 
 LAYER_NORM_EPS = 1e-6
 """Of the norms without affine parameters (reference_spec 1.3)."""
@@ -29,29 +32,40 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype in which a product with `weight` takes its operands: autocast's, or the weight's own."""
+    if torch.is_autocast_enabled(weight.device.type):
+        return torch.get_autocast_dtype(weight.device.type)
+    return weight.dtype
+
+
+def plan_chunks(segments: Segments) -> ChunkPlan:
+    """How the tokens of a pack are cut for kernels that reduce over each segment. Built once a forward."""
+    return ChunkPlan.from_lengths(segments.lengths, segment_ids=segments.segment_ids)
+
+
 def residual_modulated_norm(
     x_TD: Tensor,
     branch_TD: Tensor | None,
     gate_SD: Tensor | None,
     shift_SD: Tensor,
     scale_SD: Tensor,
-    segments: Segments,
+    chunks: ChunkPlan,
+    h_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Add the previous branch through its gate, normalise, modulate.
 
     x' = x + gate[s] * branch;  h = LayerNorm(x') * (1 + scale[s]) + shift[s].
 
     Dtypes:
-        x', h and all arithmetic: float32 or wider; the branch may be bfloat16.
+        x' and all arithmetic: float32 or wider; the branch may be bfloat16. h is rounded once to `h_dtype`,
+        the dtype that the next product takes.
     Returns:
         (x', h). Without a branch, x' is x.
     """
-    if branch_TD is not None:
-        if gate_SD is None:
-            raise ShapeError("a branch needs its gate")
-        x_TD = gated_residual(x_TD, branch_TD, gate_SD, segments)
-    h = nnf.layer_norm(x_TD, (x_TD.shape[-1],), eps=LAYER_NORM_EPS)
-    return x_TD, h * (1 + segments.expand(scale_SD)) + segments.expand(shift_SD)
+    return tim_kernels.modulated_layer_norm(
+        x_TD, branch_TD, gate_SD, shift_SD, scale_SD, chunks, eps=LAYER_NORM_EPS, h_dtype=h_dtype
+    )
 
 
 def plain_norm(x_LD: Tensor) -> Tensor:
@@ -59,9 +73,9 @@ def plain_norm(x_LD: Tensor) -> Tensor:
     return nnf.layer_norm(at_least_float32(x_LD), (x_LD.shape[-1],), eps=LAYER_NORM_EPS)
 
 
-def gated_residual(x_TD: Tensor, branch_TD: Tensor, gate_SD: Tensor, segments: Segments) -> Tensor:
+def gated_residual(x_TD: Tensor, branch_TD: Tensor, gate_SD: Tensor, chunks: ChunkPlan) -> Tensor:
     """x + gate[s] * branch, in the dtype of the residual stream x."""
-    return x_TD + segments.expand(gate_SD) * branch_TD.to(x_TD.dtype)
+    return tim_kernels.gated_residual(x_TD, branch_TD, gate_SD, chunks)
 
 
 def qk_norm_rope(
@@ -82,7 +96,7 @@ def qk_norm_rope(
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """SiLU(gate) * up."""
-    return nnf.silu(gate) * up
+    return tim_kernels.swiglu(gate, up)
 
 
 @dataclass(frozen=True, eq=False)

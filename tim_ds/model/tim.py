@@ -84,6 +84,7 @@ class TiM(nn.Module):
             modulation_SD=modulation_SD,
             interval_SD=interval_SD,
             table=rotary_table(segments, self.config.head_dim, self.config.rope_layout, x_TD.dtype),
+            chunks=ops.plan_chunks(segments),
             self_plan=ops.plan_attention(segments, segments),
             text_LD=text_LD,
             cross_plan=cross_plan,
@@ -96,7 +97,7 @@ class TiM(nn.Module):
                 x_TD = block(x_TD, context)
             if with_features and number == self.config.encoder_depth:
                 features = self.projector(x_TD)  # type: ignore[misc]  # _check refuses features without a projector
-        return NetworkOutput(self.final_layer(x_TD, modulation_SD, segments), features)
+        return NetworkOutput(self.final_layer(x_TD, modulation_SD, context.chunks), features)
 
     def _interval(self, t_S: Tensor, r_S: Tensor) -> Tensor:
         """The interval embedding of `time_condition` (reference_spec 1.4): [S, D]."""

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tim_ds.errors import ConfigError
-from tim_ds.sampler.config import SamplerConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +63,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreviewConfig:
-    """Grids sampled from the EMA weights while training, at fixed prompts and seeds."""
+    """Grids sampled from the EMA weights while training, at fixed prompts and seeds, as `sampler` says."""
 
     every_steps: int = 0
     """0: no grids."""
@@ -74,7 +73,6 @@ class PreviewConfig:
     """HEIGHTxWIDTH in pixels, one a prompt."""
     num_steps: tuple[int, ...] = (1, 4, 32)
     seed: int = 0
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

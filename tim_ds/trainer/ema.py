@@ -15,6 +15,11 @@ from torch import Tensor, nn
 from tim_ds.trainer.engine import Engine
 
 
+def decay_at(applied_steps: int, decay: float, *, warmup: bool) -> float:
+    """Decay of the update that follows optimiser step number `applied_steps` (the first is 1)."""
+    return min(decay, (1 + applied_steps) / (10 + applied_steps)) if warmup else decay
+
+
 class Ema:
     """The average, begun as a copy of the masters (as the authors begin theirs)."""
 
@@ -26,17 +31,11 @@ class Ema:
         self.values: dict[str, Tensor] = {shard.name: shard.master.clone() for shard in engine.shards}
         """One flat tensor a shard, by name."""
 
-    def decay_at(self, applied_steps: int) -> float:
-        """Decay of the update that follows optimiser step number `applied_steps` (the first is 1)."""
-        if self._warmup:
-            return min(self._decay, (1 + applied_steps) / (10 + applied_steps))
-        return self._decay
-
     @torch.no_grad()
     def update(self, applied_steps: int) -> None:
         """ema <- ema + (1 - decay) (master - ema). Call it after an applied step, and only then."""
         if self._masters:
-            weight = 1.0 - self.decay_at(applied_steps)
+            weight = 1.0 - decay_at(applied_steps, self._decay, warmup=self._warmup)
             # The fused form of a loop over the pieces.
             torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
                 list(self.values.values()), self._masters, weight

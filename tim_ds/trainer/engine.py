@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import socket
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -129,6 +130,9 @@ def start_world() -> World:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     deepspeed_logger.setLevel(logging.WARNING)
     deepspeed_logger.addFilter(_is_news)
+    # Older names of collectives, which DeepSpeed calls: a line a call.
+    deprecated = r"`torch\.distributed\.\w+` is deprecated"
+    warnings.filterwarnings("ignore", message=deprecated, category=FutureWarning)
     _leave_out_shm_op()
     accelerator: Any = get_accelerator()
     if accelerator.device_name() != "cpu":
@@ -137,6 +141,10 @@ def start_world() -> World:
         dist_backend=accelerator.communication_backend_name(), timeout=TIMEOUT, verbose=False
     )
     device = torch.device(accelerator.current_device_name())
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        # Every rank would take all cores, and they would wait for each other.
+        on_host = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // on_host))
     return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
 
 
@@ -161,9 +169,10 @@ def _leave_out_shm_op() -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Drops a warning about ZeRO-3 hooks that does not apply: blocks take and give plain tensors besides
-    their context, and tests compare the gradients of every stage."""
-    return "unknown inputs or outputs type" not in record.getMessage()
+    """Drops two warnings. One, about the hooks of ZeRO-3, does not apply: blocks take and give plain tensors
+    besides their context, and tests compare the stages. One, about skipped steps, the loop says better."""
+    message = record.getMessage()
+    return "unknown inputs or outputs type" not in message and "OVERFLOW! Skipping step" not in message
 
 
 def read_engine_file(path: str | Path) -> dict[str, Any]:

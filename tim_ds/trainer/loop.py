@@ -68,7 +68,7 @@ class Loop:
     Args:
         teacher: frozen parameters that follow the average, by the name of the trained one; may be empty.
         save: writes a checkpoint of the given progress; called by all ranks.
-        preview: samples from the network with averaged weights; called by all ranks, under `no_grad`.
+        preview: samples pictures at a step; called by all ranks, while the module has the averaged weights.
         log: on rank 0.
     """
 
@@ -81,7 +81,7 @@ class Loop:
     progress: Progress
     save: Callable[[Progress], None]
     teacher: dict[str, nn.Parameter]
-    preview: Callable[[int, nn.Module], None] | None = None
+    preview: Callable[[int], None] | None = None
     log: MetricsLog | None = None
     _lr: float = 0.0
     _last_refusal: str = ""
@@ -197,8 +197,8 @@ class Loop:
 
     def _preview(self, step: int) -> None:
         assert self.preview is not None  # the caller looked
-        with self.ema.applied() as module, torch.no_grad():
-            self.preview(step, module.network)  # type: ignore[arg-type]  # TransitionStep has one
+        with self.ema.applied(), torch.no_grad():
+            self.preview(step)
 
 
 def _non_finite(keys: Sequence[str], terms: LossTerms) -> list[str]:

@@ -8,7 +8,6 @@ differs.
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -149,31 +148,32 @@ class MetricsLog:
         now = time.perf_counter()
         seconds, waited = now - self._since, self._waited
         self._since, self._waited = now, 0.0
-        packs, tokens, images = means["packs"], means["tokens"], means["images"]
-        line = {
-            "step": step,
+        train = {
             **means,
-            "fill": _ratio(tokens, packs * self._tokens_per_pack),
+            "fill": _ratio(means["tokens"], means["packs"] * self._tokens_per_pack),
             "lr": lr,
             "applied_steps": applied_steps,
             "skipped_steps": skipped_steps,
-            "speed": {
-                "seconds": seconds,
-                "images_per_s": images / seconds,
-                "tokens_per_s": tokens / seconds,
-                "data_wait_share": waited / seconds,
-                "memory_gib": _memory_gib(),
-            },
         }
-        self._write(line)
-        scalars = {**line, **line["speed"]}
-        for name in ("speed", "step", "images", "tokens", "packs", "seconds", "memory_gib"):
-            value = scalars.pop(name)
-            if name == "memory_gib" and value is not None:
-                scalars[name] = value
-        for name, value in scalars.items():
-            for tag, number in _scalars(name, value):
-                self._board.add_scalar(tag, number, step)
+        speed = {
+            "seconds": seconds,
+            "images_per_s": means["images"] / seconds,
+            "tokens_per_s": means["tokens"] / seconds,
+            "data_wait_share": waited / seconds,
+            "memory_gib": _memory_gib(),
+        }
+        self._write({"step": step, **train, "speed": speed})
+        for group, values in (("train", train), ("speed", speed)):
+            for name, value in values.items():
+                self._add(f"{group}/{name}", value, step)
+
+    def _add(self, tag: str, value: float | list[float | None] | None, step: int) -> None:
+        """A scalar, or one for each bin; what has no value is left out."""
+        if isinstance(value, list):
+            for i, entry in enumerate(value):
+                self._add(f"{tag}/{i / NUM_BINS:.3f}-{(i + 1) / NUM_BINS:.3f}", entry, step)
+        elif value is not None:
+            self._board.add_scalar(tag, value, step)
 
     def skipped(self, step: int, reason: str, samples: Sequence[str]) -> None:
         """A line about a step that was refused."""
@@ -218,20 +218,6 @@ def _drop_after(path: Path, step: int) -> None:
     aside = path.with_name(f".{path.name}.part")
     aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     os.replace(aside, path)
-
-
-def _scalars(name: str, value: Any) -> list[tuple[str, float]]:
-    if isinstance(value, list):
-        width = 1 / NUM_BINS
-        return [
-            (f"{name}/{i * width:.3f}-{(i + 1) * width:.3f}", entry)
-            for i, entry in enumerate(value)
-            if entry is not None
-        ]
-    if value is None or not math.isfinite(value):
-        return []
-    group = "speed" if name.endswith(("_per_s", "_share", "_gib")) else "train"
-    return [(f"{group}/{name}", float(value))]
 
 
 def _memory_gib() -> float | None:

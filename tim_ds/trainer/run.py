@@ -15,9 +15,10 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,15 +26,15 @@ from typing import Any
 import torch
 from torch import nn
 
-import tim_ds
 from data_pipeline.errors import DataError
 from data_pipeline.index import Index, load_index
 from data_pipeline.loader import build_loader, load_null_states
+from tim_ds import __version__
 from tim_ds.config.load import dump, load_recipe, split_arguments
 from tim_ds.config.recipe import Recipe, recipe_hash, to_dict
 from tim_ds.errors import CheckpointError, ConfigError, TimError
 from tim_ds.model.blocks import FinalLayer, TransitionBlock
-from tim_ds.model.export_folder import EXPORT_FILE, Export, SourceConfig, write_export
+from tim_ds.model.export_folder import EXPORT_FILE, write_export
 from tim_ds.model.tim import TiM
 from tim_ds.trainer.checkpoint import (
     SPARE_BYTES,
@@ -44,10 +45,19 @@ from tim_ds.trainer.checkpoint import (
     write_flushed,
 )
 from tim_ds.trainer.ema import Ema
-from tim_ds.trainer.engine import STATE_KEYS, Engine, read_engine_file, start_world, stop_world, zero_stage
+from tim_ds.trainer.engine import (
+    STATE_KEYS,
+    Engine,
+    merge_config,
+    read_engine_file,
+    start_world,
+    stop_world,
+    zero_stage,
+)
 from tim_ds.trainer.inputs import Prepare
 from tim_ds.trainer.loop import Loop, Progress
 from tim_ds.trainer.metrics import MetricsLog, Sums
+from tim_ds.trainer.preview import Previews, describe_export
 from tim_ds.trainer.step import TransitionStep
 from tim_ds.trainer.world import World
 
@@ -78,8 +88,27 @@ MAY_CHANGE = (
     "train.preview",
 )
 
-Preview = Callable[[int, nn.Module], None]
-MakePreview = Callable[[Recipe, Path, World, "MetricsLog | None"], Preview]
+
+@dataclass(frozen=True, slots=True)
+class DataFacts:
+    """What a run needs to know of its shards besides their content."""
+
+    folder: Path | str
+    hash: str
+    samples: int
+    channels: int
+    text_width: int
+    """0 for class data."""
+    num_classes: int
+    """0 for text data."""
+
+    @classmethod
+    def of(cls, index: Index) -> DataFacts:
+        return cls(index.folder, index.hash, len(index), index.channels, index.text_width, index.num_classes)
+
+    @property
+    def has_text(self) -> bool:
+        return self.text_width > 0
 
 
 def train(
@@ -87,23 +116,18 @@ def train(
     run_dir: Path,
     engine_file: Path,
     world: World,
-    *,
-    make_preview: MakePreview | None = None,
 ) -> str:
     """Train, or continue, the run of `recipe` in `run_dir`; every rank calls this.
 
     Args:
         engine_file: DeepSpeed settings in JSON (`ds_configs/`).
         world: from `start_world`.
-        make_preview: builds what samples pictures while training.
     Returns:
         One sentence for the user.
     Raises:
         TimError, DataError: for everything that the user can put right.
     """
-    engine_config = read_engine_file(engine_file)
-    index = load_index(recipe.data.shards)
-    _check_parts(recipe, engine_config, index)
+    engine_config, data = world.together(lambda: _read(recipe, engine_file, world), (TimError, DataError))
     with _only_run(run_dir, world):
         folder = CheckpointFolder(
             run_dir / CHECKPOINTS,
@@ -113,13 +137,13 @@ def train(
         )
         checkpoint = folder.newest()
         if checkpoint is not None:
-            check_same_run(checkpoint, recipe, index)
+            world.together(partial(check_same_run, checkpoint, recipe, data), (CheckpointError,))
             if checkpoint.step >= recipe.train.steps and _exported_step(run_dir) == checkpoint.step:
                 return (
                     f"{run_dir}: finished at step {checkpoint.step}, nothing to do. "
                     f"Weights: {run_dir / EXPORT}"
                 )
-        return _run(recipe, run_dir, engine_config, world, index, folder, checkpoint, make_preview)
+        return _run(recipe, run_dir, engine_config, world, data, folder, checkpoint)
 
 
 def _run(
@@ -127,12 +151,25 @@ def _run(
     run_dir: Path,
     engine_config: Mapping[str, Any],
     world: World,
-    index: Index,
+    data: DataFacts,
     folder: CheckpointFolder,
     checkpoint: Checkpoint | None,
-    make_preview: MakePreview | None,
 ) -> str:
     config = recipe.train
+    start_step = 0 if checkpoint is None else checkpoint.step
+    loader = world.together(
+        lambda: build_loader(
+            recipe.data,
+            patch_size=recipe.model.patch_size,
+            rank=world.rank,
+            world_size=world.size,
+            seed=config.seed,
+            start_step=start_step,
+            num_steps=max(config.steps - start_step, 0),
+            finish=prepare_of(recipe, data),
+        ),
+        (DataError,),
+    )
     root = build_root(recipe, world.size)
     engine = Engine(
         root, engine_config, config, packs_per_step=recipe.data.packs_per_step, world=world, units=UNITS
@@ -155,6 +192,13 @@ def _run(
         write_flushed(run_dir / "engine.json", json.dumps(engine.config, indent=2) + "\n")
         log = MetricsLog(run_dir, tokens_per_pack=recipe.data.tokens_per_pack, start_step=progress.step)
 
+    preview = None
+    if config.preview.every_steps:
+        export_now = describe_export(recipe, progress.step, recipe_hash(recipe))
+        preview = world.together(
+            partial(Previews, recipe, export_now, root.network, run_dir, world, log), (TimError,)
+        )
+
     def save(progress: Progress) -> None:
         if log is not None:
             log.flush()
@@ -165,7 +209,7 @@ def _run(
             {
                 "progress": asdict(progress),
                 "optimizer_steps": engine.optimizer_steps,
-                "data": {"index_hash": index.hash, "samples": len(index)},
+                "data": {"index_hash": data.hash, "samples": data.samples},
                 "recipe": to_dict(recipe),
                 "recipe_hash": recipe_hash(recipe),
                 "zero_stage": engine.zero_stage,
@@ -174,29 +218,17 @@ def _run(
             },
         )
 
-    num_steps = max(config.steps - progress.step, 0)
     loop = Loop(
         config=config,
         engine=engine,
         ema=ema,
-        loader=build_loader(
-            recipe.data,
-            patch_size=recipe.model.patch_size,
-            rank=world.rank,
-            world_size=world.size,
-            seed=config.seed,
-            start_step=progress.step,
-            num_steps=num_steps,
-            finish=_prepare(recipe, index),
-        ),
+        loader=loader,
         world=world,
         sums=sums,
         progress=progress,
         save=save,
         teacher=teacher,
-        preview=make_preview(recipe, run_dir, world, log)
-        if make_preview and config.preview.every_steps
-        else None,
+        preview=preview,
         log=log,
     )
     try:
@@ -263,7 +295,7 @@ def restore(checkpoint: Checkpoint, engine: Engine, ema: Ema, sums: Sums) -> Pro
     return Progress(**checkpoint.manifest["progress"])
 
 
-def check_same_run(checkpoint: Checkpoint, recipe: Recipe, index: Index) -> None:
+def check_same_run(checkpoint: Checkpoint, recipe: Recipe, data: DataFacts) -> None:
     """Refuse to continue a checkpoint of another model, objective, data or optimisation.
 
     Raises:
@@ -281,8 +313,8 @@ def check_same_run(checkpoint: Checkpoint, recipe: Recipe, index: Index) -> None
         and not any(key == name or key.startswith(f"{name}.") for name in free)
     ]
     stored_hash = checkpoint.manifest["data"]["index_hash"]
-    if stored_hash != index.hash:
-        lines.append(f"  data: index {stored_hash} in the checkpoint, {index.hash} now ({index.folder})")
+    if stored_hash != data.hash:
+        lines.append(f"  data: index {stored_hash} in the checkpoint, {data.hash} now ({data.folder})")
     if lines:
         raise CheckpointError(
             f"{checkpoint.path}: not a checkpoint of this run; choose another run folder, or give back\n"
@@ -298,15 +330,7 @@ def export(recipe: Recipe, run_dir: Path, ema: Ema, world: World, step: int) -> 
             state[name.removeprefix("network.")] = value.to("cpu", copy=True)
     problem = None
     if world.is_main:
-        description = Export(
-            model=recipe.model,
-            transport=recipe.objective.transport,
-            sampler=recipe.sampler,
-            autoencoder=recipe.data.autoencoder,
-            text_encoder=recipe.data.text_encoder,
-            step=step,
-            source=SourceConfig(kind="run", name=recipe.name),
-        )
+        description = describe_export(recipe, step, recipe_hash(recipe))
         try:
             write_export(run_dir / EXPORT, description, state, overwrite=True)
         except CheckpointError as error:
@@ -318,24 +342,36 @@ def export(recipe: Recipe, run_dir: Path, ema: Ema, world: World, step: int) -> 
 
 def versions() -> dict[str, str]:
     return {
-        "tim_ds": tim_ds.__version__,
+        "tim_ds": __version__,
         "torch": torch.__version__,
         "deepspeed": version("deepspeed"),
         "python": platform.python_version(),
     }
 
 
-def _prepare(recipe: Recipe, index: Index) -> Prepare:
+def prepare_of(recipe: Recipe, data: DataFacts) -> Prepare:
+    """The loader's last step for this recipe."""
     null_states, null_label = None, None
     if recipe.objective.guided_target is not None:
-        if index.has_text:
-            null_states = load_null_states(recipe.data.shards, index.text_width)
+        if data.has_text:
+            null_states = load_null_states(data.folder, data.text_width)
         else:
-            null_label = index.num_classes
+            null_label = data.num_classes
     return Prepare(recipe.objective, recipe.train.seed, null_states, null_label)
 
 
-def _check_parts(recipe: Recipe, engine_config: Mapping[str, Any], index: Index) -> None:
+def _read(recipe: Recipe, engine_file: Path, world: World) -> tuple[dict[str, Any], DataFacts]:
+    """What the run reads before anything is built, checked against the recipe."""
+    engine_config = read_engine_file(engine_file)
+    merge_config(
+        engine_config, recipe.train, packs_per_step=recipe.data.packs_per_step, world_size=world.size
+    )
+    data = DataFacts.of(load_index(recipe.data.shards))
+    _check_parts(recipe, engine_config, data)
+    return engine_config, data
+
+
+def _check_parts(recipe: Recipe, engine_config: Mapping[str, Any], data: DataFacts) -> None:
     """What recipe, engine file and shards must agree on before anything is built.
 
     Raises:
@@ -343,24 +379,21 @@ def _check_parts(recipe: Recipe, engine_config: Mapping[str, Any], index: Index)
     """
     model = recipe.model
     problems = []
-    if index.has_text != (model.condition == "text"):
-        holds = "captions" if index.has_text else "class labels"
+    if data.has_text != (model.condition == "text"):
+        holds = "captions" if data.has_text else "class labels"
+        problems.append(f"model.condition: {model.condition!r}, but the shards in {data.folder} hold {holds}")
+    elif data.has_text and model.text_dim != data.text_width:
         problems.append(
-            f"model.condition: {model.condition!r}, but the shards in {index.folder} hold {holds}"
+            f"model.text_dim: {model.text_dim}, but the text states in {data.folder} have width "
+            f"{data.text_width}"
         )
-    elif index.has_text and model.text_dim != index.text_width:
+    elif not data.has_text and model.num_classes != data.num_classes:
         problems.append(
-            f"model.text_dim: {model.text_dim}, but the text states in {index.folder} have width "
-            f"{index.text_width}"
+            f"model.num_classes: {model.num_classes}, but the shards in {data.folder} hold {data.num_classes}"
         )
-    elif not index.has_text and model.num_classes != index.num_classes:
+    if model.in_channels != data.channels:
         problems.append(
-            f"model.num_classes: {model.num_classes}, but the shards in {index.folder} hold "
-            f"{index.num_classes}"
-        )
-    if model.in_channels != index.channels:
-        problems.append(
-            f"model.in_channels: {model.in_channels}, but the latents in {index.folder} have {index.channels}"
+            f"model.in_channels: {model.in_channels}, but the latents in {data.folder} have {data.channels}"
         )
     if recipe.objective.derivative == "jvp" and zero_stage(engine_config) == 3:
         problems.append(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -51,6 +52,23 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def together(self, action: Callable[[], T], errors: tuple[type[Exception], ...]) -> T:
+        """Do something on every rank and return this rank's result.
+
+        Raises:
+            One of `errors`, on every rank, if a rank raised one.
+        """
+        result: Any = None
+        problem: Exception | None = None
+        try:
+            result = action()
+        except errors as error:
+            problem = error
+        for error in self.gather(problem):
+            if error is not None:
+                self.raise_everywhere(problem or error)
+        return result
 
     def raise_everywhere(self, error: Exception) -> NoReturn:
         """Raise an error that every rank raises at this point, so that one of them need report it."""

@@ -520,7 +520,7 @@ def launch_forward(
     grid, rows = _grid(num_rows, len(outputs), options, plan if shift_SE is not None else None)
     if num_rows:
         forward_kernel[grid](
-            x,
+            _parts(x, len(outputs), layout),
             shift_SE,
             outputs[0],
             second,
@@ -574,7 +574,7 @@ def launch_backward(
             gradients[0],
             gradients[1] if layout.num_normed == 2 else None,
             gradients[-1] if layout.has_plain else None,
-            x,
+            None if x is None else _parts(x, layout.num_normed, layout),
             shift_SE,
             d_x,
             weights[0],
@@ -608,6 +608,11 @@ def _head_options(num_heads: int, head_dim: int, elements: int) -> dict[str, Any
     half = max(most // 2, 1)
     heads = half if -(-num_heads // half) * half < -(-num_heads // most) * most else most
     return {"N": num_heads, "H": head_dim, "HEADS": heads, "BLOCKS": column_blocks(head_dim), "num_warps": 1}
+
+
+def _parts(x: Tensor, count: int, layout: Layout) -> Tensor:
+    """The first parts of every row: what a kernel reads of it."""
+    return x if x.ndim == 3 else x[:, : count * layout.part_size]
 
 
 def _grid(

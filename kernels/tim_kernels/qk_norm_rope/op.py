@@ -13,7 +13,7 @@ from torch import Tensor
 from tim_kernels import dispatch
 from tim_kernels.checks import check_device, check_floating, check_plan, check_shape, unit_column_stride
 from tim_kernels.chunks import ChunkPlan
-from tim_kernels.qk_norm_rope.reference import add_shift_reference, qk_norm_rope_reference
+from tim_kernels.qk_norm_rope.reference import packed_norm_rope_reference, qk_norm_rope_reference
 from tim_kernels.qk_norm_rope.table import RotaryTable
 
 if TYPE_CHECKING:
@@ -137,15 +137,8 @@ def _packed(
         affine = [x for norm in norms for x in norm or (None, None)]
         affine += [None] * (4 - len(affine))
         return _QkNormRope.apply(packed_TE, shift_SE, *affine, table, plan, layout, eps)  # type: ignore[return-value]
-    x = packed_TE
-    if shift_SE is not None and plan is not None:
-        x = add_shift_reference(packed_TE, shift_SE, plan.segment_ids)
-    *normed, plain = (part.unflatten(-1, (num_heads, head_dim)) for part in x.chunk(num_parts, dim=-1))
-    outputs = [
-        qk_norm_rope_reference(part, *(norm or (None, None)), table, eps=eps)
-        for part, norm in zip(normed, norms, strict=True)
-    ]
-    return tuple(y.to(packed_TE.dtype) for y in (*outputs, plain))
+    segment_ids = None if plan is None else plan.segment_ids
+    return packed_norm_rope_reference(packed_TE, num_heads, norms, table, shift_SE, segment_ids, eps=eps)
 
 
 class _QkNormRope(torch.autograd.Function):

@@ -5,6 +5,8 @@ T tokens, N heads, H head width, S segments, P parts of a packed row.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
@@ -41,7 +43,27 @@ def rotate(x_TNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([x0 * c - x1 * s, x1 * c + x0 * s], dim=-1).flatten(-2)
 
 
-def add_shift_reference(packed_TE: Tensor, shift_SE: Tensor, segment_ids: Tensor) -> Tensor:
-    """packed + shift[s], in float32 or wider: nothing is rounded before the norm."""
-    wide = torch.promote_types(packed_TE.dtype, torch.float32)
-    return packed_TE.to(wide) + shift_SE.to(wide).index_select(0, segment_ids)
+def packed_norm_rope_reference(
+    packed_TE: Tensor,
+    num_heads: int,
+    norms: Sequence[tuple[Tensor, Tensor | None] | None],
+    table: RotaryTable | None,
+    shift_SE: Tensor | None,
+    segment_ids: Tensor | None,
+    *,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    """The parts of packed + shift[s]: for each norm one that is normalised and rotated, then a plain one.
+
+    Nothing is rounded between the shift and the norm. Each part is [T, N, H] in the dtype of the packed row.
+    """
+    x = packed_TE
+    if shift_SE is not None and segment_ids is not None:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        x = x.to(wide) + shift_SE.to(wide).index_select(0, segment_ids)
+    *normed, plain = (part.unflatten(-1, (num_heads, -1)) for part in x.chunk(len(norms) + 1, dim=-1))
+    outputs = [
+        qk_norm_rope_reference(part, *(norm or (None, None)), table, eps=eps)
+        for part, norm in zip(normed, norms, strict=True)
+    ]
+    return tuple(y.to(packed_TE.dtype) for y in (*outputs, plain))

@@ -1,0 +1,9 @@
+"""Speed, bandwidth and memory of every op beside its twin, the compiled twin and libraries.
+
+    python -m tim_kernels.bench                                  measure and print
+    python -m tim_kernels.bench --out kernels/results/GPU.json   and store, with plots beside
+    python -m tim_kernels.bench --render kernels/results/GPU.json
+
+A row is measured only after its outputs and gradients agreed with the twin in float64 at that very size.
+Without a GPU nothing is timed: the record of compiled resources and the byte model are printed instead.
+"""

@@ -1,0 +1,67 @@
+"""Command line of the benchmark; see `tim_kernels.bench`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from tim_kernels import bench
+from tim_kernels.bench import report
+from tim_kernels.bench.cases import MIXES, cases, lengths_of
+from tim_kernels.bench.measure import CudaTimer, Row, rows
+
+TOKENS = (1024, 4096, 8192, 16384, 65536, 262144)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tim_kernels.bench",
+        description=bench.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    known = sorted({case.op for case in cases()})
+    parser.add_argument("--out", type=Path, help="store the results as JSON, and plots beside it")
+    parser.add_argument("--render", type=Path, help="draw the plots of stored results, and do nothing else")
+    parser.add_argument("--ops", nargs="+", choices=known, default=known)
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    parser.add_argument("--mixes", nargs="+", choices=sorted(MIXES), default=sorted(MIXES))
+    parser.add_argument("--no-compile", action="store_true", help="leave out the compiled twin")
+    chosen = parser.parse_args(arguments)
+
+    if chosen.render:
+        print(*report.plot(*report.load(chosen.render), chosen.render), sep="\n")
+        return 0
+    measured = [case for case in cases() if case.op in chosen.ops]
+    if not torch.cuda.is_available():
+        print(report.without_gpu(measured))
+        if chosen.out:
+            print(f"\n{chosen.out} was not written: nothing was measured", file=sys.stderr)
+            return 2
+        return 0
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    where, timer, found, refused = report.environment(device), CudaTimer(device), list[Row](), 0
+    print(", ".join(f"{key} {value}" for key, value in where.items()), report.header(), sep="\n\n")
+    for case in measured:
+        for mix in chosen.mixes:
+            for tokens in chosen.tokens:
+                torch.compiler.reset()
+                lengths = lengths_of(mix, tokens)
+                for row in rows(case, mix, lengths, device, timer, compiled=not chosen.no_compile):
+                    if isinstance(row, Row):
+                        found.append(row)
+                        print(report.line(row), flush=True)
+                    else:
+                        refused += 1
+                        print(f"refused: {mix}, {tokens} tokens: {row}", file=sys.stderr, flush=True)
+    if chosen.out:
+        report.store(chosen.out, where, found)
+        print(*report.plot(where, found, chosen.out), sep="\n")
+    return 1 if refused else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""The benchmark's own promises: parity before time, no time without a GPU, bytes that are really moved."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.kernels.launches import recorded
+from tim_kernels import ChunkPlan, bench, use_path
+from tim_kernels.bench import report
+from tim_kernels.bench.__main__ import main
+from tim_kernels.bench.cases import MIXES, cases, lengths_of
+from tim_kernels.bench.measure import ParityError, Quantiles, Row, check, rows
+
+SMALL = cases(width=16, hidden=16, channels=8, head_dim=8)
+LENGTHS = (5, 1, 3)
+NAMES = [case.name for case in SMALL]
+
+
+def _no_timer(run):
+    """Stands for a clock: each run takes 2 ms, whatever it is."""
+    run()
+    return Quantiles(1.0, 2.0, 3.0)
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("tokens", [1, 64, 1000, 8192])
+def test_segment_mixes_add_up(mix, tokens):
+    lengths = lengths_of(mix, tokens)
+    assert sum(lengths) == tokens and min(lengths) > 0
+
+
+@pytest.mark.parametrize("case", SMALL, ids=NAMES)
+def test_kernels_and_twins_pass_their_parity_check(case, device):
+    with use_path("triton"):
+        assert 0 < check(case, case.ours, LENGTHS, device) < 2**-7
+    assert check(case, case.twin, LENGTHS, device) < 2**-7
+
+
+@pytest.mark.parametrize("case", SMALL, ids=NAMES)
+@pytest.mark.parametrize("fault", ["forward", "gradient", "nan"])
+def test_a_wrong_implementation_gets_no_row(case, fault, device):
+    def wrong(inputs, plan):
+        outputs = list(case.twin(inputs, plan))
+        y = outputs[-1]
+        if fault == "forward":
+            outputs[-1] = y * 1.05
+        elif fault == "gradient":
+            outputs[-1] = y * 1.05 - (y * 0.05).detach()
+        else:
+            outputs[-1] = y * torch.where(torch.arange(y.shape[0]) == y.shape[0] - 1, float("nan"), 1.0).to(
+                y
+            ).reshape(-1, *[1] * (y.ndim - 1))
+        return tuple(outputs)
+
+    with pytest.raises(ParityError, match="error"):
+        check(case, wrong, LENGTHS, device)
+    found = list(
+        rows(
+            replace(case, twin=case.twin, libraries={"wrong": wrong}, yardsticks={}),
+            "mixed",
+            LENGTHS,
+            device,
+            _no_timer,
+            compiled=False,
+        )
+    )
+    assert [type(r) for r in found[-1:]] == [ParityError]
+    assert {r.candidate for r in found if isinstance(r, Row)} == {"ours", "twin"}
+
+
+@pytest.mark.parametrize("case", SMALL, ids=NAMES)
+def test_the_byte_model_is_what_the_kernels_touch(case, device, monkeypatch):
+    """Every tensor with a row a token that a launch receives, once."""
+    plan, inputs = ChunkPlan.from_lengths(LENGTHS, device=device), case.inputs(LENGTHS, device)
+    tokens = sum(LENGTHS)
+
+    def touched(launches):
+        tensors = [x for launch in launches for x in launch.tensors.values()]
+        # The statistics of a row, 8 bytes, are no tensor of the model's width.
+        return sum(
+            x.numel() * x.element_size()
+            for x in tensors
+            if x.ndim >= 2 and x.shape[0] == tokens and x[0].numel() > 2
+        )
+
+    with use_path("triton"):
+        with recorded(monkeypatch) as launches:
+            outputs = case.ours(inputs, plan)
+        assert touched(launches) == case.forward_bytes_per_token * tokens
+        leaves = [x for x in inputs.values() if x.requires_grad]
+        with recorded(monkeypatch) as launches:
+            torch.autograd.grad(outputs, leaves, [torch.ones_like(y) for y in outputs])
+        assert touched(launches) == case.backward_bytes_per_token * tokens
+
+
+def test_rows_say_what_was_measured(device):
+    case = SMALL[0]
+    found = [r for r in rows(case, "mixed", LENGTHS, device, _no_timer, compiled=False) if isinstance(r, Row)]
+    modes = ["forward", "backward", "full"]
+    assert [(r.candidate, r.mode) for r in found] == [
+        (name, mode) for name in ("ours", "twin", "torch layer_norm alone") for mode in modes
+    ]
+    forward = found[0]
+    assert (forward.p20, forward.p50, forward.p80) == (1.0, 2.0, 3.0)
+    assert forward.model_bytes == 12 * 16 * 9
+    # Bytes in 2 ms, and a copy that takes as long.
+    assert forward.gb_per_s == pytest.approx(forward.model_bytes / 2e-3 / 1e9)
+    assert forward.share_of_copy == 1.0
+    yardstick = found[-1]
+    assert not yardstick.same_function and yardstick.share_of_copy is None
+
+
+def test_results_are_stored_read_and_drawn(device, tmp_path):
+    found = [
+        r
+        for tokens in (4, 9)
+        for r in rows(SMALL[0], "mixed", (tokens,), device, _no_timer, compiled=False)
+        if isinstance(r, Row)
+    ]
+    where = {"gpu": "none", "torch": torch.__version__, "commit": "test"}
+    report.store(tmp_path / "results.json", where, found)
+    assert report.load(tmp_path / "results.json") == (where, found)
+    assert main(["--render", str(tmp_path / "results.json")]) == 0
+    assert [p.name for p in tmp_path.glob("*.png")] == ["results-0-modulated_layer_norm.png"]
+    lines = [report.line(r) for r in found]
+    assert len(lines) == 18 and all(
+        text.count("|") == report.header().splitlines()[0].count("|") for text in lines
+    )
+
+
+def test_without_a_gpu_it_says_so_and_gives_no_time(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main([]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("No CUDA device here: nothing is timed.")
+    assert " ms" not in printed and "GB/s" not in printed
+    for case in cases():
+        assert f"| {case.name} | {case.forward_bytes_per_token:,} |" in printed
+    out = tmp_path / "results.json"
+    assert main(["--out", str(out)]) == 2 and not out.exists()
+    assert "nothing was measured" in capsys.readouterr().err
+
+
+def test_the_command_describes_itself(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert (bench.__doc__ or "").splitlines()[0] in capsys.readouterr().out

@@ -1,0 +1,373 @@
+"""What the ranks of a test's process group do. Results are judged by the tests, in their own process."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.trainer.plain import steps_of
+from tests.trainer.ranks import engine_file, recipe, write_data
+from tim_ds.config.recipe import Recipe
+from tim_ds.errors import CheckpointError, NonFiniteError
+from tim_ds.trainer.checkpoint import CheckpointFolder, Piece, find_checkpoints
+from tim_ds.trainer.ema import Ema
+from tim_ds.trainer.engine import Engine, read_engine_file, start_world, stop_world
+from tim_ds.trainer.run import UNITS, build_root, train
+from tim_ds.trainer.step import StepOutput, TransitionStep
+from tim_ds.trainer.world import World
+
+GUIDED = "objective.guided_target={w_gt: 0.5, w_cond: 0.5, start: 0.0, end: 1.0}"
+PREVIEW = (
+    "train.preview={every_steps: 2, prompts: [a cat, a dog before a cat], sizes: [4x6, 8x4], "
+    "num_steps: [1, 3]}"
+)
+# Short enough for a run that stops after its first step.
+ELSEWHERE = ("train.optimizer.warmup_steps=0",)
+GATHERS = {"count": 0}
+
+
+def run_cases(cases: tuple[str, ...], folder: Path, shards: Path, poisoned: Path) -> dict[str, Any]:
+    """The named cases, one after the other in one process group."""
+    _count_gathers()
+    world = start_world()
+    results = {}
+    for name in cases:
+        place = folder / name
+        if world.is_main:
+            place.mkdir(parents=True, exist_ok=True)
+        world.barrier()
+        results[name] = CASES[name](world, place, shards, poisoned)
+    stop_world(world)
+    return results
+
+
+def _count_gathers() -> None:
+    plain = dist.all_gather_into_tensor
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        GATHERS["count"] += 1
+        return plain(*args, **kwargs)
+
+    dist.all_gather_into_tensor = counting  # before DeepSpeed takes its reference
+
+
+def shared_engine_file(world: World, folder: Path, stage: int, **zero: Any) -> Path:
+    return world.from_main(engine_file(folder, stage, **zero) if world.is_main else Path())
+
+
+def build(
+    world: World, settings: Recipe, folder: Path, stage: int, root: TransitionStep | None = None, **zero: Any
+) -> tuple[Engine, Ema]:
+    engine = Engine(
+        root or build_root(settings, world.size),
+        read_engine_file(shared_engine_file(world, folder, stage, **zero)),
+        settings.train,
+        packs_per_step=settings.data.packs_per_step,
+        world=world,
+        units=UNITS,
+    )
+    return engine, Ema(engine, decay=settings.train.ema_decay)
+
+
+def micro_batches(settings: Recipe, world: World, num_steps: int) -> list[Any]:
+    return steps_of(settings, rank=world.rank, world_size=world.size, num_steps=num_steps)
+
+
+def take_step(engine: Engine, batches: Any, lr: float = 1e-2) -> Any:
+    for i, batch in enumerate(batches):
+        engine.backward(engine.forward(batch).loss, last=i == len(batches) - 1)
+    return engine.apply(lr)
+
+
+def masters(engine: Engine) -> dict[str, Tensor]:
+    values = {shard.name: shard.master for shard in engine.shards}
+    return {name: value.clone() for name, value in engine.full(values)}
+
+
+def train_every_stage(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[str, str]:
+    """A few steps of the same recipe under every ZeRO stage; on several ranks, some variants too."""
+    variants: dict[str, tuple[int, tuple[str, ...]]] = {f"zero{stage}": (stage, ()) for stage in range(4)}
+    if world.size > 1:
+        variants["zero3_recomputed"] = (3, ("train.activation_checkpointing=true",))
+        for stage in (0, 1, 3):
+            variants[f"zero{stage}_guided"] = (stage, (GUIDED,))
+    for name, (stage, overrides) in variants.items():
+        file = shared_engine_file(world, folder, stage)
+        train(recipe(shards, *overrides), folder / name, file, world)
+    return {name: str(folder / name) for name in variants}
+
+
+def train_in_low_precision(world: World, folder: Path, shards: Path, poisoned: Path) -> None:
+    for precision, stage in (("bf16_autocast", 0), ("bf16_autocast", 3), ("bf16", 1), ("bf16", 3)):
+        settings = recipe(shards, f"train.precision={precision}", "train.steps=2")
+        file = shared_engine_file(world, folder, stage)
+        train(settings, folder / f"{precision}_{stage}", file, world)
+
+
+def train_with_previews(world: World, folder: Path, shards: Path, poisoned: Path) -> None:
+    for stage in (1, 3):
+        train(
+            recipe(shards, PREVIEW), folder / f"zero{stage}", shared_engine_file(world, folder, stage), world
+        )
+
+
+def average_by_hand(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[str, Any]:
+    """EMA of the full masters, computed beside the sharded one, for several stages and precisions."""
+    found = {}
+    for stage, precision in ((0, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (3, "bf16")):
+        settings = recipe(shards, f"train.precision={precision}")
+        engine, ema = build(world, settings, folder, stage)
+        by_hand = masters(engine)
+        for step, batches in enumerate(micro_batches(settings, world, 2), start=1):
+            assert take_step(engine, batches).applied
+            ema.update(step)
+            for name, value in masters(engine).items():
+                by_hand[name].lerp_(value, 1.0 - settings.train.ema_decay)
+        moved = max(float((by_hand[name] - value).abs().max()) for name, value in masters(engine).items())
+        error = max(float((by_hand[name] - value).abs().max()) for name, value in ema.full())
+        found[f"zero{stage} {precision}"] = {
+            "error": error,
+            "moved": moved,
+            "dtypes": {str(value.dtype) for value in ema.values.values()},
+            "elements": sum(value.numel() for value in ema.values.values()),
+            "parameters": sum(p.numel() for p in build_root(settings, 1).parameters()),
+        }
+    return found
+
+
+def borrow_average(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[str, Any]:
+    """Sampling from the averaged weights while training: what it sees, and whether training notices."""
+    found = {}
+    settings = recipe(shards)
+    batches = micro_batches(settings, world, 3)
+    every_rank_same = micro_batches(settings, World(), 1)[0][0]
+    # At stage 3, parameters above the threshold are partitioned and smaller ones kept whole: some of each.
+    for stage, threshold in ((0, None), (2, None), (3, 100)):
+        zero: dict[str, Any] = {} if threshold is None else {"stage3_param_persistence_threshold": threshold}
+        ends = []
+        seen: dict[str, float] = {}
+        for borrow in (False, True):
+            engine, ema = build(world, settings, folder, stage, None, **zero)
+            for step, micro in enumerate(batches, start=1):
+                take_step(engine, micro)
+                ema.update(step)
+                if borrow and step == 2:
+                    reference = build_root(settings, 1).network
+                    full = {name.removeprefix("network."): value for name, value in ema.full()}
+                    reference.load_state_dict(full)
+                    with ema.applied() as module, torch.no_grad():
+                        network: Any = module.network
+                        x = every_rank_same
+                        arguments = (x.x_TC, x.times.t_S, x.times.r_S, x.segments, x.condition)
+                        seen["error"] = float(
+                            (network(*arguments).F_TC - reference(*arguments).F_TC).abs().max()
+                        )
+                        seen["size"] = float(reference(*arguments).F_TC.abs().max())
+            ends.append(masters(engine))
+        plain, borrowed = ends
+        seen["masters_equal"] = float(all(torch.equal(plain[name], borrowed[name]) for name in plain))
+        found[f"zero{stage} threshold {threshold}"] = seen
+    return found
+
+
+def watch_trace(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[str, list[Any]]:
+    """All-gathers of each micro-step under ZeRO-3, with packs of which many hold no transition image."""
+    settings = recipe(shards, "objective.diffusion_share=0.9", "objective.consistency_share=0.05")
+    engine, _ = build(world, settings, folder, 3)
+    coordinator = engine._engine.optimizer.parameter_offload.get_param_coordinator()
+    gathers, complete, without_transition = [], [], []
+    for batches in micro_batches(settings, world, 6):
+        before = GATHERS["count"]
+        take_step(engine, batches)
+        gathers.append(GATHERS["count"] - before)
+        complete.append(coordinator.is_complete_trace())
+        without_transition += [not batch.times.transition_indices for batch in batches]
+    return {"gathers": gathers, "complete": complete, "without_transition": without_transition}
+
+
+def meet_poison(world: World, folder: Path, shards: Path, poisoned: Path) -> None:
+    """A sample whose loss is not finite, at every stage."""
+    for stage in range(4):
+        train(recipe(poisoned), folder / f"zero{stage}", shared_engine_file(world, folder, stage), world)
+
+
+class _PoisonedGradient(torch.autograd.Function):
+    """Passes a value on, with a gradient that is not a number."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad * torch.nan
+
+
+class _PoisonedStep(TransitionStep):
+    poisoned = False
+
+    def forward(self, inputs: Any) -> StepOutput:
+        output = super().forward(inputs)
+        return output._replace(loss=_PoisonedGradient.apply(output.loss)) if self.poisoned else output
+
+
+def meet_poisoned_gradient(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[str, Any]:
+    """A finite loss with a gradient that is not, in one micro-step of the last rank."""
+    found = {}
+    settings = recipe(shards)
+    for stage in range(4):
+        root: Any = build_root(settings, world.size)
+        root.__class__ = _PoisonedStep
+        engine, _ = build(world, settings, folder, stage, root)
+        steps = micro_batches(settings, world, 3)
+        first = take_step(engine, steps[0]).applied
+        before = masters(engine)
+        root.poisoned = world.rank == world.size - 1
+        refused = take_step(engine, steps[1]).applied
+        kept = all(torch.equal(before[name], value) for name, value in masters(engine).items())
+        root.poisoned = False
+        # Nothing of the refused step may be left in an accumulation buffer.
+        again = take_step(engine, steps[2])
+        other, _ = build(world, settings, folder, stage)
+        take_step(other, steps[0])
+        clean = take_step(other, steps[2])
+        same = all(torch.equal(value, masters(other)[name]) for name, value in masters(engine).items())
+        found[f"zero{stage}"] = {
+            "applied": (first, refused, again.applied, clean.applied),
+            "kept": kept,
+            "same_as_without": same,
+        }
+    return found
+
+
+def give_up(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[str, Any]:
+    """Nothing but poison: the run ends at its limit, twice."""
+    if world.is_main:
+        write_data(folder / "shards", poison=dict.fromkeys(range(64), 1e25))
+    world.barrier()
+    settings = recipe(folder / "shards", "train.max_skipped_steps=2", "train.steps=50")
+    file = shared_engine_file(world, folder, 1)
+    messages = []
+    for _ in range(2):
+        try:
+            train(settings, folder / "run", file, world)
+        except NonFiniteError as error:
+            messages.append(str(error))
+    return {"messages": messages, "steps": [c.step for c in find_checkpoints(folder / "run" / "checkpoints")]}
+
+
+@contextmanager
+def _small_files(limit: int | None) -> Iterator[None]:
+    """Files of this process cannot grow beyond `limit`: the system refuses the write, as a full disk does."""
+    if limit is None:
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def fill_the_disk(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[str, Any]:
+    """Saves that fail in every way a full disk can make them fail, between two that succeed."""
+    keeper = CheckpointFolder(folder / "checkpoints", world, keep=5)
+    values = torch.arange(4000.0)
+
+    def save(step: int) -> str | None:
+        pieces = iter([Piece("master", "w", world.rank * 4000, values + world.rank)])
+        try:
+            keeper.save(step, pieces, {}, {"progress": {"step": step}, "world_size": world.size})
+        except CheckpointError as error:
+            return str(error)
+        return None
+
+    def left() -> list[str]:
+        world.barrier()
+        return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+    results: dict[str, Any] = {"first": save(1)}
+    last = world.size - 1
+    with _small_files(8192 if world.rank == last else None):
+        results["half_written"] = save(2)
+    results["left_after_half"] = left()
+    plain = shutil.disk_usage
+    if world.is_main:
+        shutil.disk_usage = lambda path: plain(path)._replace(free=1000)  # type: ignore[assignment]
+    results["no_room"] = save(3)
+    shutil.disk_usage = plain
+    results["left_after_no_room"] = left()
+    import tim_ds.trainer.checkpoint as module
+
+    write = module.write_flushed
+
+    def full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    module.write_flushed = full
+    results["no_manifest"] = save(4)
+    module.write_flushed = write
+    results["left_after_no_manifest"] = left()
+    results["second"] = save(5)
+    results["newest"] = None if (found := keeper.newest()) is None else found.step
+    return results
+
+
+def refuse_other_runs(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[str, str]:
+    """The same folder, asked to continue with something else."""
+    file = shared_engine_file(world, folder, 1)
+    train(recipe(shards, "train.steps=2"), folder / "run", file, world)
+    answers = {}
+    for name, overrides, data in (
+        ("model", ("model.depth=3", "objective.diffusion_share=0.25"), shards),
+        ("data", (), poisoned),
+        ("harmless", ("train.log_every=5", "train.checkpoint.keep=1", "train.steps=2"), shards),
+    ):
+        try:
+            answers[name] = train(recipe(data, *overrides), folder / "run", file, world)
+        except CheckpointError as error:
+            answers[name] = str(error)
+    return answers
+
+
+def continue_elsewhere(world: World, folder: Path, shards: Path, poisoned: Path) -> list[str]:
+    """Continue a run that another group of ranks began, under other ZeRO stages."""
+    (task,) = folder.glob("*.task")
+    steps, stages = task.read_text().split(":")
+    messages = []
+    for steps_now, stage in zip(steps.split(), stages.split(), strict=True):
+        file = shared_engine_file(world, folder, int(stage))
+        messages.append(
+            train(recipe(shards, *ELSEWHERE, f"train.steps={steps_now}"), folder / "run", file, world)
+        )
+    return messages
+
+
+CASES: dict[str, Callable[[World, Path, Path, Path], Any]] = {
+    function.__name__: function
+    for function in (
+        train_every_stage,
+        train_in_low_precision,
+        train_with_previews,
+        average_by_hand,
+        borrow_average,
+        watch_trace,
+        meet_poison,
+        meet_poisoned_gradient,
+        give_up,
+        fill_the_disk,
+        refuse_other_runs,
+        continue_elsewhere,
+    )
+}

@@ -1,0 +1,103 @@
+"""Runs that end without warning: kill -9 at a chosen moment, steps and saves included."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.trainer.ranks import recipe
+from tim_ds.trainer import checkpoint as checkpoint_module
+from tim_ds.trainer.engine import start_world, stop_world
+from tim_ds.trainer.loop import Loop
+from tim_ds.trainer.run import train
+
+SETTINGS = (
+    "train.steps=7",
+    # Neither divides the other: an interval of the log is cut by a checkpoint.
+    "train.log_every=3",
+    "train.checkpoint.every_steps=2",
+)
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _after_micro_step(count: int) -> None:
+    """Between the backward of one micro-step and the next."""
+    from tim_ds.trainer.engine import Engine
+
+    plain, seen = Engine.backward, [0]
+
+    def backward(self: Engine, loss: Any, *, last: bool) -> None:
+        plain(self, loss, last=last)
+        seen[0] += 1
+        if seen[0] == count:
+            _die()
+
+    Engine.backward = backward
+
+
+def _after_step(count: int) -> None:
+    """After an optimiser step, before its checkpoint."""
+    plain, seen = Loop._step, [0]
+
+    def step(self: Loop, micro_batches: Any) -> None:
+        plain(self, micro_batches)
+        seen[0] += 1
+        if seen[0] == count:
+            _die()
+
+    Loop._step = step
+
+
+def _in(name: str, when: Callable[..., bool], *, before: bool) -> None:
+    """In a function of the checkpoint module, before or after its work, at the first call that fits."""
+    plain = getattr(checkpoint_module, name)
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        if before and when(*args):
+            _die()
+        result = plain(*args, **kwargs)
+        if when(*args):
+            _die()
+        return result
+
+    setattr(checkpoint_module, name, dying)
+
+
+def _half_a_file() -> None:
+    plain = checkpoint_module._write_tensors
+
+    def half(path: Path, tensors: Any) -> int:
+        size = plain(path, tensors)
+        os.truncate(path, size // 2)
+        _die()
+        return size
+
+    checkpoint_module._write_tensors = half
+
+
+MOMENTS: dict[str, Callable[[], None]] = {
+    "in the third micro-step": lambda: _after_micro_step(3),
+    "after the third step": lambda: _after_step(3),
+    "with half a file written": _half_a_file,
+    "before the manifest": lambda: _in(
+        "write_flushed", lambda path, _: path.name == "manifest.json", before=True
+    ),
+    "before latest": lambda: _in("write_flushed", lambda path, _: "latest" in path.name, before=True),
+    "after the save": lambda: _in("write_flushed", lambda path, _: "latest" in path.name, before=False),
+}
+
+
+def train_until(moment: str | None, run_dir: Path, engine: Path, shards: Path) -> str:
+    """Train the run, or continue it, and die at `moment`."""
+    if moment is not None:
+        MOMENTS[moment]()
+    world = start_world()
+    message = train(recipe(shards, *SETTINGS), run_dir, engine, world)
+    stop_world(world)
+    return message

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.trainer.conftest import Groups
+from tests.trainer.ranks import lines_without_clock
+from tim_ds.trainer.ema import decay_at
+
+CASES = ["zero0 fp32", "zero2 fp32", "zero3 fp32", "zero1 bf16", "zero3 bf16"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_sharded_average_is_the_average_of_the_whole_masters(groups: Groups, case: str) -> None:
+    for found in groups.results(2, "average_by_hand"):
+        assert found[case]["error"] == 0.0
+        assert found[case]["moved"] > 1e-3
+        assert found[case]["dtypes"] == {"torch.float32"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_rank_averages_its_own_pieces_from_stage_1_on(groups: Groups, case: str) -> None:
+    first, second = (found[case] for found in groups.results(2, "average_by_hand"))
+    if case.startswith("zero0"):
+        assert first["elements"] == second["elements"] == first["parameters"]
+    else:
+        assert first["elements"] + second["elements"] == first["parameters"]
+        assert max(first["elements"], second["elements"]) < 0.6 * first["parameters"]
+
+
+@pytest.mark.parametrize("case", ["zero0 threshold None", "zero2 threshold None", "zero3 threshold 100"])
+def test_sampling_from_the_average_leaves_no_trace_in_training(groups: Groups, case: str) -> None:
+    for found in groups.results(2, "borrow_average"):
+        assert found[case]["error"] == 0.0
+        assert found[case]["size"] > 1e-3
+        assert found[case]["masters_equal"]
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_previews_are_drawn_and_change_nothing(groups: Groups, stage: int) -> None:
+    groups.results(2, "train_with_previews")
+    run = groups.folder_of(2, "train_with_previews") / f"zero{stage}"
+    plain = Path(groups.results(2, "train_every_stage")[0][f"zero{stage}"])
+    assert lines_without_clock(run) == lines_without_clock(plain)
+    assert sorted(path.name for path in (run / "previews").iterdir()) == [
+        "step_000000002.png",
+        "step_000000004.png",
+    ]
+    board = EventAccumulator(str(run / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Images("preview")] == [2, 4]
+    early, late = (np.asarray(Image.open(path)) for path in sorted((run / "previews").iterdir()))
+    assert early.shape == late.shape and (early != late).any()
+
+
+def test_warm_up_shortens_the_memory_of_the_first_steps() -> None:
+    found = [decay_at(n, 0.99, warmup=True) for n in (1, 2, 10)]
+    assert found == [2 / 11, 3 / 12, 11 / 20]
+    assert decay_at(10_000, 0.99, warmup=True) == 0.99
+    assert decay_at(1, 0.99, warmup=False) == 0.99

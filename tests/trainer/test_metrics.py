@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.trainer.plain import steps_of
+from tests.trainer.ranks import recipe
+from tim_ds.objective.loss import LossTerms
+from tim_ds.objective.transport import build_transport
+from tim_ds.trainer.metrics import METRICS_FILE, NUM_BINS, MetricsLog, Sums, read_metrics
+from tim_ds.trainer.world import World
+
+DEVICE = torch.device("cpu")
+
+
+def terms_of(values: torch.Tensor) -> LossTerms:
+    return LossTerms(2 * values, values, 3 * values, 0 * values, values, values)
+
+
+def test_means_are_over_images_and_bins_hold_the_images_of_their_times(shards: Path) -> None:
+    settings = recipe(shards)
+    transport = build_transport(settings.objective.transport)
+    sums = Sums(transport, DEVICE)
+    t_all, gap_all, value_all = [], [], []
+    for micro in steps_of(settings, num_steps=3):
+        for inputs in micro:
+            values = torch.rand(inputs.num_images)
+            sums.add(inputs, terms_of(values))
+            t_all.append(inputs.times.t_S)
+            gap_all.append(inputs.times.t_S - inputs.times.r_S)
+            value_all.append(values)
+        sums.end_step(applied=True, grad_norm=2.0)
+    means = sums.take(World())
+    values = torch.cat(value_all).double()
+    assert means["denoising"] == pytest.approx(float(values.mean()), rel=1e-12)
+    assert means["loss"] == pytest.approx(2 * float(values.mean()), rel=1e-6)
+    assert (means["images"], means["packs"], means["grad_norm"]) == (len(values), 12, 2.0)
+    for name, times in (("denoising_by_t", torch.cat(t_all)), ("denoising_by_interval", torch.cat(gap_all))):
+        seen = 0
+        for i, mean in enumerate(means[name]):
+            inside = (times >= i / NUM_BINS) & ((times < (i + 1) / NUM_BINS) | (i == NUM_BINS - 1))
+            seen += int(inside.sum())
+            expected = float(values[inside].mean()) if inside.any() else None
+            assert mean == (None if expected is None else pytest.approx(expected, rel=1e-12))
+        assert seen == len(values)
+    # The next interval starts empty.
+    assert sums.take(World())["denoising"] is None
+
+
+def test_a_refused_step_enters_no_mean(shards: Path) -> None:
+    settings = recipe(shards)
+    sums = Sums(build_transport(settings.objective.transport), DEVICE)
+    inputs = steps_of(settings, num_steps=1)[0][0]
+    sums.add(inputs, terms_of(torch.full((inputs.num_images,), torch.nan)))
+    sums.end_step(applied=False, grad_norm=torch.nan)
+    sums.add(inputs, terms_of(torch.full((inputs.num_images,), 0.5)))
+    sums.end_step(applied=True, grad_norm=1.0)
+    means = sums.take(World())
+    assert (means["denoising"], means["images"], means["grad_norm"]) == (0.5, inputs.num_images, 1.0)
+
+
+def test_an_interval_that_was_cut_goes_on(shards: Path) -> None:
+    settings = recipe(shards)
+    transport = build_transport(settings.objective.transport)
+    batches = [micro[0] for micro in steps_of(settings, num_steps=4)]
+    whole, first, second = (Sums(transport, DEVICE) for _ in range(3))
+    for i, inputs in enumerate(batches):
+        for sums in (whole, first if i < 2 else second):
+            if i == 2 and sums is second:
+                second.load_state({name: value.clone() for name, value in first.state().items()})
+            sums.add(inputs, terms_of(torch.full((inputs.num_images,), 0.1 * i)))
+            sums.end_step(applied=True, grad_norm=0.3 * i)
+    assert second.take(World()) == whole.take(World())
+
+
+def log_steps(folder: Path, start: int, steps: range) -> None:
+    log = MetricsLog(folder, tokens_per_pack=10, start_step=start)
+    for step in steps:
+        means = {
+            "loss": 1.0 / step,
+            "grad_norm": None,
+            "denoising_by_t": [0.5, None],
+            "images": 4,
+            "tokens": 30,
+            "packs": 4,
+        }
+        log.log(step, means, lr=1e-3, applied_steps=step, skipped_steps=0)
+    log.close()
+
+
+def test_lines_beyond_the_checkpoint_and_a_torn_line_are_dropped(tmp_path: Path) -> None:
+    log_steps(tmp_path, 0, range(1, 6))
+    with (tmp_path / METRICS_FILE).open("a") as file:
+        file.write('{"step": 6, "los')
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
+    kept = (tmp_path / METRICS_FILE).read_text().splitlines()[:3]
+    log_steps(tmp_path, 3, range(4, 6))
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
+    assert (tmp_path / METRICS_FILE).read_text().splitlines()[:3] == kept
+    assert all(json.loads(line)["fill"] == 0.75 for line in kept)
+
+
+def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None:
+    log_steps(tmp_path, 0, range(1, 6))
+    log_steps(tmp_path, 3, range(4, 8))
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6, 7]
+    tags = board.Tags()["scalars"]
+    assert "train/denoising_by_t/0.000-0.125" in tags and "train/denoising_by_t/0.125-0.250" not in tags
+    assert "train/grad_norm" not in tags and "speed/images_per_s" in tags

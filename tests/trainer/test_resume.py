@@ -1,0 +1,95 @@
+"""Stopped runs continue as if they had not been stopped."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.trainer.cases import ELSEWHERE, run_cases
+from tests.trainer.killing import MOMENTS, train_until
+from tests.trainer.plain import train_plainly
+from tests.trainer.ranks import (
+    engine_file,
+    free_port,
+    lines_without_clock,
+    recipe,
+    run_ranks,
+    start_rank,
+)
+from tim_ds.trainer.checkpoint import find_checkpoints
+from tim_ds.trainer.metrics import read_metrics
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix == ".safetensors"}
+
+
+def run_and_die(moment: str, world_size: int, out: Path, arguments: tuple[Any, ...]) -> None:
+    port = free_port()
+    out.mkdir(parents=True)
+    ranks = [
+        start_rank(train_until, (moment, *arguments), rank, world_size, port, out)
+        for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.join(timeout=60)
+        if process.is_alive():
+            # A rank that waits for one that died.
+            process.kill()
+            process.join()
+    assert -signal.SIGKILL in {process.exitcode for process in ranks}, (out / "output_0.txt").read_text()
+
+
+@pytest.mark.parametrize(("world_size", "stage"), [(1, 1), (2, 3)])
+def test_killed_at_any_moment_a_run_ends_equal_to_the_bit(
+    tmp_path: Path, shards: Path, world_size: int, stage: int
+) -> None:
+    engine = engine_file(tmp_path, stage)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run_ranks(train_until, None, whole, engine, shards, world_size=world_size, out=tmp_path / "out")
+    moments = list(MOMENTS) if world_size == 1 else ["with half a file written"]
+    for number, moment in enumerate(moments):
+        run_and_die(moment, world_size, tmp_path / f"out{number}", (broken, engine, shards))
+        # What is there is whole, whatever the moment.
+        steps = [checkpoint.step for checkpoint in find_checkpoints(broken / "checkpoints")]
+        assert steps == sorted(steps, reverse=True) and all(step % 2 == 0 for step in steps)
+    (message, *_) = run_ranks(
+        train_until, None, broken, engine, shards, world_size=world_size, out=tmp_path / "last"
+    )
+    assert "finished at step 7" in message
+    assert lines_without_clock(broken) == lines_without_clock(whole)
+    assert [line["step"] for line in read_metrics(whole)] == [3, 6, 7]
+    assert files_of(broken / "export") == files_of(whole / "export")
+    last = Path("checkpoints") / "step_000000007"
+    assert files_of(broken / last) == files_of(whole / last)
+    assert len(files_of(whole / last)) == world_size
+
+
+def test_a_run_continues_on_other_ranks_and_stages(tmp_path: Path, shards: Path) -> None:
+    folder = tmp_path / "continue_elsewhere"
+    folder.mkdir()
+    task = folder / "stages.task"
+    # Up to step 1 on one rank at stage 0, to 3 on two ranks at stages 3 and 2, to 4 on one rank at stage 1.
+    for number, (world_size, steps, stages) in enumerate([(1, "1", "0"), (2, "2 3", "3 2"), (1, "4", "1")]):
+        task.write_text(f"{steps}:{stages}")
+        run_ranks(
+            run_cases,
+            ("continue_elsewhere",),
+            tmp_path,
+            shards,
+            shards,
+            world_size=world_size,
+            out=tmp_path / f"out{number}",
+        )
+    plain = train_plainly(recipe(shards, *ELSEWHERE))
+    lines = read_metrics(folder / "run")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    # As in test_arrangements: float32 sums in another order.
+    assert [line["denoising"] for line in lines] == pytest.approx(plain.denoising, rel=1e-5)
+    exported = load_file(folder / "run" / "export" / "tim.safetensors")
+    for name, value in plain.ema.items():
+        assert exported[name].numpy() == pytest.approx(value.numpy(), abs=1e-5), name

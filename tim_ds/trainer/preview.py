@@ -1,0 +1,78 @@
+"""Sample grids while training: fixed prompts, sizes and seeds, several step counts, averaged weights."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from torch import nn
+
+from tim_ds.config.recipe import Recipe
+from tim_ds.errors import NonFiniteError
+from tim_ds.eval.sheet import SheetBlock, SheetRow, contact_sheet
+from tim_ds.model.export_folder import Export, SourceConfig
+from tim_ds.pipeline import TiMPipeline, write_png
+from tim_ds.trainer.metrics import MetricsLog
+from tim_ds.trainer.world import World
+
+logger = logging.getLogger(__name__)
+
+PREVIEWS = "previews"
+
+
+def describe_export(recipe: Recipe, step: int, recipe_sha256: str) -> Export:
+    """What weights of this run are, for sampling and for those who get them."""
+    return Export(
+        model=recipe.model,
+        transport=recipe.objective.transport,
+        sampler=recipe.sampler,
+        autoencoder=recipe.data.autoencoder,
+        text_encoder=recipe.data.text_encoder,
+        step=step,
+        source=SourceConfig(kind="run", name=recipe.name, recipe_sha256=recipe_sha256),
+    )
+
+
+class Previews:
+    """Samples on every rank, since under ZeRO-3 each holds a part of the weights; rank 0 keeps the pictures.
+
+    Args:
+        export: as `describe_export`; its sampler decides all but the step counts.
+        network: the network that is sampled from, inside the root module.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        export: Export,
+        network: nn.Module,
+        run_dir: Path,
+        world: World,
+        log: MetricsLog | None,
+    ) -> None:
+        self._config = recipe.train.preview
+        self._folder = run_dir / PREVIEWS
+        self._world = world
+        self._log = log
+        self._pipeline = TiMPipeline(network, export)
+
+    def __call__(self, step: int) -> None:
+        """One sheet, a column a prompt and a row a step count: `previews/step_*.png` and TensorBoard."""
+        config = self._config
+        rows = []
+        for num_steps in config.num_steps:
+            try:
+                output = self._pipeline(config.prompts, config.sizes, num_steps=num_steps, seeds=config.seed)
+            except NonFiniteError as error:
+                # The weights are finite, or the step would have been refused: a picture is no reason to stop.
+                if self._world.is_main:
+                    logger.warning("step %d: no preview at %d steps: %s", step, num_steps, error)
+                continue
+            rows.append(SheetRow(f"{num_steps} steps" if num_steps > 1 else "1 step", output.images))
+        if not rows or not self._world.is_main:
+            return
+        sheet = contact_sheet(config.prompts, [SheetBlock("", rows)], footnote=f"EMA weights of step {step}")
+        settings = {"step": step, "seed": config.seed, "num_steps": list(config.num_steps)}
+        write_png(self._folder / f"step_{step:09d}.png", sheet, settings)
+        if self._log is not None:
+            self._log.image("preview", sheet, step)
