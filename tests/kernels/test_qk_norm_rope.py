@@ -13,7 +13,7 @@ from torch.func import jvp
 
 from tests.kernels.compare import assert_kernel_equals_twin, normal, outputs_and_gradients
 from tim_kernels import ChunkPlan, path_taken, use_path
-from tim_kernels.qk_norm_rope import RotaryTable, kv_norm_rope, qk_norm_rope, qkv_norm_rope
+from tim_kernels.qk_norm_rope import RotaryTable, kernel, kv_norm_rope, qk_norm_rope, qkv_norm_rope
 from tim_kernels.saved import saved_bytes
 
 # float32 sums of up to 128 terms, gradients of the affine weights over a few hundred: 1e-7 to 3e-7 seen.
@@ -231,14 +231,17 @@ def test_no_token_sees_another(device):
         assert dirty[name].isnan().any(), name
 
 
-def test_rows_beyond_two_to_the_31_elements(device, tmp_path: Path):
-    """Row 2 starts 2^31 elements and more into memory: a 32-bit offset would wrap. The file is sparse."""
-    width, stride = 3 * 8, 2**30 + 64
+def _memory(elements: int, device: torch.device, folder: Path) -> Tensor:
+    """bfloat16 zeros; on the CPU a sparse file."""
     if device.type == "cuda":
-        memory = torch.zeros(2 * stride + width, dtype=torch.bfloat16, device=device)
-    else:
-        path = str(tmp_path / "sparse")
-        memory = torch.from_file(path, shared=True, size=2 * stride + width, dtype=torch.bfloat16)
+        return torch.zeros(elements, dtype=torch.bfloat16, device=device)
+    return torch.from_file(str(folder / "sparse"), shared=True, size=elements, dtype=torch.bfloat16)
+
+
+def test_rows_beyond_two_to_the_31_elements(device, tmp_path):
+    """Row 2 of the input starts 2^31 elements and more into memory: a 32-bit offset would wrap."""
+    width, stride = 3 * 8, 2**30 + 64
+    memory = _memory(2 * stride + width, device, tmp_path)
     far = memory.as_strided((3, width), (stride, 1))
     near = normal(3, width, seed=0, dtype=torch.bfloat16).to(device)
     far.copy_(near)
@@ -255,6 +258,36 @@ def test_rows_beyond_two_to_the_31_elements(device, tmp_path: Path):
         gradients.append([*outputs, *torch.autograd.grad(outputs, leaf, cotangents)])
     for a, b in zip(*gradients, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_dense_rows_beyond_two_to_the_31_elements(direction, device, tmp_path):
+    """The last of 2^28 + 1 rows of 8, alone in its chunk. The input has one row, and a stride of 0."""
+    head_dim, row = 8, 2**28
+    memory = _memory((row + 1) * head_dim, device, tmp_path)
+    value = normal(1, head_dim, seed=0, dtype=torch.bfloat16).to(device)
+    launched = kernel.forward_kernel if direction == "forward" else kernel.backward_kernel
+    arguments: dict[str, Any] = dict.fromkeys(name for name in launched.arg_names if name.endswith("_ptr"))
+    arguments |= {
+        "shift_ptr": torch.zeros(1, head_dim, device=device),
+        "chunks_ptr": torch.tensor([[row, 1, 0]], dtype=torch.int32, device=device),
+        "num_rows": row + 1,
+        "rows_per_program": 1,
+        "x_stride": 0,
+        "shift_stride": head_dim,
+        "eps": 1e-5,
+    }
+    if direction == "forward":
+        arguments |= {"x_ptr": value, "first_ptr": memory, **kernel.forward_options(1, head_dim)}
+    else:
+        memory[row * head_dim :] = value[0]
+        # A stride of 0 puts the gradient's row where there is memory.
+        d_x, partial = torch.zeros_like(value), torch.zeros(1, head_dim, device=device)
+        arguments |= {"d_first_ptr": memory, "d_x_ptr": d_x, "shift_partial_ptr": partial, "d_x_stride": 0}
+        arguments |= kernel.backward_options(1, head_dim, has_shift=True)
+    launched[(1, 1, 1)](**arguments)
+    found = memory[row * head_dim :] if direction == "forward" else d_x[0]
+    assert torch.equal(found, value[0])
 
 
 def test_an_empty_pack(device):
@@ -336,10 +369,10 @@ def test_forward_mode_goes_through_the_twin(device):
 def test_a_compiled_model_holds_the_twin_in_one_graph():
     inputs = {k: x for k, x in _packed_inputs((2, 1), 2, 8, shift=True).items() if x is not None}
     table, plan = _table(3, 8, inputs["packed"]), ChunkPlan.from_lengths((2, 1))
-    norms = [(inputs[f"{n}_weight"], inputs[f"{n}_bias"]) for n in "qk"]
+    q_norm, k_norm = ((inputs[f"{n}_weight"], inputs[f"{n}_bias"]) for n in "qk")
 
     def run(packed, shift):
-        return qkv_norm_rope(packed, 2, *norms, table, shift_SE=shift, plan=plan)
+        return qkv_norm_rope(packed, 2, q_norm, k_norm, table, shift_SE=shift, plan=plan)
 
     torch._dynamo.reset()
     compiled = torch.compile(run, backend="eager", fullgraph=True)
