@@ -70,6 +70,23 @@ def test_conditions_select_and_concatenate():
         TextCondition(torch.zeros(4, 2), text.segments)
 
 
+def test_conditions_repeat_for_neighbouring_copies_of_each_image():
+    text = TextCondition(torch.arange(10.0).reshape(5, 2), Segments.from_lengths([2, 0, 3])).repeat(2)
+    assert (text.num_segments, text.segments.num_segments) == (6, 3)
+    assert text.repeat(2).num_segments == 12
+    # Images 4 and 5 read the third caption; picked on their own, they read one each.
+    assert text.select([5, 0]).states_LE[:, 0].tolist() == [4.0, 6.0, 8.0, 0.0, 2.0]
+    assert text.select([5, 0]).num_segments == 2
+    joined = concatenate([text, text])
+    assert isinstance(joined, TextCondition)
+    assert (joined.num_segments, joined.images_per_caption) == (12, 2)
+    with pytest.raises(ShapeError, match="do not join"):
+        concatenate([text, text.select([0])])
+    with pytest.raises(ShapeError, match="at least 1"):
+        text.repeat(0)
+    assert ClassCondition(torch.tensor([1, 2])).repeat(2).labels_S.tolist() == [1, 1, 2, 2]
+
+
 @pytest.mark.parametrize("p", [1, 2, 4])
 def test_patchify_and_unpatchify_are_inverse(p):
     latent = torch.arange(3 * 8 * 4, dtype=torch.float64).reshape(3, 8, 4)

@@ -138,13 +138,18 @@ class TextCondition:
     """Captions of the pack's images, packed as a sequence of their own.
 
     Shapes:
-        states_LE: [L, E] text states; segments: one text segment an image, in the order of the images.
+        states_LE: [L, E] text states; segments: one text segment a caption, in the order of the images.
     """
 
     states_LE: Tensor
     segments: Segments
+    images_per_caption: int = 1
+    """How many images read each caption; they lie one behind the other in the pack. The network embeds a
+    caption once, whatever their number."""
 
     def __post_init__(self) -> None:
+        if self.images_per_caption < 1:
+            raise ShapeError(f"images_per_caption: expected at least 1, received {self.images_per_caption}")
         if self.states_LE.ndim != 2 or self.states_LE.shape[0] != self.segments.num_tokens:
             raise ShapeError(
                 f"text states: expected [{self.segments.num_tokens}, E], "
@@ -153,16 +158,24 @@ class TextCondition:
 
     @property
     def num_segments(self) -> int:
-        return self.segments.num_segments
+        """Images, not captions."""
+        return self.segments.num_segments * self.images_per_caption
 
     def select(self, indices: Sequence[int]) -> TextCondition:
-        index = self.segments.token_index(indices)
-        return TextCondition(self.states_LE.index_select(0, index), self.segments.select(indices))
+        """The captions of the images `indices`, one for each of them."""
+        captions = [i // self.images_per_caption for i in indices]
+        index = self.segments.token_index(captions)
+        return TextCondition(self.states_LE.index_select(0, index), self.segments.select(captions))
+
+    def repeat(self, times: int) -> TextCondition:
+        """For a pack in which every image stands `times` times, one behind the other."""
+        return replace(self, images_per_caption=self.images_per_caption * times)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> TextCondition:
-        return TextCondition(
-            self.states_LE.to(device, non_blocking=non_blocking),
-            self.segments.to(device, non_blocking=non_blocking),
+        return replace(
+            self,
+            states_LE=self.states_LE.to(device, non_blocking=non_blocking),
+            segments=self.segments.to(device, non_blocking=non_blocking),
         )
 
 
@@ -180,6 +193,10 @@ class ClassCondition:
         index = torch.tensor(list(indices), dtype=torch.int64).to(self.labels_S.device, non_blocking=True)
         return ClassCondition(self.labels_S.index_select(0, index))
 
+    def repeat(self, times: int) -> ClassCondition:
+        """For a pack in which every image stands `times` times, one behind the other."""
+        return ClassCondition(self.labels_S.repeat_interleave(times))
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> ClassCondition:
         return ClassCondition(self.labels_S.to(device, non_blocking=non_blocking))
 
@@ -187,11 +204,30 @@ class ClassCondition:
 Condition = TextCondition | ClassCondition
 
 
+@dataclass(frozen=True, eq=False)
+class Direction:
+    """How the inputs of some images move; a network that is given one also returns how F moves with them.
+
+    r and the condition stand still.
+
+    Shapes:
+        dx_TC: [T', C], the tokens of the segments `indices`, in that order.
+        dt_S: [S'], of the *conditioning* time c_noise(t).
+    """
+
+    indices: tuple[int, ...]
+    """Segments that move, at least one; none repeats."""
+    dx_TC: Tensor
+    dt_S: Tensor
+
+
 class NetworkOutput(NamedTuple):
     """What one forward returns: F_TC [T, C], and [T, z_dim] features of the REPA projector when asked for."""
 
     F_TC: Tensor
     features_TZ: Tensor | None
+    dF_TC: Tensor | None = None
+    """[T', C]: the derivative of F along a `Direction`, when one was given; it carries no gradient."""
 
 
 class Network(Protocol):
@@ -212,18 +248,42 @@ class Network(Protocol):
     ) -> NetworkOutput: ...
 
 
+class DifferentiatingNetwork(Network, Protocol):
+    """A network that can carry a direction along with its value, in the same forward.
+
+    F and the features are the same bits with and without a direction, and so are their gradients.
+    """
+
+    def __call__(
+        self,
+        x_TC: Tensor,
+        t_S: Tensor,
+        r_S: Tensor,
+        segments: Segments,
+        condition: Condition,
+        *,
+        with_features: bool = False,
+        direction: Direction | None = None,
+    ) -> NetworkOutput: ...
+
+
 def concatenate(parts: Sequence[Condition]) -> Condition:
     """The conditions of several packs, one after the other.
 
     Raises:
-        ShapeError: if captions and labels are mixed, or there is no part.
+        ShapeError: if captions and labels are mixed, captions have different numbers of images, or there is
+            no part.
     """
     texts = [p for p in parts if isinstance(p, TextCondition)]
     classes = [p for p in parts if isinstance(p, ClassCondition)]
     if texts and not classes:
         states = torch.cat([p.states_LE for p in texts])
         lengths = [n for p in texts for n in p.segments.lengths]
-        return TextCondition(states, Segments.from_lengths(lengths).to(states.device, non_blocking=True))
+        segments = Segments.from_lengths(lengths).to(states.device, non_blocking=True)
+        images_per_caption = {p.images_per_caption for p in texts}
+        if len(images_per_caption) > 1:
+            raise ShapeError(f"conditions with {sorted(images_per_caption)} images a caption do not join")
+        return TextCondition(states, segments, images_per_caption.pop())
     if classes and not texts:
         return ClassCondition(torch.cat([p.labels_S for p in classes]))
     raise ShapeError(

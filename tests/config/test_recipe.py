@@ -91,7 +91,11 @@ def test_the_two_handwriting_recipes_train_the_same_network_on_the_same_data_and
         ),
         (
             ["objective.derivative=jvp", "objective.derivative_step=1e-3"],
-            "objective.derivative_step: belongs to derivative 'dde'",
+            "objective.derivative_step: belongs to derivative 'dde'; 'jvp' has no step",
+        ),
+        (
+            ["objective.derivative=paired", "objective.derivative_step=1e-3"],
+            "objective.derivative_step: belongs to derivative 'dde'; 'paired' has no step",
         ),
         (["objective.repa_weight=0.5"], "model.z_dim: required when objective.repa_weight is above 0"),
         (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -63,6 +65,22 @@ def test_changing_one_caption_leaves_the_other_images_bit_equal():
     others = segments.token_index([0, 1, 3, 4])
     assert torch.equal(before[others], after[others])
     assert (before[moved] - after[moved]).abs().max() > 1e-3
+
+
+def test_neighbours_may_share_a_caption_which_is_then_embedded_once():
+    config = CONFIGS["text"]
+    network = random_network(config)
+    grids = [(3, 5), (1, 1), (4, 2), (2, 2), (2, 2), (1, 3)]
+    x, t, r, segments, condition = random_pack(config, grids, (4, 0, 3))
+    shared = replace(condition, images_per_caption=2)
+    rows = []
+    network.y_embedder.register_forward_hook(lambda _, args, out: rows.append(len(out)))
+    network.blocks[0].cross_attn.kv.register_forward_hook(lambda _, args, out: rows.append(len(out)))
+    together = network(x, t, r, segments, shared).F_TC
+    assert rows == [7, 7]
+    apart = network(x, t, r, segments, condition.select([0, 0, 1, 1, 2, 2])).F_TC
+    # float64; products of other numbers of rows
+    torch.testing.assert_close(together, apart, rtol=1e-11, atol=1e-12)
 
 
 def test_order_of_images_in_the_pack_does_not_matter():

@@ -9,7 +9,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from tim_ds.objective.transport import EDM, OTFM, VE, VP, TiMTransport, Transport, TrigFlow
-from tim_ds.packed import ClassCondition, Condition, NetworkOutput, Segments
+from tim_ds.packed import ClassCondition, Condition, Direction, Network, NetworkOutput, Segments
 
 TRANSPORTS: dict[str, Transport] = {
     "ot_fm": OTFM(),
@@ -116,6 +116,38 @@ class AttentionNetwork(nn.Module):
             q, k, v = part[None, None].chunk(3, -1)
             outputs.append(nnf.scaled_dot_product_attention(q, k, v)[0, 0])
         return NetworkOutput(torch.cat(outputs), None)
+
+
+class CarryingNetwork:
+    """Adds the derivative along a direction to a network, by forward mode; remembers the directions."""
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        self.directions: list[Direction | None] = []
+
+    def __call__(
+        self,
+        x_TC: Tensor,
+        t_S: Tensor,
+        r_S: Tensor,
+        segments: Segments,
+        condition: Condition,
+        *,
+        with_features: bool = False,
+        direction: Direction | None = None,
+    ) -> NetworkOutput:
+        self.directions.append(direction)
+        output = self.network(x_TC, t_S, r_S, segments, condition, with_features=with_features)
+        if direction is None:
+            return output
+        tokens = segments.token_index(direction.indices)
+        dx_TC = torch.zeros_like(x_TC).index_copy(0, tokens, direction.dx_TC)
+        dt_S = torch.zeros_like(t_S).index_copy(0, torch.tensor(direction.indices), direction.dt_S)
+        with torch.no_grad():
+            _, dF_TC = torch.func.jvp(
+                lambda x, t: self.network(x, t, r_S, segments, condition).F_TC, (x_TC, t_S), (dx_TC, dt_S)
+            )
+        return output._replace(dF_TC=dF_TC[tokens])
 
 
 class GaussianNetwork:

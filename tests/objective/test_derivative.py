@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.objective.networks import TRANSPORTS, AttentionNetwork, SmoothNetwork, invert_c_noise, random_times
-from tim_ds.errors import ShapeError
+from tim_ds.errors import ConfigError, ShapeError
 from tim_ds.objective.config import ObjectiveConfig
 from tim_ds.objective.derivative import build_derivative, central_difference, forward_mode
 from tim_ds.objective.time_sampling import Times
@@ -112,12 +112,11 @@ def test_both_sides_ride_in_one_call_of_the_chosen_segments() -> None:
     before = [v.clone() for v in (x, z, times.t_S, times.r_S, condition.labels_S)]
     central_difference(network, transport, x, z, times, segments, condition, (1, 3), None)
     (call,) = network.calls
-    assert call.segments.grids == (GRIDS[1], GRIDS[3], GRIDS[1], GRIDS[3])
-    assert isinstance(call.condition, ClassCondition) and call.condition.labels_S.tolist() == [1, 3, 1, 3]
-    torch.testing.assert_close(
-        call.c_t_S[:2] - call.c_t_S[2:], torch.full_like(call.c_t_S[:2], 0.01), rtol=1e-12, atol=0
-    )
-    assert torch.equal(call.c_r_S, times.r_S[[1, 3, 1, 3]])
+    assert call.segments.grids == (GRIDS[1], GRIDS[1], GRIDS[3], GRIDS[3])
+    assert isinstance(call.condition, ClassCondition) and call.condition.labels_S.tolist() == [1, 1, 3, 3]
+    late, early = call.c_t_S[0::2], call.c_t_S[1::2]
+    torch.testing.assert_close(late - early, torch.full_like(late, 0.01), rtol=1e-12, atol=0)
+    assert torch.equal(call.c_r_S, times.r_S[[1, 1, 3, 3]])
     assert not call.with_features
     assert all(
         torch.equal(a, b)
@@ -182,10 +181,9 @@ def test_float32_times_are_divided_by_the_distance_that_they_have() -> None:
         return NetworkOutput(segments.expand(times_seen(t_S))[:, None].expand_as(x_TC), None)
 
     def times_seen(c_S: Tensor) -> Tensor:
-        half = c_S.shape[0] // 2
-        t = times.t_S
-        e = torch.full_like(t, transport.dde_step)
-        return torch.cat([t + e, t - e])[: 2 * half]
+        assert c_S.shape[0] == 2 * times.num_segments
+        e = torch.full_like(times.t_S, transport.dde_step)
+        return torch.stack([times.t_S + e, times.t_S - e], 1).flatten()
 
     x, z, _, segments, condition = pack(transport, dtype=torch.float32)
     t = torch.tensor([3.0, 17.3, 41.7, 79.9])
@@ -219,6 +217,8 @@ def test_the_step_of_the_recipe_overrides_the_transports() -> None:
 def test_the_recipe_names_the_estimator() -> None:
     assert build_derivative(ObjectiveConfig(derivative="dde")) is central_difference
     assert build_derivative(ObjectiveConfig(derivative="jvp")) is forward_mode
+    with pytest.raises(ConfigError, match="'paired' comes with the main call"):
+        build_derivative(ObjectiveConfig(derivative="paired"))
 
 
 @pytest.mark.parametrize("estimator", [central_difference, forward_mode])

@@ -54,8 +54,8 @@ class Recorded:
         with_features: bool = False,
     ) -> NetworkOutput:
         if not torch.is_grad_enabled():
-            side = self.step * self.dF_dt
-            return NetworkOutput(torch.cat([side, -side]), None)
+            late = (self.step * self.dF_dt).split(list(segments.lengths[::2]))
+            return NetworkOutput(torch.cat([side for part in late for side in (part, -part)]), None)
         return NetworkOutput(self.F, self.features if with_features else None)
 
 

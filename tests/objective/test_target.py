@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.objective.networks import TRANSPORTS, SmoothNetwork
+from tests.objective.networks import TRANSPORTS, CarryingNetwork, SmoothNetwork, random_times
 from tim_ds.objective.config import GuidedTargetConfig, ObjectiveConfig
 from tim_ds.objective.derivative import central_difference
-from tim_ds.objective.target import transition_target
+from tim_ds.objective.target import output_and_target, transition_target
 from tim_ds.objective.time_sampling import Times
 from tim_ds.packed import ClassCondition, Segments
 
@@ -31,7 +31,7 @@ def test_only_segments_with_r_below_t_enter_the_derivative() -> None:
     network = SmoothNetwork(4)
     received = transition_target(network, transport, ObjectiveConfig(), x, z, x_t, times, segments, condition)
     (call,) = network.calls
-    assert call.segments.grids == ((1, 3), (3, 2), (1, 3), (3, 2))
+    assert call.segments.grids == ((1, 3), (1, 3), (3, 2), (3, 2))
     dF = central_difference(network, transport, x, z, times, segments, condition, (1, 3), None)
     local = segments.split(transport.diffusion_target(x, z, segments.expand(times.t_S)[:, None]))
     parts = segments.split(received)
@@ -90,3 +90,51 @@ def test_flow_matching_never_asks_for_a_derivative() -> None:
     config = ObjectiveConfig(diffusion_share=1.0)
     transition_target(network, transport, config, x, z, x_t, times, segments, condition)
     assert network.calls == []
+
+
+@pytest.mark.parametrize("name", list(TRANSPORTS))
+@pytest.mark.parametrize("guided", [None, GuidedTargetConfig(start=0.0, end=100.0)], ids=["plain", "guided"])
+def test_a_carried_derivative_gives_the_target_of_forward_mode(
+    name: str, guided: GuidedTargetConfig | None
+) -> None:
+    """On every transport, so with every c_noise; F is that of a call without direction."""
+    transport = TRANSPORTS[name]
+    generator = torch.Generator().manual_seed(31)
+    segments = Segments.from_grids([(2, 2), (1, 3), (2, 1), (3, 2)])
+    x, z = torch.randn(2, segments.num_tokens, 4, generator=generator, dtype=torch.float64)
+    t, r = random_times(transport, 4, seed=8)
+    r[1] = t[1]
+    times = Times.from_tensors(transport, t, r)
+    x_t = transport.interpolate(x, z, segments.expand(times.t_S)[:, None])
+    arguments = (x, z, x_t, times, segments, ClassCondition(torch.arange(4)))
+    extra = {} if guided is None else {"teacher": SmoothNetwork(4), "null_condition": NULL}
+    found = {}
+    for derivative in ("jvp", "paired"):
+        network = CarryingNetwork(SmoothNetwork(4))
+        config = ObjectiveConfig(derivative=derivative, guided_target=guided)
+        found[derivative] = output_and_target(network, transport, config, *arguments, **extra)
+        (*_, direction) = network.directions
+        assert (direction is not None) == (derivative == "paired")
+    assert direction is not None and direction.indices == (0, 2, 3)
+    (F_jvp, target_jvp), (F_paired, target_paired) = found["jvp"], found["paired"]
+    assert torch.equal(F_jvp.F_TC, F_paired.F_TC) and F_paired.F_TC.requires_grad
+    # Forward mode differentiates c_noise itself; VP's 999 t magnifies rounding.
+    torch.testing.assert_close(target_paired, target_jvp, rtol=1e-10, atol=1e-10)
+    assert not target_paired.requires_grad
+
+
+@pytest.mark.parametrize("r", [T, [0.1, 0.1, 0.1, 0.1]], ids=["none moves", "all move"])
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_a_carried_derivative_makes_one_call_whatever_the_draw(r: list[float], share: float) -> None:
+    transport, *arguments = pack(r)
+    inner = SmoothNetwork(4)
+    network = CarryingNetwork(inner)
+    config = ObjectiveConfig(derivative="paired", diffusion_share=share)
+    _, target = output_and_target(network, transport, config, *arguments)
+    (direction,) = network.directions
+    if r == T:
+        assert direction is None and len(inner.calls) == 1
+        x, z, _, times, segments, _ = arguments
+        assert torch.equal(target, transport.diffusion_target(x, z, segments.expand(times.t_S)[:, None]))
+    else:
+        assert direction is not None and direction.indices == (0, 1, 2, 3)

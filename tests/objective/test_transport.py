@@ -194,6 +194,16 @@ def test_coefficients_are_finite_over_the_declared_domain(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ROWS)
+def test_slope_of_the_conditioning_time(name: str) -> None:
+    transport = TRANSPORTS[name]
+    t, _ = random_times(transport, 9, seed=3)
+    t.requires_grad_()
+    (slope,) = torch.autograd.grad(transport.c_noise(t).sum(), t)
+    torch.testing.assert_close(transport.d_c_noise(t), slope, rtol=1e-14, atol=0)
+    assert transport.d_c_noise(t.float()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ROWS)
 def test_times_outside_the_domain_are_refused_by_name(name: str) -> None:
     transport = TRANSPORTS[name]
     low, high = transport.T_min, transport.T_max

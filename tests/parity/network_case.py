@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -507,7 +508,7 @@ class _Wide:
         with_features: bool = False,
     ) -> NetworkOutput:
         if isinstance(condition, TextCondition):
-            condition = TextCondition(condition.states_LE.double(), condition.segments)
+            condition = replace(condition, states_LE=condition.states_LE.double())
         narrow = embed.time_features
         # t - r is rounded to float32 here, as it is when both are float32.
         with mock.patch.object(embed, "time_features", lambda s_S: narrow(s_S.float()).double()):

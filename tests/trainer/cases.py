@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import resource
 import shutil
@@ -27,13 +28,14 @@ from tim_ds.trainer.step import StepOutput, TransitionStep
 from tim_ds.trainer.world import World
 
 GUIDED = "objective.guided_target={w_gt: 0.5, w_cond: 0.5, start: 0.0, end: 1.0}"
+PAIRED = "objective.derivative=paired"
 PREVIEW = (
     "train.preview={every_steps: 2, prompts: [a cat, a dog before a cat], sizes: [4x6, 8x4], "
     "num_steps: [1, 3]}"
 )
 # Short enough for a run that stops after its first step.
 ELSEWHERE = ("train.optimizer.warmup_steps=0",)
-GATHERS = {"count": 0}
+GATHERS = {"count": 0, "elements": 0}
 
 
 def run_cases(cases: tuple[str, ...], folder: Path, shards: Path, poisoned: Path) -> dict[str, Any]:
@@ -56,6 +58,7 @@ def _count_gathers() -> None:
 
     def counting(*args: Any, **kwargs: Any) -> Any:
         GATHERS["count"] += 1
+        GATHERS["elements"] += (kwargs["output_tensor"] if "output_tensor" in kwargs else args[0]).numel()
         return plain(*args, **kwargs)
 
     dist.all_gather_into_tensor = counting  # before DeepSpeed takes its reference
@@ -98,7 +101,10 @@ def train_every_stage(world: World, folder: Path, shards: Path, poisoned: Path) 
     """A few steps of the same recipe under every ZeRO stage; on several ranks, some variants too."""
     variants: dict[str, tuple[int, tuple[str, ...]]] = {f"zero{stage}": (stage, ()) for stage in range(4)}
     if world.size > 1:
-        variants["zero3_recomputed"] = (3, ("train.activation_checkpointing=true",))
+        recomputed = "train.activation_checkpointing=true"
+        variants["zero3_recomputed"] = (3, (recomputed,))
+        variants.update({f"zero{stage}_paired": (stage, (PAIRED,)) for stage in range(4)})
+        variants["zero3_paired_recomputed"] = (3, (PAIRED, recomputed))
         for stage in (0, 1, 3):
             variants[f"zero{stage}_guided"] = (stage, (GUIDED,))
     for name, (stage, overrides) in variants.items():
@@ -180,19 +186,46 @@ def borrow_average(world: World, folder: Path, shards: Path, poisoned: Path) -> 
     return found
 
 
-def watch_trace(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[str, list[Any]]:
-    """All-gathers of each micro-step under ZeRO-3, with packs of which many hold no transition image."""
-    settings = recipe(shards, "objective.diffusion_share=0.9", "objective.consistency_share=0.05")
-    engine, _ = build(world, settings, folder, 3)
-    coordinator = engine._engine.optimizer.parameter_offload.get_param_coordinator()
-    gathers, complete, without_transition = [], [], []
-    for batches in micro_batches(settings, world, 6):
-        before = GATHERS["count"]
-        take_step(engine, batches)
-        gathers.append(GATHERS["count"] - before)
-        complete.append(coordinator.is_complete_trace())
-        without_transition += [not batch.times.transition_indices for batch in batches]
-    return {"gathers": gathers, "complete": complete, "without_transition": without_transition}
+# Nothing stays gathered between a module's forward and its backward, and nothing is fetched ahead.
+TIGHT = {
+    "stage3_max_reuse_distance": 0,
+    "stage3_max_live_parameters": 0,
+    "stage3_prefetch_bucket_size": 0,
+}
+
+
+def watch_trace(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[str, dict[str, list[Any]]]:
+    """All-gathers of each step under ZeRO-3, with packs of which many hold no transition image."""
+    mixed = ("objective.diffusion_share=0.9", "objective.consistency_share=0.05")
+    flow_matching = ("objective.diffusion_share=1.0", "sampler.mode=diffusion")
+    variants: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+        "dde": (mixed, {}),
+        "paired": ((*mixed, PAIRED), {}),
+        "dde_tight": (mixed, TIGHT),
+        "paired_tight": ((*mixed, PAIRED), TIGHT),
+        "flow_matching_tight": (flow_matching, TIGHT),
+    }
+    found = {}
+    for name, (overrides, zero) in variants.items():
+        settings = recipe(shards, *overrides)
+        engine, _ = build(world, settings, folder, 3, None, **zero)
+        coordinator = engine._engine.optimizer.parameter_offload.get_param_coordinator()
+        watched: dict[str, list[Any]] = {
+            "gathers": [],
+            "elements": [],
+            "complete": [],
+            "without_transition": [],
+            "parameters": [sum(math.prod(shape) for shape in engine.parameter_shapes.values())],
+        }
+        for batches in micro_batches(settings, world, 4 if zero else 6):
+            before = dict(GATHERS)
+            take_step(engine, batches)
+            watched["gathers"].append(GATHERS["count"] - before["count"])
+            watched["elements"].append((GATHERS["elements"] - before["elements"]) / len(batches))
+            watched["complete"].append(coordinator.is_complete_trace())
+            watched["without_transition"] += [not batch.times.transition_indices for batch in batches]
+        found[name] = watched
+    return found
 
 
 def meet_poison(world: World, folder: Path, shards: Path, poisoned: Path) -> None:

@@ -139,8 +139,11 @@ def _autoencoder_problems(recipe: Recipe) -> Iterator[str]:
 def _objective_problems(recipe: Recipe) -> Iterator[str]:
     objective, transport = recipe.objective, recipe.objective.transport
     end = last_time(transport)
-    if objective.derivative == "jvp" and objective.derivative_step is not None:
-        yield "objective.derivative_step: belongs to derivative 'dde'; 'jvp' has no step; remove it"
+    if objective.derivative != "dde" and objective.derivative_step is not None:
+        yield (
+            f"objective.derivative_step: belongs to derivative 'dde'; '{objective.derivative}' has no step; "
+            "remove it"
+        )
     if objective.repa_weight > 0:
         if recipe.model.z_dim is None:
             yield "model.z_dim: required when objective.repa_weight is above 0 (width of the features)"

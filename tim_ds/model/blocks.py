@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from tim_ds.model import ops
 from tim_ds.model.config import ModelConfig
 from tim_ds.model.embed import Linear, PreciseLinear, SwiGLU
+from tim_ds.model.tangent import Side, TangentStream
 from tim_ds.packed import Segments
 
 
@@ -32,6 +34,13 @@ class BlockContext:
     """Embedded and normalised captions (None in a class-conditional network). The norm in front of every
     cross-attention has no parameters and the captions do not change, so it is taken once a forward."""
     cross_plan: ops.AttentionPlan | None
+    stream: TangentStream | None = None
+    """The derivative's stream, when the forward carries one."""
+
+    @property
+    def active_stream(self) -> TangentStream | None:
+        """The stream, unless activations are being recomputed: a tangent passes every block once."""
+        return None if self.stream is None or self.stream.recomputing else self.stream
 
 
 class _Heads(nn.Module):
@@ -56,6 +65,12 @@ class _Heads(nn.Module):
             return ops.qk_norm_rope(x, None, None, table)
         return ops.qk_norm_rope(x, norm.weight, norm.bias, table)
 
+    @staticmethod
+    def normed_tangent(
+        x: Tensor, d_x: Tensor, norm: nn.LayerNorm | None, table: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        return ops.qk_norm_rope_tangent(x, d_x, None if norm is None else norm.weight, table)
+
 
 class SelfAttention(_Heads):
     """Attention among the tokens of one image; the interval embedding shifts q, k and v (`qkv_d`)."""
@@ -67,14 +82,32 @@ class SelfAttention(_Heads):
         self.qkv_d = PreciseLinear(width, 3 * width, bias=False) if config.distance_aware else None
 
     def forward(self, h_TD: Tensor, context: BlockContext) -> Tensor:
-        qkv = self.qkv(h_TD)
+        stream = context.active_stream
+        qkv = self.qkv(h_TD, stream)
         if self.qkv_d is not None:
-            shift = context.segments.expand(self.qkv_d(context.interval_SD))
+            side = None if stream is None else stream.interval()
+            shift = context.segments.expand(self.qkv_d(context.interval_SD, side))
             qkv = (qkv + shift).to(qkv.dtype)
-        q, k, v = (self.split(x) for x in qkv.chunk(3, dim=-1))
-        q = self.normed(q, self.q_norm, context.table)
-        k = self.normed(k, self.k_norm, context.table)
-        return self.proj(ops.attention(q, k, v, context.self_plan).flatten(-2))
+            if stream is not None and side is not None:
+                stream.value = (stream.value + stream.segments.expand(side.value)).to(qkv.dtype)
+        raw_q, raw_k, v = (self.split(x) for x in qkv.chunk(3, dim=-1))
+        q = self.normed(raw_q, self.q_norm, context.table)
+        k = self.normed(raw_k, self.k_norm, context.table)
+        if stream is not None:
+            self._carry(stream, raw_q, raw_k, q, k, v)
+        return self.proj(ops.attention(q, k, v, context.self_plan).flatten(-2), stream)
+
+    def _carry(
+        self, stream: TangentStream, raw_q: Tensor, raw_k: Tensor, q: Tensor, k: Tensor, v: Tensor
+    ) -> None:
+        """The stream's value, tangent of the packed q, k and v, becomes that of the attention's output."""
+        rows = stream.rows
+        d_q, d_k, d_v = (self.split(x) for x in stream.value.chunk(3, dim=-1))
+        d_q = self.normed_tangent(rows.of(raw_q), d_q, self.q_norm, stream.table)
+        d_k = self.normed_tangent(rows.of(raw_k), d_k, self.k_norm, stream.table)
+        stream.value = ops.attention_tangent(
+            rows.of(q), rows.of(k), rows.of(v), d_q, d_k, d_v, stream.self_plan
+        ).flatten(-2)
 
 
 class CrossAttention(_Heads):
@@ -86,11 +119,25 @@ class CrossAttention(_Heads):
         self.kv = Linear(config.hidden_size, 2 * config.hidden_size)
 
     def forward(self, h_TD: Tensor, text_LD: Tensor, context: BlockContext) -> Tensor:
-        q = self.normed(self.split(self.q(h_TD)), self.q_norm, context.table)
+        stream = context.active_stream
+        raw_q = self.split(self.q(h_TD, stream))
+        q = self.normed(raw_q, self.q_norm, context.table)
         k, v = (self.split(x) for x in self.kv(text_LD).chunk(2, dim=-1))
         k = self.normed(k, self.k_norm, None)
         assert context.cross_plan is not None, "a text network always plans its cross-attention"
-        return self.proj(ops.attention(q, k, v, context.cross_plan).flatten(-2))
+        if stream is not None:
+            self._carry(stream, raw_q, q, k, v)
+        return self.proj(ops.attention(q, k, v, context.cross_plan).flatten(-2), stream)
+
+    def _carry(self, stream: TangentStream, raw_q: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """The stream's value, tangent of q before its norm, becomes that of the attention's output."""
+        assert stream.text_rows is not None and stream.cross_plan is not None, "a text network plans both"
+        d_q = self.split(stream.value)
+        d_q = self.normed_tangent(stream.rows.of(raw_q), d_q, self.q_norm, stream.table)
+        k, v = stream.text_rows.of(k), stream.text_rows.of(v)
+        stream.value = ops.attention_tangent(
+            stream.rows.of(q), k, v, d_q, None, None, stream.cross_plan
+        ).flatten(-2)
 
 
 class TransitionBlock(nn.Module):
@@ -111,16 +158,56 @@ class TransitionBlock(nn.Module):
         )
 
     def forward(self, x_TD: Tensor, context: BlockContext) -> Tensor:
-        m = self.adaLN_modulation(context.modulation_SD).chunk(3 * self.num_branches, dim=-1)
-        chunks, h_dtype = context.chunks, ops.compute_dtype(self.mlp.fc2.weight)
-        x, h = ops.residual_modulated_norm(x_TD, None, None, m[0], m[1], chunks, h_dtype)
-        branch, gate = self.attn(h, context), m[2]
+        stream = context.active_stream
+        side = None if stream is None else stream.modulation()
+        m = _Modulation.of(self.adaLN_modulation, context.modulation_SD, side, 3 * self.num_branches)
+        h_dtype = ops.compute_dtype(self.mlp.fc2.weight)
+        x, h = m.norm(0, x_TD, None, context, h_dtype)
+        branch = self.attn(h, context)
         if self.cross_attn is not None:
             assert context.text_LD is not None, "a text network always has its captions"
-            x, h = ops.residual_modulated_norm(x, branch, gate, m[3], m[4], chunks, h_dtype)
-            branch, gate = self.cross_attn(h, context.text_LD, context), m[5]
-        x, h = ops.residual_modulated_norm(x, branch, gate, m[-3], m[-2], chunks, h_dtype)
-        return ops.gated_residual(x, self.mlp(h), m[-1], chunks)
+            x, h = m.norm(1, x, branch, context, h_dtype)
+            branch = self.cross_attn(h, context.text_LD, context)
+        x, h = m.norm(self.num_branches - 1, x, branch, context, h_dtype)
+        return m.add_last(x, self.mlp(h, stream), context)
+
+
+@dataclass(frozen=True, eq=False)
+class _Modulation:
+    """Shift, scale and gate of every branch, [S, D] each, and their tangents when the forward carries any."""
+
+    chunks: tuple[Tensor, ...]
+    tangents: tuple[Tensor, ...] | None
+
+    @classmethod
+    def of(cls, generator: SwiGLU, modulation_SD: Tensor, side: Side | None, count: int) -> _Modulation:
+        chunks = generator(modulation_SD, side).chunk(count, dim=-1)
+        return cls(chunks, None if side is None else side.value.chunk(count, dim=-1))
+
+    def norm(
+        self,
+        number: int,
+        x_TD: Tensor,
+        branch_TD: Tensor | None,
+        context: BlockContext,
+        h_dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Add the branch before number `number` through its gate, and normalise for that number: (x', h)."""
+        m, d_m, at = self.chunks, self.tangents, 3 * number
+        gate = None if branch_TD is None else m[at - 1]
+        x, h = ops.residual_modulated_norm(x_TD, branch_TD, gate, m[at], m[at + 1], context.chunks, h_dtype)
+        stream = context.active_stream
+        if stream is not None and d_m is not None:
+            if branch_TD is not None and gate is not None:
+                stream.add_branch(branch_TD, gate, d_m[at - 1])
+            stream.norm(x, m[at + 1], d_m[at], d_m[at + 1], h.dtype)
+        return x, h
+
+    def add_last(self, x_TD: Tensor, branch_TD: Tensor, context: BlockContext) -> Tensor:
+        stream = context.active_stream
+        if stream is not None and self.tangents is not None:
+            stream.add_branch(branch_TD, self.chunks[-1], self.tangents[-1])
+        return ops.gated_residual(x_TD, branch_TD, self.chunks[-1], context.chunks)
 
 
 class FinalLayer(nn.Module):
@@ -132,7 +219,10 @@ class FinalLayer(nn.Module):
         self.linear = PreciseLinear(width, config.token_channels)
         self.adaLN_modulation = SwiGLU(width, width // 2, 2 * width, linear=PreciseLinear)
 
-    def forward(self, x_TD: Tensor, modulation_SD: Tensor, chunks: ops.ChunkPlan) -> Tensor:
-        shift, scale = self.adaLN_modulation(modulation_SD).chunk(2, dim=-1)
-        _, h = ops.residual_modulated_norm(x_TD, None, None, shift, scale, chunks)
-        return self.linear(h)
+    def forward(self, x_TD: Tensor, context: BlockContext) -> Tensor:
+        """The stream's value becomes the tangent of the output."""
+        stream = context.active_stream
+        side = None if stream is None else stream.modulation()
+        m = _Modulation.of(self.adaLN_modulation, context.modulation_SD, side, 2)
+        _, h = m.norm(0, x_TD, None, context)
+        return self.linear(h, stream)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tim_ds.model import ops
 from tim_ds.model.config import ModelConfig
+from tim_ds.model.tangent import Side
 
 TIME_FREQUENCIES = 128
 
@@ -20,8 +21,12 @@ TIME_FREQUENCIES = 128
 class Linear(nn.Linear):
     """A matrix product in the dtype of its weight (bfloat16 weights take float32 activations)."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return nnf.linear(input.to(self.weight.dtype), self.weight, self.bias)
+    def forward(self, input: Tensor, side: Side | None = None) -> Tensor:
+        out = nnf.linear(input.to(self.weight.dtype), self.weight, self.bias)
+        if side is not None:
+            with torch.no_grad():
+                side.value = nnf.linear(side.value.to(self.weight.dtype), self.weight)
+        return out
 
 
 class PreciseLinear(nn.Linear):
@@ -31,24 +36,34 @@ class PreciseLinear(nn.Linear):
     bfloat16 they alone put an error of tens of percent on a central difference.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, side: Side | None = None) -> Tensor:
         dtype = torch.promote_types(torch.promote_types(self.weight.dtype, torch.float32), input.dtype)
         with torch.autocast(input.device.type, enabled=False):
+            weight = self.weight.to(dtype)
+            if side is not None:
+                with torch.no_grad():
+                    side.value = nnf.linear(side.value.to(dtype), weight)
             bias = None if self.bias is None else self.bias.to(dtype)
-            return nnf.linear(input.to(dtype), self.weight.to(dtype), bias)
+            return nnf.linear(input.to(dtype), weight, bias)
 
 
 class SwiGLU(nn.Module):
     """fc2(SiLU(fc1_g(v)) * fc1_x(v)); fc1_g is the activated half (reference_spec 1.3)."""
 
-    def __init__(self, width: int, hidden: int, out: int, linear: type[nn.Linear] = Linear) -> None:
+    def __init__(
+        self, width: int, hidden: int, out: int, linear: type[Linear] | type[PreciseLinear] = Linear
+    ) -> None:
         super().__init__()
         self.fc1_g = linear(width, hidden)
         self.fc1_x = linear(width, hidden)
         self.fc2 = linear(hidden, out)
 
-    def forward(self, v: Tensor) -> Tensor:
-        return self.fc2(ops.swiglu(self.fc1_g(v), self.fc1_x(v)))
+    def forward(self, v: Tensor, side: Side | None = None) -> Tensor:
+        other = None if side is None else side.fork()
+        gate, up = self.fc1_g(v, side), self.fc1_x(v, other)
+        if side is not None and other is not None:
+            side.value = ops.swiglu_tangent(side.rows.of(gate), side.rows.of(up), side.value, other.value)
+        return self.fc2(ops.swiglu(gate, up), side)
 
 
 class PatchProjection(nn.Module):
@@ -63,8 +78,11 @@ class PatchProjection(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.hidden_size, config.in_channels, p, p))
         self.bias = nn.Parameter(torch.zeros(config.hidden_size))
 
-    def forward(self, x_TC: Tensor) -> Tensor:
+    def forward(self, x_TC: Tensor, side: Side | None = None) -> Tensor:
         weight = self.weight.permute(0, 2, 3, 1).flatten(1)
+        if side is not None:
+            with torch.no_grad():
+                side.value = nnf.linear(side.value.to(weight.dtype), weight)
         return nnf.linear(x_TC.to(weight.dtype), weight, self.bias)
 
 
@@ -73,20 +91,32 @@ class PatchEmbedder(nn.Module):
         super().__init__()
         self.proj = PatchProjection(config)
 
-    def forward(self, x_TC: Tensor) -> Tensor:
-        return self.proj(x_TC)
+    def forward(self, x_TC: Tensor, side: Side | None = None) -> Tensor:
+        return self.proj(x_TC, side)
 
 
 def time_features(t_S: Tensor) -> Tensor:
     """Sinusoid of a conditioning time, cosines first: [S] -> [S, 256]. The time is not multiplied by 1000."""
+    angle = _time_angle(ops.at_least_float32(t_S))
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+@torch.no_grad()
+def time_features_tangent(t_S: Tensor, d_t_S: Tensor) -> Tensor:
+    """Tangent of `time_features`: [S] -> [S, 256]."""
     t = ops.at_least_float32(t_S)
+    angle, d_angle = _time_angle(t), _time_angle(d_t_S.to(t.dtype))
+    return torch.cat([-angle.sin() * d_angle, angle.cos() * d_angle], dim=1)
+
+
+def _time_angle(t: Tensor) -> Tensor:
+    """Time times each frequency: [S] -> [S, 128]."""
     k = torch.arange(TIME_FREQUENCIES, dtype=t.dtype, device=t.device)
     # The exponent is rounded in the dtype of t, as the authors round it, the exponential is not: a vectorised
     # float32 `exp` is off by a unit that differs between machines, which VP's conditioning time of 999 t
     # magnifies to 1e-5.
     frequency = torch.exp((-math.log(10000.0) / TIME_FREQUENCIES * k).double()).to(t.dtype)
-    angle = t[:, None] * frequency
-    return torch.cat([angle.cos(), angle.sin()], dim=1)
+    return t[:, None] * frequency
 
 
 class TimeEmbedder(nn.Module):
@@ -98,8 +128,16 @@ class TimeEmbedder(nn.Module):
             PreciseLinear(2 * TIME_FREQUENCIES, width), nn.SiLU(), PreciseLinear(width, width)
         )
 
-    def forward(self, t_S: Tensor) -> Tensor:
-        return self.mlp(time_features(t_S))
+    def forward(self, t_S: Tensor, side: Side | None = None) -> Tensor:
+        """`side` enters with the tangent of t."""
+        features = time_features(t_S)
+        if side is not None:
+            side.value = time_features_tangent(side.rows.of(t_S), side.value)
+        inward, activation, outward = self.mlp
+        hidden = inward(features, side)
+        if side is not None:
+            side.value = ops.silu_tangent(side.rows.of(hidden), side.value)
+        return outward(activation(hidden), side)
 
 
 class CaptionEmbedder(nn.Module):

@@ -78,6 +78,34 @@ def gated_residual(x_TD: Tensor, branch_TD: Tensor, gate_SD: Tensor, chunks: Chu
     return tim_kernels.gated_residual(x_TD, branch_TD, gate_SD, chunks)
 
 
+def residual_modulated_norm_tangent(
+    x_TD: Tensor,
+    d_x_TD: Tensor,
+    scale_SD: Tensor,
+    d_shift_SD: Tensor,
+    d_scale_SD: Tensor,
+    segment_ids: Tensor,
+    h_dtype: torch.dtype,
+) -> Tensor:
+    """Tangent of h in `residual_modulated_norm`. x_TD is x', the residual stream with the branch added, and
+    d_x_TD its tangent (`gated_residual_tangent`)."""
+    return tim_kernels.modulated_layer_norm_tangent(
+        x_TD, d_x_TD, scale_SD, d_shift_SD, d_scale_SD, segment_ids, eps=LAYER_NORM_EPS, h_dtype=h_dtype
+    )
+
+
+def gated_residual_tangent(
+    d_x_TD: Tensor,
+    branch_TD: Tensor,
+    d_branch_TD: Tensor,
+    gate_SD: Tensor,
+    d_gate_SD: Tensor,
+    segment_ids: Tensor,
+) -> Tensor:
+    """Tangent of x + gate[s] * branch."""
+    return tim_kernels.gated_residual_tangent(d_x_TD, branch_TD, d_branch_TD, gate_SD, d_gate_SD, segment_ids)
+
+
 def qk_norm_rope(
     x_TNH: Tensor,
     weight_H: Tensor | None,
@@ -94,9 +122,35 @@ def qk_norm_rope(
     return x.to(x_TNH.dtype)
 
 
+def qk_norm_rope_tangent(
+    x_TNH: Tensor,
+    d_x_TNH: Tensor,
+    weight_H: Tensor | None,
+    table: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """Tangent of `qk_norm_rope` at x, in the dtype of x. `table` is that of these tokens."""
+    with torch.no_grad():
+        d_x = at_least_float32(d_x_TNH)
+        if weight_H is not None:
+            d_x = tim_kernels.head_norm_tangent(x_TNH, d_x, weight_H, eps=QK_NORM_EPS)
+        if table is not None:
+            d_x = rotate(d_x, *table)
+        return d_x.to(x_TNH.dtype)
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """SiLU(gate) * up."""
     return tim_kernels.swiglu(gate, up)
+
+
+def swiglu_tangent(gate: Tensor, up: Tensor, d_gate: Tensor, d_up: Tensor) -> Tensor:
+    """Tangent of `swiglu` at these rows."""
+    return tim_kernels.swiglu_tangent(gate, up, d_gate, d_up)
+
+
+def silu_tangent(x: Tensor, d_x: Tensor) -> Tensor:
+    """Tangent of SiLU at x."""
+    return tim_kernels.silu_tangent(x, d_x)
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,6 +237,44 @@ def attention(q_TNH: Tensor, k_LNH: Tensor, v_LNH: Tensor, plan: AttentionPlan) 
         at_q, at_k = at_q + size_q, at_k + size_k
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return out if plan.inverse_q is None else out.index_select(0, plan.inverse_q)
+
+
+@torch.no_grad()
+def attention_tangent(
+    q_TNH: Tensor,
+    k_LNH: Tensor,
+    v_LNH: Tensor,
+    d_q_TNH: Tensor,
+    d_k_LNH: Tensor | None,
+    d_v_LNH: Tensor | None,
+    plan: AttentionPlan,
+) -> Tensor:
+    """Tangent of `attention` at these queries, keys and values; keys and values may stand still."""
+    ordered_q = [_in_order(x, plan.index_q) for x in (q_TNH, d_q_TNH)]
+    ordered_k = [None if x is None else _in_order(x, plan.index_k) for x in (k_LNH, v_LNH, d_k_LNH, d_v_LNH)]
+    outputs = []
+    at_q = at_k = 0
+    for g in plan.groups:
+        size_q, size_k = g.num * g.length_q, g.num * g.max_k
+        q, d_q = (_batch(x[at_q : at_q + size_q], g.num) for x in ordered_q)
+        k, v, d_k, d_v = (None if x is None else _batch(x[at_k : at_k + size_k], g.num) for x in ordered_k)
+        if k is None or v is None or size_k == 0:
+            out = torch.zeros_like(q)
+        else:
+            out = tim_kernels.dense_attention_tangent(q, k, v, d_q, d_k, d_v, g.mask)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+        at_q, at_k = at_q + size_q, at_k + size_k
+    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return _in_order(out, plan.inverse_q)
+
+
+def _in_order(x: Tensor, index: Tensor | None) -> Tensor:
+    return x if index is None else x.index_select(0, index)
+
+
+def _batch(x: Tensor, num: int) -> Tensor:
+    """Tokens of `num` equal segments [num * length, N, H] -> [num, N, length, H]."""
+    return x.unflatten(0, (num, -1)).transpose(1, 2)
 
 
 def _starts(lengths: tuple[int, ...]) -> list[int]:

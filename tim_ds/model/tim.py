@@ -5,6 +5,9 @@ T image tokens, L text tokens, S segments, C token channels, D model width.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -16,7 +19,8 @@ from tim_ds.model.config import ModelConfig
 from tim_ds.model.embed import CaptionEmbedder, LabelEmbedder, Linear, PatchEmbedder, TimeEmbedder
 from tim_ds.model.init import initialise
 from tim_ds.model.rope import rotary_table
-from tim_ds.packed import ClassCondition, Condition, NetworkOutput, Segments, TextCondition
+from tim_ds.model.tangent import Rows, Side, TangentStream
+from tim_ds.packed import ClassCondition, Condition, Direction, NetworkOutput, Segments, TextCondition
 
 
 class TiM(nn.Module):
@@ -56,29 +60,48 @@ class TiM(nn.Module):
         condition: Condition,
         *,
         with_features: bool = False,
+        direction: Direction | None = None,
     ) -> NetworkOutput:
-        """Evaluate F for every image of a pack.
+        """Evaluate F for every image of a pack, and its derivative along `direction`.
+
+        The derivative is carried beside the value through every layer, exact to first order and without
+        gradient. It leaves the value and its gradients as they are to the bit, and costs about one forward of
+        the images that move.
 
         Shapes:
             x_TC: [T, C], C = patch_size^2 * in_channels. t_S, r_S: [S]. condition: one entry an image.
         Units:
             t_S and r_S are c_noise(t) and c_noise(r), not multiplied by 1000.
         Returns:
-            F_TC [T, C], float32 (float64 when x_TC is), and the projector's features when `with_features`.
+            F_TC [T, C], float32 (float64 when x_TC is); the projector's features when `with_features`; dF_TC
+            in the dtype of F, when there is a direction.
         Raises:
             ShapeError: if the parts of the pack do not fit together, or features are asked of a network
                 without projector.
         """
         self._check(x_TC, t_S, r_S, segments, condition, with_features)
-        interval_SD = self._interval(t_S, r_S)
-        modulation_SD = self.t_embedder(t_S) + interval_SD
+        if direction is not None:
+            self._check_direction(direction, segments)
+        side_x = side_t = None
+        if direction is not None:
+            device = x_TC.device
+            side_x = Side(Rows.of_tokens(segments, direction.indices), direction.dx_TC)
+            side_t = Side(Rows.of_segments(direction.indices, device), direction.dt_S)
+        interval_SD, d_interval_SD = self._interval(t_S, r_S, side_t)
+        modulation_SD = self.t_embedder(t_S, side_t) + interval_SD
         text_LD, cross_plan = None, None
         if isinstance(condition, TextCondition):
             text_LD = ops.plain_norm(self.y_embedder(condition.states_LE))
-            cross_plan = ops.plan_attention(segments, condition.segments)
+            cross_plan = ops.plan_attention(_readers(segments, condition), condition.segments)
         else:
             modulation_SD = modulation_SD + self.y_embedder(condition.labels_S)
-        x_TD = ops.at_least_float32(self.x_embedder(x_TC))
+        x_TD = ops.at_least_float32(self.x_embedder(x_TC, side_x))
+        stream = None
+        if direction is not None and side_x is not None and side_t is not None and d_interval_SD is not None:
+            d_modulation_SD = side_t.value + d_interval_SD
+            stream = self._stream(
+                direction.indices, segments, condition, side_x, side_t, d_modulation_SD, d_interval_SD
+            )
         context = BlockContext(
             segments=segments,
             modulation_SD=modulation_SD,
@@ -88,34 +111,80 @@ class TiM(nn.Module):
             self_plan=ops.plan_attention(segments, segments),
             text_LD=text_LD,
             cross_plan=cross_plan,
+            stream=stream,
         )
         features = None
         for number, block in enumerate(self.blocks, start=1):
             if self.checkpoint_blocks and torch.is_grad_enabled():
-                x_TD = checkpoint(block, x_TD, context, use_reentrant=False)
+                x_TD = checkpoint(
+                    block, x_TD, context, use_reentrant=False, context_fn=partial(_recompute_contexts, stream)
+                )
             else:
                 x_TD = block(x_TD, context)
             if with_features and number == self.config.encoder_depth:
                 features = self.projector(x_TD)  # type: ignore[misc]  # _check refuses features without a projector
-        return NetworkOutput(self.final_layer(x_TD, modulation_SD, context.chunks), features)
+        F_TC = self.final_layer(x_TD, context)
+        return NetworkOutput(F_TC, features, None if stream is None else stream.value)
 
-    def _interval(self, t_S: Tensor, r_S: Tensor) -> Tensor:
-        """The interval embedding of `time_condition` (reference_spec 1.4): [S, D]."""
+    def _interval(self, t_S: Tensor, r_S: Tensor, side: Side | None) -> tuple[Tensor, Tensor | None]:
+        """The interval embedding of `time_condition` (reference_spec 1.4), [S, D], and its tangent.
+
+        `side` holds the tangent of t; r stands still.
+        """
         embed_t = self.t_embedder
         embed_d = self.t_embedder if self.delta_embedder is None else self.delta_embedder
-        match self.config.time_condition:
-            case "t-r":
-                return embed_d(t_S - r_S)
-            case "r":
-                return embed_d(r_S)
-            case "t,r":
-                return embed_t(t_S) + embed_d(r_S)
-            case "t,t-r":
-                return embed_t(t_S) + embed_d(t_S - r_S)
-            case "r,t-r":
-                return embed_t(r_S) + embed_d(t_S - r_S)
-            case "t,r,t-r":
-                return embed_t(t_S) + embed_t(r_S) + embed_d(t_S - r_S)
+        t, r, delta = (t_S, side), (r_S, None), (t_S - r_S, side)
+        terms = {
+            "t-r": [(embed_d, delta)],
+            "r": [(embed_d, r)],
+            "t,r": [(embed_t, t), (embed_d, r)],
+            "t,t-r": [(embed_t, t), (embed_d, delta)],
+            "r,t-r": [(embed_t, r), (embed_d, delta)],
+            "t,r,t-r": [(embed_t, t), (embed_t, r), (embed_d, delta)],
+        }[self.config.time_condition]
+        value = tangent = None
+        for embed, (time_S, moving) in terms:
+            own = None if moving is None else moving.fork()
+            part = embed(time_S, own)
+            value = part if value is None else value + part
+            if own is not None:
+                tangent = own.value if tangent is None else tangent + own.value
+        assert value is not None, "every time condition has a term"
+        if side is not None and tangent is None:
+            tangent = value.new_zeros(side.value.shape[0], value.shape[1])
+        return value, tangent
+
+    def _stream(
+        self,
+        indices: tuple[int, ...],
+        segments: Segments,
+        condition: Condition,
+        x: Side,
+        modulation: Side,
+        d_modulation_SD: Tensor,
+        d_interval_SD: Tensor,
+    ) -> TangentStream:
+        """What the blocks need to carry the tangents of the images `indices`."""
+        moving = segments.select(indices)
+        residual_TD = ops.at_least_float32(x.value)
+        text_rows, cross_plan = None, None
+        if isinstance(condition, TextCondition):
+            captions = [i // condition.images_per_caption for i in indices]
+            text_rows = Rows.of_tokens(condition.segments, captions)
+            cross_plan = ops.plan_attention(moving, condition.segments.select(captions))
+        return TangentStream(
+            rows=x.rows,
+            value=residual_TD,
+            segments=moving,
+            segment_rows=modulation.rows,
+            residual_TD=residual_TD,
+            modulation_SD=d_modulation_SD,
+            interval_SD=d_interval_SD,
+            table=rotary_table(moving, self.config.head_dim, self.config.rope_layout, residual_TD.dtype),
+            self_plan=ops.plan_attention(moving, moving),
+            text_rows=text_rows,
+            cross_plan=cross_plan,
+        )
 
     def _check(
         self,
@@ -153,6 +222,41 @@ class TiM(nn.Module):
             )
         if with_features and self.projector is None:
             raise ShapeError("features were asked of a network without projector (model.z_dim is null)")
+
+    def _check_direction(self, direction: Direction, segments: Segments) -> None:
+        indices = direction.indices
+        if (
+            not indices
+            or len(set(indices)) != len(indices)
+            or not set(indices) <= set(range(segments.num_segments))
+        ):
+            raise ShapeError(
+                f"direction: expected different segments among the {segments.num_segments} of the pack, at "
+                f"least one, received {list(indices)}"
+            )
+        expected = (sum(segments.lengths[i] for i in indices), self.config.token_channels)
+        if tuple(direction.dx_TC.shape) != expected or tuple(direction.dt_S.shape) != (len(indices),):
+            raise ShapeError(
+                f"direction: expected dx_TC {list(expected)} and dt_S [{len(indices)}], received "
+                f"{list(direction.dx_TC.shape)} and {list(direction.dt_S.shape)}"
+            )
+
+
+def _recompute_contexts(
+    stream: TangentStream | None,
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts of a block's first run and of its recomputation."""
+    return nullcontext(), nullcontext() if stream is None else stream.held()
+
+
+def _readers(segments: Segments, condition: TextCondition) -> Segments:
+    """The image tokens that read each caption, as one segment: neighbours share keys and values."""
+    count = condition.images_per_caption
+    if count == 1:
+        return segments
+    lengths = segments.lengths
+    together = [sum(lengths[i : i + count]) for i in range(0, len(lengths), count)]
+    return Segments.from_lengths(together).to(segments.cu_seqlens.device, non_blocking=True)
 
 
 def _projector(config: ModelConfig, z_dim: int) -> nn.Sequential:

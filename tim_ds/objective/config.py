@@ -88,7 +88,8 @@ class ObjectiveConfig:
     """Probability that an image trains r = t (the PF-ODE target). 1.0 is plain flow matching."""
     consistency_share: float = 0.1
     """Probability that an image trains r = T_min."""
-    derivative: Literal["dde", "jvp"] = "dde"
+    derivative: Literal["dde", "paired", "jvp"] = "dde"
+    """How dF/dt is found: central difference (Eq. 10), tangent carried by the main forward, forward mode."""
     derivative_step: float | None = None
     """Half-width e of the central difference (Eq. 10); null: the transport's own."""
     weight: WeightConfig = field(default_factory=WeightConfig)

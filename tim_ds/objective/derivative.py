@@ -1,4 +1,7 @@
-"""dF/dt along the path at fixed r, without gradient: two estimators of one signature.
+"""dF/dt along the path at fixed r, without gradient.
+
+`dde` and `jvp` are estimators of one signature that call the network on their own. `paired` needs none: the
+main call, given the direction of the path, returns the derivative too.
 
 T' tokens of the segments that take part, out of T.
 """
@@ -12,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tim_ds.errors import ShapeError
+from tim_ds.errors import ConfigError, ShapeError
 from tim_ds.objective.config import ObjectiveConfig
 from tim_ds.objective.time_sampling import Times
 from tim_ds.objective.transport import Transport
-from tim_ds.packed import Condition, Network, Segments, concatenate
+from tim_ds.packed import Condition, Direction, Network, Segments
 
 
 class Derivative(Protocol):
@@ -25,8 +28,7 @@ class Derivative(Protocol):
     Args:
         indices: segments that take part, at least one.
         step: half-width of the difference in the transport's time; None: the transport's own. `forward_mode`
-        has
-            no use for it.
+            has no use for it.
     """
 
     def __call__(
@@ -81,6 +83,8 @@ def central_difference(
 ) -> Tensor:
     """(F(x_{t+e}, t+e, r) - F(x_{t-e}, t-e, r)) / 2e, both sides packed into one call of the network.
 
+    The two sides of an image are neighbours in the pack and read one caption, which is embedded once.
+
     e is `transport.difference_step`: the given step, smaller close to a singular time (VP, EDM, VE); past
     T_max, and past T_min where the path is smooth (OT-FM, TrigFlow, TiM), the formulas are continued. The
     difference is divided by the distance that the rounded times really have, which in float32 near
@@ -89,25 +93,28 @@ def central_difference(
     Source: Eq. 10.
     """
     pack = _chosen(x_TC, z_TC, times, segments, condition, indices)
+    chosen = segments.select(indices)
     width_S = transport.difference_step(pack.t_S, transport.dde_step if step is None else step)
     late_S, early_S = pack.t_S + width_S, pack.t_S - width_S
-    both = segments.select([*indices, *indices])
-    t_S = torch.cat([late_S, early_S])
-    r_S = torch.cat([pack.r_S, pack.r_S])
-    x_t_TC = transport.interpolate(
-        torch.cat([pack.x_TC, pack.x_TC]), torch.cat([pack.z_TC, pack.z_TC]), both.expand(t_S)[:, None]
-    )
+    sides = [
+        transport.interpolate(pack.x_TC, pack.z_TC, chosen.expand(t)[:, None]) for t in (late_S, early_S)
+    ]
+    # Segment 2i is the late side of image i, segment 2i + 1 its early side.
+    both = segments.select([i for i in indices for _ in range(2)])
+    late, early = (both.token_index(range(side, both.num_segments, 2)) for side in range(2))
+    x_t_TC = sides[0].new_empty(both.num_tokens, x_TC.shape[1])
+    for tokens, side_TC in zip((late, early), sides, strict=True):
+        x_t_TC.index_copy_(0, tokens, side_TC)
     output = network(
         x_t_TC,
-        transport.c_noise(t_S),
-        transport.c_noise(r_S),
+        transport.c_noise(torch.stack([late_S, early_S], 1).flatten()),
+        transport.c_noise(pack.r_S.repeat_interleave(2)),
         both,
-        concatenate([pack.condition, pack.condition]),
+        pack.condition.repeat(2),
     )
-    late_TC, early_TC = output.F_TC.to(x_t_TC.dtype).chunk(2)
-    span_S = late_S - early_S
-    span_T1 = both.expand(torch.cat([span_S, span_S]))[: late_TC.shape[0], None]
-    return (late_TC - early_TC) / span_T1
+    F_TC = output.F_TC.to(x_t_TC.dtype)
+    span_T1 = chosen.expand(late_S - early_S)[:, None]
+    return (F_TC.index_select(0, late) - F_TC.index_select(0, early)) / span_T1
 
 
 @torch.no_grad()
@@ -141,10 +148,34 @@ def forward_mode(
         return torch.func.jvp(output, primals, tangents)[1]
 
 
+@torch.no_grad()
+def path_direction(
+    transport: Transport,
+    x_TC: Tensor,
+    z_TC: Tensor,
+    times: Times,
+    segments: Segments,
+    indices: Sequence[int],
+) -> Direction:
+    """(dx_t/dt, dc_noise(t)/dt) of the segments `indices`: along it F changes by dF/dt at fixed r."""
+    tokens = segments.token_index(indices)
+    index = torch.tensor(list(indices), dtype=torch.int64).to(times.t_S.device, non_blocking=True)
+    t_S = times.t_S.index_select(0, index)
+    t_T1 = segments.expand(times.t_S).index_select(0, tokens)[:, None]
+    v_TC = transport.velocity(x_TC.index_select(0, tokens), z_TC.index_select(0, tokens), t_T1)
+    return Direction(tuple(indices), v_TC, transport.d_c_noise(t_S))
+
+
 def build_derivative(config: ObjectiveConfig) -> Derivative:
-    """The estimator named by `config.derivative`."""
+    """The estimator named by `config.derivative`.
+
+    Raises:
+        ConfigError: for `paired`, which is part of the main call and no estimator of its own.
+    """
     match config.derivative:
         case "dde":
             return central_difference
         case "jvp":
             return forward_mode
+        case "paired":
+            raise ConfigError("objective.derivative: 'paired' comes with the main call of the network")

@@ -16,7 +16,7 @@ from torch import Tensor
 from tim_ds.errors import ConfigError, NonFiniteError, ShapeError
 from tim_ds.objective.alignment import alignment_loss
 from tim_ds.objective.config import ObjectiveConfig
-from tim_ds.objective.target import transition_target
+from tim_ds.objective.target import output_and_target
 from tim_ds.objective.time_sampling import Times
 from tim_ds.objective.transport import Transport
 from tim_ds.objective.weighting import adaptive_weight, check_warp_domain, time_weight
@@ -65,8 +65,7 @@ def transition_loss(
 ) -> LossTerms:
     """Loss of every image of the pack; an image counts once, however many tokens it has.
 
-    The calls without gradient (teacher, derivative) come first, so that their activations are gone before the
-    graph of the main call is built. The loss is computed in the dtype of the times, at least float32.
+    The loss is computed in the dtype of the times, at least float32.
 
     Shapes:
         x_TC: clean latent tokens.   z_TC: unit noise.   features_TZ: REPA target, needed if repa_weight > 0.
@@ -87,7 +86,7 @@ def transition_loss(
         )
     check_warp_domain(config.weight, transport)
     x_t_TC = transport.interpolate(x_TC, z_TC, segments.expand(times.t_S)[:, None])
-    target_TC = transition_target(
+    output, target_TC = output_and_target(
         network,
         transport,
         config,
@@ -99,13 +98,6 @@ def transition_loss(
         condition,
         teacher=teacher,
         null_condition=null_condition,
-    )
-    output = network(
-        x_t_TC,
-        transport.c_noise(times.t_S),
-        transport.c_noise(times.r_S),
-        segments,
-        condition,
         with_features=features_TZ is not None,
     )
     if output.F_TC.shape != target_TC.shape:

@@ -2,16 +2,62 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
 from tim_ds.errors import ConfigError
 from tim_ds.objective.config import ObjectiveConfig
-from tim_ds.objective.derivative import build_derivative
+from tim_ds.objective.derivative import build_derivative, path_direction
 from tim_ds.objective.guidance_target import guided_diffusion_target
 from tim_ds.objective.time_sampling import Times
 from tim_ds.objective.transport import Transport
-from tim_ds.packed import Condition, Network, Segments
+from tim_ds.packed import Condition, DifferentiatingNetwork, Network, NetworkOutput, Segments
+
+
+def output_and_target(
+    network: Network,
+    transport: Transport,
+    config: ObjectiveConfig,
+    x_TC: Tensor,
+    z_TC: Tensor,
+    x_t_TC: Tensor,
+    times: Times,
+    segments: Segments,
+    condition: Condition,
+    *,
+    teacher: Network | None = None,
+    null_condition: Condition | None = None,
+    with_features: bool = False,
+) -> tuple[NetworkOutput, Tensor]:
+    """F(x_t, t, r) of the main call, and F_target [T, C], without gradient.
+
+    Calls without gradient come before the main call, so that their activations are gone before its graph is
+    built. With `paired` the main call itself returns the derivative and there is no other: a pack without
+    r < t makes the same module calls as one with them.
+
+    Raises:
+        ConfigError: if guidance is configured and `teacher` or `null_condition` is missing.
+    """
+    pack = (x_TC, z_TC, x_t_TC, times, segments, condition)
+    c_t_S, c_r_S = transport.c_noise(times.t_S), transport.c_noise(times.r_S)
+    if config.derivative != "paired":
+        target_TC = transition_target(
+            network, transport, config, *pack, teacher=teacher, null_condition=null_condition
+        )
+        output = network(x_t_TC, c_t_S, c_r_S, segments, condition, with_features=with_features)
+        return output, target_TC
+
+    guided_TC = _guided(transport, config, *pack, teacher, null_condition)
+    direction = None
+    if times.transition_indices:
+        direction = path_direction(transport, x_TC, z_TC, times, segments, times.transition_indices)
+    output = cast(DifferentiatingNetwork, network)(
+        x_t_TC, c_t_S, c_r_S, segments, condition, with_features=with_features, direction=direction
+    )
+    target_TC = _target(transport, x_TC, z_TC, x_t_TC, times, segments, output.dF_TC, guided_TC)
+    return output, target_TC
 
 
 @torch.no_grad()
@@ -29,41 +75,21 @@ def transition_target(
     teacher: Network | None = None,
     null_condition: Condition | None = None,
 ) -> Tensor:
-    """F_target [T, C], without gradient.
+    """F_target [T, C], without gradient, by an estimator that calls the network on its own (`dde`, `jvp`).
 
     The derivative is estimated on the segments with r < t. Where none has r < t it is estimated on segment 0
-    and not
-    used: every rank and step then makes the same sequence of module calls (ZeRO-3 gathers parameters by it).
-    A recipe with diffusion_share = 1 (flow matching) never makes the call.
+    and not used: every rank and step then makes the same sequence of module calls (ZeRO-3 gathers parameters
+    by it). A recipe with diffusion_share = 1 (flow matching) never makes the call.
 
     Raises:
         ConfigError: if guidance is configured and `teacher` or `null_condition` is missing.
     Source: Eq. 9.
     """
-    guided_TC = None
-    if config.guided_target is not None:
-        if teacher is None or null_condition is None:
-            raise ConfigError(
-                "objective.guided_target: needs a teacher network and a null condition, received "
-                f"teacher={'given' if teacher is not None else 'none'}, "
-                f"null_condition={'given' if null_condition is not None else 'none'}"
-            )
-        guided_TC = guided_diffusion_target(
-            teacher,
-            transport,
-            config.guided_target,
-            x_TC,
-            z_TC,
-            x_t_TC,
-            times,
-            segments,
-            condition,
-            null_condition,
-        )
-
-    dF_dt_TC = torch.zeros_like(x_t_TC)
+    guided_TC = _guided(
+        transport, config, x_TC, z_TC, x_t_TC, times, segments, condition, teacher, null_condition
+    )
+    estimate_TC = None
     if config.diffusion_share < 1.0:
-        indices = times.transition_indices or (0,)
         estimate_TC = build_derivative(config)(
             network,
             transport,
@@ -72,11 +98,62 @@ def transition_target(
             times,
             segments,
             condition,
-            indices,
+            times.transition_indices or (0,),
             config.derivative_step,
         )
-        if times.transition_indices:
-            dF_dt_TC = dF_dt_TC.index_copy(0, segments.token_index(indices), estimate_TC)
+    return _target(transport, x_TC, z_TC, x_t_TC, times, segments, estimate_TC, guided_TC)
 
+
+def _guided(
+    transport: Transport,
+    config: ObjectiveConfig,
+    x_TC: Tensor,
+    z_TC: Tensor,
+    x_t_TC: Tensor,
+    times: Times,
+    segments: Segments,
+    condition: Condition,
+    teacher: Network | None,
+    null_condition: Condition | None,
+) -> Tensor | None:
+    """The diffusion part with guidance folded in, where the recipe asks for it."""
+    if config.guided_target is None:
+        return None
+    if teacher is None or null_condition is None:
+        raise ConfigError(
+            "objective.guided_target: needs a teacher network and a null condition, received "
+            f"teacher={'given' if teacher is not None else 'none'}, "
+            f"null_condition={'given' if null_condition is not None else 'none'}"
+        )
+    return guided_diffusion_target(
+        teacher,
+        transport,
+        config.guided_target,
+        x_TC,
+        z_TC,
+        x_t_TC,
+        times,
+        segments,
+        condition,
+        null_condition,
+    )
+
+
+@torch.no_grad()
+def _target(
+    transport: Transport,
+    x_TC: Tensor,
+    z_TC: Tensor,
+    x_t_TC: Tensor,
+    times: Times,
+    segments: Segments,
+    estimate_TC: Tensor | None,
+    guided_TC: Tensor | None,
+) -> Tensor:
+    """Eq. 9 with dF/dt of the segments with r < t; `estimate_TC` is not read where there are none."""
     t_T1, r_T1 = segments.expand(times.t_S)[:, None], segments.expand(times.r_S)[:, None]
+    dF_dt_TC = torch.zeros_like(x_t_TC)
+    if estimate_TC is not None and times.transition_indices:
+        tokens = segments.token_index(times.transition_indices)
+        dF_dt_TC = dF_dt_TC.index_copy(0, tokens, estimate_TC.to(dF_dt_TC.dtype))
     return transport.target(x_TC, z_TC, t_T1, r_T1, dF_dt_TC, diffusion_target=guided_TC)

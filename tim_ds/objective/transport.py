@@ -89,6 +89,9 @@ class Transport(ABC):
         """The time that the network is given."""
 
     @abstractmethod
+    def d_c_noise(self, t: Tensor) -> Tensor: ...
+
+    @abstractmethod
     def _path_time(self, normal: Tensor, uniform: Tensor) -> Tensor:
         """The unclamped draw of t."""
 
@@ -256,6 +259,9 @@ class OTFM(Transport):
     def c_noise(self, t: Tensor) -> Tensor:
         return t
 
+    def d_c_noise(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
     def _path_time(self, normal: Tensor, uniform: Tensor) -> Tensor:
         return torch.sigmoid(self.p_std * normal + self.p_mean)
 
@@ -311,6 +317,9 @@ class TrigFlow(Transport):
 
     def c_noise(self, t: Tensor) -> Tensor:
         return t
+
+    def d_c_noise(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
 
     def _path_time(self, normal: Tensor, uniform: Tensor) -> Tensor:
         return torch.atan(torch.exp(self.p_std * normal + self.p_mean))
@@ -377,6 +386,9 @@ class EDM(Transport):
 
     def c_noise(self, t: Tensor) -> Tensor:
         return torch.log(t) / 4
+
+    def d_c_noise(self, t: Tensor) -> Tensor:
+        return 0.25 / t
 
     def _path_time(self, normal: Tensor, uniform: Tensor) -> Tensor:
         return torch.exp(self.p_std * normal + self.p_mean)
@@ -461,6 +473,9 @@ class VP(Transport):
     def c_noise(self, t: Tensor) -> Tensor:
         return 999 * t
 
+    def d_c_noise(self, t: Tensor) -> Tensor:
+        return torch.full_like(t, 999.0)
+
     def _path_time(self, normal: Tensor, uniform: Tensor) -> Tensor:
         return self.T_max + uniform * (self.T_min - self.T_max)
 
@@ -515,6 +530,9 @@ class VE(Transport):
 
     def c_noise(self, t: Tensor) -> Tensor:
         return torch.log(t / 2)
+
+    def d_c_noise(self, t: Tensor) -> Tensor:
+        return 1 / t
 
     def _path_time(self, normal: Tensor, uniform: Tensor) -> Tensor:
         return self.T_min * (self.T_max / self.T_min) ** uniform
@@ -579,6 +597,9 @@ class TiMTransport(Transport):
 
     def c_noise(self, t: Tensor) -> Tensor:
         return t
+
+    def d_c_noise(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
 
     def _path_time(self, normal: Tensor, uniform: Tensor) -> Tensor:
         return torch.sigmoid(self.p_std * normal + self.p_mean)

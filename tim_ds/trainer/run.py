@@ -397,7 +397,8 @@ def _check_parts(recipe: Recipe, engine_config: Mapping[str, Any], data: DataFac
         )
     if recipe.objective.derivative == "jvp" and zero_stage(engine_config) == 3:
         problems.append(
-            "objective.derivative: 'jvp' cannot pass the hooks of ZeRO stage 3; use 'dde', or stage 0 to 2"
+            "objective.derivative: 'jvp' cannot pass the hooks of ZeRO stage 3; use 'dde' or 'paired', "
+            "or stage 0 to 2"
         )
     if problems:
         raise ConfigError("\n".join(problems))

@@ -1,0 +1,272 @@
+"""The derivative that a forward carries: each rule and the whole network against forward mode, in float64.
+
+And what it must leave alone: the value, its gradients, and what autograd keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import tim_kernels.tangent
+from tests.model.networks import class_config, random_network, random_pack, text_config
+from tim_ds.errors import ShapeError
+from tim_ds.model import ops
+from tim_ds.model.rope import rotary_table
+from tim_ds.model.tim import TiM
+from tim_ds.packed import Direction, Segments, TextCondition
+
+CONFIGS = {
+    "text-plain": text_config(qk_norm=False, distance_aware=False, separate_interval_embedder=False),
+    "text-reference-rope": text_config(rope_layout="reference"),
+    "class-p2": class_config(),
+    **{
+        f"text {kind}": text_config(time_condition=kind)
+        for kind in ("t-r", "r", "t,r", "t,t-r", "r,t-r", "t,r,t-r")
+    },
+}
+SEGMENTS = Segments.from_lengths((3, 1, 2))
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def check_rule(op: Callable[..., Tensor], tangent: Callable[..., Tensor], *shapes: tuple[int, ...]) -> None:
+    """`tangent(*values, *tangents)` is forward mode of `op(*values)`."""
+    values = [normal(*shape, seed=i) for i, shape in enumerate(shapes)]
+    moves = [normal(*shape, seed=50 + i) for i, shape in enumerate(shapes)]
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = jvp(op, tuple(values), tuple(moves))[1]
+    received = tangent(*values, *moves)
+    # float64, sums of at most 12 terms
+    torch.testing.assert_close(received, expected, rtol=1e-12, atol=1e-13)
+    assert not received.requires_grad
+
+
+def test_rule_of_the_gated_residual() -> None:
+    chunks, ids = ops.plan_chunks(SEGMENTS), SEGMENTS.segment_ids
+    check_rule(
+        lambda x, b, g: ops.gated_residual(x, b, g, chunks),
+        lambda x, b, g, dx, db, dg: ops.gated_residual_tangent(dx, b, db, g, dg, ids),
+        (6, 10), (6, 10), (3, 10),
+    )  # fmt: skip
+
+
+def test_rule_of_the_modulated_norm() -> None:
+    chunks, ids = ops.plan_chunks(SEGMENTS), SEGMENTS.segment_ids
+    check_rule(
+        lambda x, shift, scale: ops.residual_modulated_norm(x, None, None, shift, scale, chunks)[1],
+        lambda x, shift, scale, dx, d_shift, d_scale: ops.residual_modulated_norm_tangent(
+            x, dx, scale, d_shift, d_scale, ids, x.dtype
+        ),
+        (6, 10), (3, 10), (3, 10),
+    )  # fmt: skip
+
+
+def test_rule_of_swiglu() -> None:
+    check_rule(ops.swiglu, ops.swiglu_tangent, (6, 10), (6, 10))
+
+
+@pytest.mark.parametrize("has_norm", [True, False])
+@pytest.mark.parametrize("has_table", [True, False])
+def test_rule_of_the_head_norm_and_rotation(has_norm: bool, has_table: bool) -> None:
+    weight, bias = (normal(8, seed=9), normal(8, seed=8)) if has_norm else (None, None)
+    table = None
+    if has_table:
+        table = rotary_table(Segments.from_grids([(2, 3)]), 8, "row_major", torch.float64)
+    check_rule(
+        lambda x: ops.qk_norm_rope(x, weight, bias, table),
+        lambda x, dx: ops.qk_norm_rope_tangent(x, dx, weight, table),
+        (6, 2, 8),
+    )
+
+
+@pytest.mark.parametrize("keys_move", [True, False])
+@pytest.mark.parametrize("logits_at_once", [2**24, 1], ids=["whole", "query by query"])
+def test_rule_of_attention(monkeypatch: pytest.MonkeyPatch, logits_at_once: int, keys_move: bool) -> None:
+    """Several lengths, so that keys are padded and masked, and one segment without keys."""
+    monkeypatch.setattr(tim_kernels.tangent, "LOGITS_AT_ONCE", logits_at_once)
+    plan = ops.plan_attention(Segments.from_lengths((4, 1, 4, 2, 4)), Segments.from_lengths((3, 2, 5, 0, 1)))
+    k, v = normal(11, 2, 8, seed=5), normal(11, 2, 8, seed=6)
+    if keys_move:
+        check_rule(
+            lambda q, k, v: ops.attention(q, k, v, plan),
+            lambda q, k, v, dq, dk, dv: ops.attention_tangent(q, k, v, dq, dk, dv, plan),
+            (15, 2, 8), (11, 2, 8), (11, 2, 8),
+        )  # fmt: skip
+    else:
+        check_rule(
+            lambda q: ops.attention(q, k, v, plan),
+            lambda q, dq: ops.attention_tangent(q, k, v, dq, None, None, plan),
+            (15, 2, 8),
+        )
+
+
+def direction_of(pack: tuple[Any, ...], indices: tuple[int, ...]) -> Direction:
+    x, t, _, segments, _ = pack
+    tokens = sum(segments.lengths[i] for i in indices)
+    return Direction(
+        indices,
+        normal(tokens, x.shape[1], seed=21).to(x.dtype),
+        0.5 + normal(len(indices), seed=22).abs().to(t.dtype),
+    )
+
+
+def forward_mode(network: TiM, pack: tuple[Any, ...], direction: Direction) -> Tensor:
+    x, t, r, segments, condition = pack
+    tokens = segments.token_index(direction.indices)
+    dx = torch.zeros_like(x).index_copy(0, tokens, direction.dx_TC)
+    dt = torch.zeros_like(t).index_copy(0, torch.tensor(direction.indices), direction.dt_S)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        return jvp(lambda x, t: network(x, t, r, segments, condition).F_TC, (x, t), (dx, dt))[1][tokens]
+
+
+def relative(received: Tensor | None, expected: Tensor) -> float:
+    assert received is not None and received.shape == expected.shape
+    return float((received.double() - expected).norm() / expected.norm())
+
+
+def in_dtype(pack: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+    x, t, r, segments, condition = pack
+    if isinstance(condition, TextCondition):
+        condition = replace(condition, states_LE=condition.states_LE.to(dtype))
+    return x.to(dtype), t.to(dtype), r.to(dtype), segments, condition
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_the_carried_derivative_is_that_of_forward_mode(config) -> None:
+    network = random_network(config)
+    pack = random_pack(config)
+    # Neighbours (a slice), others in no order (an index), one image, one token, all.
+    for indices in ((1, 2, 3), (3, 0, 2), (0,), (1,), (0, 1, 2, 3, 4)):
+        direction = direction_of(pack, indices)
+        expected = forward_mode(network, pack, direction)
+        # float64 rounding of some hundred operations: 1e-15 seen
+        assert relative(network(*pack, direction=direction).dF_TC, expected) < 1e-13
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_in_float32_and_with_bfloat16_products(config) -> None:
+    pack = in_dtype(random_pack(config, dtype=torch.float32), torch.float32)
+    wide_pack = in_dtype(pack, torch.float64)
+    direction = direction_of(pack, (3, 0, 2))
+    wide = replace(direction, dx_TC=direction.dx_TC.double(), dt_S=direction.dt_S.double())
+    network = random_network(config, dtype=torch.float32)
+    expected = forward_mode(random_network(config, dtype=torch.float32).double(), wide_pack, wide)
+    # 1e-6 seen: 6e-8 a rounding
+    assert relative(network(*pack, direction=direction).dF_TC, expected) < 1e-5
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        carried = network(*pack, direction=direction).dF_TC
+    # bfloat16 keeps 8 bits, 2^-9 a rounding: 0.5 to 1.4 % seen
+    assert 1e-4 < relative(carried, expected) < 0.03
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16 products"])
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("name", ["text t-r", "text-plain", "class-p2"])
+def test_value_and_gradients_are_the_same_bits_with_and_without(name, recompute, autocast) -> None:
+    config = CONFIGS[name]
+    network = random_network(config, dtype=torch.float32)
+    network.checkpoint_blocks = recompute
+    pack = in_dtype(random_pack(config, dtype=torch.float32), torch.float32)
+
+    def run(direction: Direction | None) -> tuple[list[Tensor], int, Tensor | None]:
+        kept = 0
+
+        def count(x: Tensor) -> Tensor:
+            nonlocal kept
+            kept += x.numel() * x.element_size()
+            return x
+
+        network.zero_grad()
+        x = pack[0].clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                out = network(x, *pack[1:], with_features=True, direction=direction)
+            after_forward = kept
+        assert out.features_TZ is not None
+        (out.F_TC.square().mean() + out.features_TZ.square().mean()).backward()
+        gradients = [p.grad for p in [x, *network.parameters()] if p.grad is not None]
+        return [out.F_TC, out.features_TZ, *gradients], after_forward, out.dF_TC
+
+    plain, kept_plain, nothing = run(None)
+    carrying, kept_carrying, derivative = run(direction_of(pack, (0, 3)))
+    assert len(plain) > 50 and nothing is None
+    assert all(torch.equal(a, b) for a, b in zip(plain, carrying, strict=True))
+    assert kept_plain == kept_carrying, "the tangent keeps something for the backward"
+    assert derivative is not None and not derivative.requires_grad and derivative.norm() > 0.1
+
+
+def test_recomputation_leaves_the_tangent_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = text_config()
+    network = random_network(config)
+    pack = random_pack(config)
+    direction = direction_of(pack, (0, 3))
+    calls = {"value": 0, "tangent": 0}
+
+    def counted(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: Any) -> Tensor:
+            calls[name] += 1
+            return function(*args)
+
+        return call
+
+    monkeypatch.setattr(ops, "attention", counted("value", ops.attention))
+    monkeypatch.setattr(ops, "attention_tangent", counted("tangent", ops.attention_tangent))
+    plain = network(*pack, direction=direction).dF_TC
+    per_forward = 2 * config.depth
+    assert calls == {"value": per_forward, "tangent": per_forward}
+    network.checkpoint_blocks = True
+    out = network(*pack, direction=direction)
+    out.F_TC.sum().backward()
+    assert calls == {"value": 3 * per_forward, "tangent": 2 * per_forward}
+    assert plain is not None and out.dF_TC is not None and torch.equal(out.dF_TC, plain)
+
+
+def test_an_image_that_stands_still_cannot_reach_the_derivative_of_others() -> None:
+    config = text_config()
+    network = random_network(config)
+    pack = random_pack(config)
+    direction = direction_of(pack, (0, 3))
+    before = network(*pack, direction=direction).dF_TC
+    x = pack[0].clone()
+    x[pack[3].token_index([1, 2, 4])] = float("nan")
+    after = network(x, *pack[1:], direction=direction).dF_TC
+    assert before is not None and after is not None and torch.equal(before, after)
+
+
+def test_neighbours_that_share_a_caption_are_carried_like_others() -> None:
+    config = text_config()
+    network = random_network(config)
+    grids = [(3, 5), (1, 1), (4, 2), (2, 2)]
+    *pack, condition = random_pack(config, grids, (4, 3))
+    shared = (*pack, replace(condition, images_per_caption=2))
+    direction = direction_of(shared, (3, 0, 1))
+    expected = forward_mode(network, shared, direction)
+    assert relative(network(*shared, direction=direction).dF_TC, expected) < 1e-13
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"indices": ()}, "at least one"),
+        ({"indices": (0, 0)}, "different segments"),
+        ({"indices": (0, 5)}, "among the 5 of the pack"),
+        ({"indices": (0, 1)}, "expected dx_TC \\[16, 4\\]"),
+        ({"dt_S": torch.ones(1)}, "dt_S \\[2\\]"),
+    ],
+)
+def test_a_direction_that_does_not_fit_is_refused(change, message) -> None:
+    config = text_config()
+    pack = random_pack(config)
+    direction = replace(direction_of(pack, (0, 3)), **change)
+    with pytest.raises(ShapeError, match=message):
+        random_network(config)(*pack, direction=direction)
