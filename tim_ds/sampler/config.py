@@ -36,8 +36,8 @@ class SamplerConfig:
             raise ConfigError(f"sampler.cfg_interval: low {low} is beyond high {high}")
         if low > 1 or high < 0:
             raise ConfigError(
-                f"sampler.cfg_interval: expected shares of T_max that meet 0 to 1, received {[low, high]}, by "
-                "which no step is guided"
+                f"sampler.cfg_interval: expected shares of T_max that meet 0 to 1, received {[low, high]}, "
+                "by which no step is guided"
             )
         # A request may hold what a file cannot: inf, nan.
         for name in ("cfg_scale", "stochasticity"):
