@@ -5,7 +5,7 @@ Letters in shapes: T image tokens, C channels of a token, S images, L text token
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -51,3 +51,16 @@ class PackedBatch:
             raise ValueError("text_lengths do not add up to the rows of text_LE")
         if not len(self.grids) == len(self.sample_ids) == len(self.keys) == len(self.dropped_S):
             raise ValueError("grids, sample_ids, keys and dropped_S must have one entry an image")
+
+    def pin_memory(self) -> PackedBatch:
+        """The same batch in page-locked memory, from which copies to a device run beside computation."""
+
+        def pinned(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.pin_memory()
+
+        return replace(
+            self,
+            latents_TC=self.latents_TC.pin_memory(),
+            text_LE=pinned(self.text_LE),
+            labels_S=pinned(self.labels_S),
+        )

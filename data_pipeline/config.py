@@ -46,7 +46,7 @@ class TextEncoderConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     shards: str
-    """Folder that holds the tar shards and their index."""
+    """Folder, or URL that fsspec reads, of the tar shards and their index."""
     tokens_per_pack: int
     """Token budget of one pack (one micro-batch of one rank); at least the largest image."""
     packs_per_step: int

@@ -11,6 +11,8 @@ from hashlib import blake2b
 
 import numpy as np
 
+from data_pipeline.permutation import derive_key, mix
+
 
 @lru_cache(maxsize=256)
 def _stream_key(stream: str) -> int:
@@ -36,3 +38,12 @@ def generator(seed: int, stream: str, epoch: int, sample_id: int) -> np.random.G
     counter = np.array([0, 0, sample_id, epoch], dtype=np.uint64)
     key = np.array([seed, _stream_key(stream)], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(counter=counter, key=key))
+
+
+def uniforms(seed: int, stream: str, epoch: int, sample_ids: np.ndarray) -> np.ndarray:
+    """One draw from [0, 1) for each sample, float64: as `generator`, but for many samples at once.
+
+    A hash of the sample's number instead of a generator for each, which takes 20 us to set up.
+    """
+    words = mix(mix(np.asarray(sample_ids).astype(np.uint64)) ^ derive_key(seed, stream, epoch))
+    return (words >> np.uint64(11)) * 2.0**-53

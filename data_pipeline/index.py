@@ -1,7 +1,8 @@
 """The index beside the shards: one row a sample, so that order is planned on integers and read by offset.
 
-`index.safetensors` holds one array a column (64 bytes a sample, plus its key) and a JSON header. It is built
-in one pass over any webdataset tars that follow `schema.py`, whoever wrote them:
+`index.safetensors` holds one array a column (68 bytes a sample, plus its key), a table of the sizes that
+occur, and a JSON header. Loading maps it into memory: rows are paged in as they are read. It is built in one
+pass over any webdataset tars that follow `schema.py`, whoever wrote them:
 
     python -m data_pipeline.index FOLDER
 """
@@ -14,23 +15,42 @@ import os
 import sys
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 from tqdm import tqdm
 
 from data_pipeline import schema
 from data_pipeline.errors import DataError
+from data_pipeline.packing import LengthGroups
+from data_pipeline.storage import Remote, is_url
 
 INDEX_NAME = "index.safetensors"
-FORMAT = 1
+FORMAT = 2
+
+MAX_BAD_SHARE = 0.01
+"""Share of samples that may break the schema before the index is refused ..."""
+
+MIN_BAD_LIMIT = 8
+"""... but never before this many: a small set must not be lost to one bad sample."""
+
+BAD_LISTED = 100
+"""Bad samples that the index names; all are counted."""
+
+FETCH_BYTES = 1 << 24
+"""Bytes of one request while an index is fetched."""
+
+TRUNCATED = "truncated tar: what follows is lost; copy or prepare it again"
+
+BAD_STOP = 100_000
+"""Bad samples after which the pass ends at once, whatever the share."""
 
 COLUMNS: dict[str, Any] = {
     "shard": np.int32,
@@ -54,11 +74,22 @@ COLUMNS: dict[str, Any] = {
 }
 
 
+DTYPES: dict[str, Any] = {
+    "U8": np.uint8,
+    "U16": np.uint16,
+    "U32": np.uint32,
+    "I32": np.int32,
+    "I64": np.int64,
+}
+"""safetensors' names of the types that an index uses."""
+
+
 @dataclass(frozen=True, eq=False)
 class Index:
     """All samples of a folder of shards, in shard order; a sample's id is its row."""
 
-    folder: Path
+    folder: Path | str
+    """Where the shards are; a string for a URL."""
     shards: tuple[str, ...]
     shard_bytes: tuple[int, ...]
     channels: int
@@ -68,6 +99,18 @@ class Index:
     """Classes, whose number is also the null label; 0 for text data."""
     columns: dict[str, np.ndarray]
     key_bytes: np.ndarray
+    shapes: np.ndarray
+    """Sizes that occur, int64 [M, 3]: height and width in latent cells, samples; sorted by the first two."""
+    members: np.ndarray
+    """Sample ids sorted by size, those of the first row of `shapes` first: uint32 [N]."""
+    num_bad: int = 0
+    """Samples (or broken ends of shards) that the index leaves out because they break the schema."""
+    bad: tuple[tuple[str, str], ...] = ()
+    """(shard:key, reason) of the first of them."""
+    online: tuple[str, ...] = ()
+    """What is encoded while training: `picture`, and `ids` or `caption`; empty where all of it was before."""
+    stored: tuple[Path, str] | None = None
+    """Local file that the arrays are mapped from, and the hash it records; None for an index just built."""
 
     def __len__(self) -> int:
         return len(self.columns["shard"])
@@ -76,14 +119,19 @@ class Index:
     def has_text(self) -> bool:
         return self.text_width > 0
 
-    @cached_property
+    @property
     def hash(self) -> str:
         """Hash of every row and of the shards' names and sizes: the identity of the data's order."""
+        return self.stored[1] if self.stored is not None else self.compute_hash()
+
+    def compute_hash(self) -> str:
+        """`hash` from the content, which is read once from end to end."""
         digest = blake2b(digest_size=16)
         digest.update(json.dumps(self._header(), sort_keys=True).encode())
-        for name in COLUMNS:
-            digest.update(np.ascontiguousarray(self.columns[name]).data)
-        digest.update(np.ascontiguousarray(self.key_bytes).data)
+        for _, array in self._arrays():
+            # In pieces: a mapped file must not be drawn into memory as a whole.
+            for start in range(0, len(array), 1 << 22):
+                digest.update(np.ascontiguousarray(array[start : start + (1 << 22)]).data)
         return digest.hexdigest()
 
     def key(self, sample_id: int) -> str:
@@ -95,22 +143,51 @@ class Index:
         """shard:key, as messages name a sample."""
         return f"{self.shards[int(self.columns['shard'][sample_id])]}:{self.key(sample_id)}"
 
-    def grids(self, patch_size: int) -> np.ndarray:
-        """(height, width) in tokens of every sample: int64 [N, 2].
+    def grid(self, sample_id: int, patch_size: int) -> tuple[int, int]:
+        """(height, width) of a sample in tokens."""
+        columns = self.columns
+        return int(columns["height"][sample_id]) // patch_size, int(columns["width"][sample_id]) // patch_size
+
+    def groups(self, patch_size: int) -> LengthGroups:
+        """The samples grouped by size, those of the fewest tokens first. Reads the table of sizes alone.
 
         Raises:
             DataError: if a latent is no multiple of `patch_size`.
         """
-        cells = np.stack([self.columns["height"], self.columns["width"]], axis=1).astype(np.int64)
-        bad = np.flatnonzero((cells % patch_size).any(axis=1))
-        if len(bad):
-            h, w = cells[bad[0]]
+        cells, counts = self.shapes[:, :2], self.shapes[:, 2]
+        starts = np.cumsum(counts) - counts
+        bad = (cells % patch_size).any(axis=1)
+        if bad.any():
+            first = int(np.flatnonzero(bad)[0])
+            h, w = cells[first]
             raise DataError(
-                f"{self.folder}: {len(bad)} of {len(self)} latents are no multiple of the patch size "
-                f"{patch_size}, first {self.name(int(bad[0]))} with {h}x{w} cells; "
-                f"prepare the data with sides that are"
+                f"{self.folder}: {counts[bad].sum()} of {len(self)} latents are no multiple of the patch "
+                f"size {patch_size}, one is {self.name(int(self.members[starts[first]]))} with {h}x{w} "
+                f"cells; prepare the data with sides that are"
             )
-        return cells // patch_size
+        lengths = (cells // patch_size).prod(axis=1)
+        order = np.argsort(lengths, kind="stable")
+        return LengthGroups(lengths[order], counts[order], starts[order], self.members)
+
+    def same_size(self, sample_id: int) -> np.ndarray:
+        """Ids of the samples of the size of `sample_id`, itself included."""
+        return self.of_shape(self._shape_of(sample_id))
+
+    def of_shape(self, shape: int) -> np.ndarray:
+        """Ids of the samples of row `shape` of `shapes`."""
+        end = int(self.shapes[: shape + 1, 2].sum())
+        return self.members[end - int(self.shapes[shape, 2]) : end]
+
+    def smaller_shapes(self, sample_id: int) -> list[int]:
+        """Rows of `shapes` with no more cells than this sample's, nearest first, its own left out."""
+        own = self._shape_of(sample_id)
+        cells = self.shapes[:, 0] * self.shapes[:, 1]
+        rows = np.flatnonzero(cells <= cells[own])
+        return [int(row) for row in rows[np.argsort(-cells[rows], kind="stable")] if row != own]
+
+    def _shape_of(self, sample_id: int) -> int:
+        height, width = (int(self.columns[name][sample_id]) for name in ("height", "width"))
+        return int(np.flatnonzero((self.shapes[:, 0] == height) & (self.shapes[:, 1] == width))[0])
 
     def _header(self) -> dict[str, Any]:
         return {
@@ -120,67 +197,187 @@ class Index:
             "channels": self.channels,
             "text_width": self.text_width,
             "num_classes": self.num_classes,
+            "num_bad": self.num_bad,
+            "bad": [list(entry) for entry in self.bad],
+            **({"online": list(self.online)} if self.online else {}),
         }
 
+    def _arrays(self) -> list[tuple[str, np.ndarray]]:
+        """Everything that is stored, widest type first as safetensors aligns it."""
+        arrays = [*self.columns.items(), ("key_bytes", self.key_bytes), ("members", self.members)]
+        arrays.append(("shapes", self.shapes))
+        return sorted(arrays, key=lambda item: (-item[1].dtype.itemsize, item[0]))
+
     def save(self) -> Path:
-        """Write the index beside its shards (aside, then renamed). Returns its path."""
+        """Write the index beside its shards (aside, then renamed). Returns its path.
+
+        Raises:
+            DataError: if the shards lie at a URL.
+        """
+        if not isinstance(self.folder, Path):
+            raise DataError(
+                f"{self.folder}: an index is written beside local shards, then uploaded with them"
+            )
         path = self.folder / INDEX_NAME
         aside = path.with_name(f".{INDEX_NAME}.partial")
-        # One metadata entry: safetensors writes several in an order that changes from run to run.
-        metadata = {"header": json.dumps({**self._header(), "hash": self.hash})}
         try:
-            aside.write_bytes(save({**self.columns, "key_bytes": self.key_bytes}, metadata=metadata))
+            with open(aside, "wb") as stream:
+                stream.write(encode_header(self._arrays(), {**self._header(), "hash": self.hash}))
+                for _, array in self._arrays():
+                    array.tofile(stream)
             os.replace(aside, path)
         finally:
             aside.unlink(missing_ok=True)
         return path
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A spawned worker maps the file itself: a pickled map would carry every row.
+        if self.stored is not None:
+            return _map_index, (self.stored[0], self.folder)
+        return super().__reduce_ex__(protocol)
 
-def load_index(folder: Path | str) -> Index:
-    """The index of a folder of shards.
+
+def encode_header(arrays: Sequence[tuple[str, np.ndarray]], header: dict[str, Any]) -> bytes:
+    """The head of a safetensors file whose tensors follow in this order, `header` as its metadata."""
+    names = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+    entries: dict[str, Any] = {"__metadata__": {"header": json.dumps(header)}}
+    end = 0
+    for name, array in arrays:
+        start, end = end, end + array.nbytes
+        entries[name] = {
+            "dtype": names[array.dtype],
+            "shape": list(array.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def load_index(location: Path | str, *, verify: bool = False) -> Index:
+    """The index of a folder or URL of shards.
+
+    The file is mapped, not read: this costs the same at any number of samples. A row that was altered is
+    found when its sample is read, by its checksum. The index of a URL is kept in `cache_folder()`, and
+    fetched again when the one at the URL has another header, hash included.
+
+    Args:
+        location: folder, or URL that fsspec reads.
+        verify: compare the whole content with the recorded hash.
 
     Raises:
         DataError: if it is missing, unreadable, altered, or older than its shards.
     """
-    folder = Path(folder)
-    path = folder / INDEX_NAME
-    rebuild = f"build it with `python -m data_pipeline.index {folder}`"
-    if not path.is_file():
-        raise DataError(f"{path}: no index; prepare the data, or if the shards are there {rebuild}")
-    try:
-        with safe_open(path, framework="numpy") as stored:
-            header = json.loads((stored.metadata() or {})["header"])
-            if header.get("format") != FORMAT:
-                raise DataError(
-                    f"{path}: index format {header.get('format')}, expected {FORMAT}; re{rebuild}"
-                )
-            columns = {name: stored.get_tensor(name) for name in COLUMNS}
-            key_bytes = stored.get_tensor("key_bytes")
-            index = Index(
-                folder=folder,
-                shards=tuple(header["shards"]),
-                shard_bytes=tuple(header["shard_bytes"]),
-                channels=header["channels"],
-                text_width=header["text_width"],
-                num_classes=header["num_classes"],
-                columns=columns,
-                key_bytes=key_bytes,
-            )
-            recorded_hash = header["hash"]
-    except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
-        raise DataError(f"{path}: not a readable index ({error!r}); re{rebuild}") from error
-    if index.hash != recorded_hash:
-        raise DataError(f"{path}: its content does not match its hash; re{rebuild}")
-    for name, size in zip(index.shards, index.shard_bytes, strict=True):
-        shard = folder / name
-        if not shard.is_file():
-            raise DataError(f"{shard}: missing, but the index lists it; restore it or re{rebuild}")
-        if shard.stat().st_size != size:
-            raise DataError(
-                f"{shard}: expected {size} bytes, received {shard.stat().st_size}: it changed after the "
-                f"index was built; restore it or re{rebuild}"
-            )
+    rebuild = f"build it with `python -m data_pipeline.index {location}`"
+    if is_url(location):
+        index = _map_index(_fetch(Remote(str(location))), str(location).rstrip("/"))
+    else:
+        path = Path(location) / INDEX_NAME
+        if not path.is_file():
+            raise DataError(f"{path}: no index; prepare the data, or if the shards are there {rebuild}")
+        index = _map_index(path, Path(location))
+        for name, size in zip(index.shards, index.shard_bytes, strict=True):
+            _check_shard(Path(location) / name, size, rebuild)
+    if verify and index.compute_hash() != index.hash:
+        raise DataError(f"{location}/{INDEX_NAME}: its content does not match its hash; re{rebuild}")
     return index
+
+
+def _check_shard(path: Path, expected: int, rebuild: str) -> None:
+    try:
+        size = os.stat(path).st_size
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: missing, but the index lists it; restore it or re{rebuild}") from error
+    if size != expected:
+        raise DataError(
+            f"{path}: expected {expected} bytes, received {size}: it changed after the index was built; "
+            f"restore it or re{rebuild}"
+        )
+
+
+def _map_index(path: Path, folder: Path | str) -> Index:
+    """The index in the file `path`, for the shards in `folder`."""
+    rebuild = f"rebuild it with `python -m data_pipeline.index {folder}`"
+    try:
+        with open(path, "rb") as stream:
+            start = 8 + int.from_bytes(stream.read(8), "little")
+            total = os.fstat(stream.fileno()).st_size
+            if not 8 < start <= total:
+                raise ValueError(f"{total} bytes, a header of {start}")
+            entries = json.loads(stream.read(start - 8))
+        header = json.loads(entries.pop("__metadata__")["header"])
+        if header.get("format") != FORMAT:
+            raise DataError(f"{path}: index format {header.get('format')}, expected {FORMAT}; {rebuild}")
+        arrays: dict[str, np.ndarray] = {}
+        for name, entry in entries.items():
+            first, end = (start + int(place) for place in entry["data_offsets"])
+            if end > total:
+                raise ValueError(f"{name} ends at byte {end} of {total}")
+            dtype, shape = np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"])
+            # Plain views of one kind: np.memmap's own class is slow to index one row at a time.
+            mapped = np.memmap(path, dtype, "r", first, shape) if end > first else np.empty(shape, dtype)
+            arrays[name] = mapped.view(np.ndarray)
+        return Index(
+            folder=folder,
+            shards=tuple(header["shards"]),
+            shard_bytes=tuple(header["shard_bytes"]),
+            channels=header["channels"],
+            text_width=header["text_width"],
+            num_classes=header["num_classes"],
+            columns={name: arrays[name] for name in COLUMNS},
+            key_bytes=arrays["key_bytes"],
+            shapes=np.array(arrays["shapes"]),
+            members=arrays["members"],
+            num_bad=header["num_bad"],
+            bad=tuple((name, reason) for name, reason in header["bad"]),
+            online=tuple(header.get("online", ())),
+            stored=(path, header["hash"]),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}: not a readable index ({error!r}); {rebuild}") from error
+
+
+def cache_folder() -> Path:
+    """Where the indexes of URLs are kept: `$XDG_CACHE_HOME/tim_ds`, by default `~/.cache/tim_ds`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tim_ds"
+
+
+def _fetch(remote: Remote) -> Path:
+    """Local copy of the index at a URL, fetched unless the copy at hand has the same header."""
+    where = f"{remote.location}/{INDEX_NAME}"
+    try:
+        total = remote.size(INDEX_NAME)
+        length = int.from_bytes(remote.read_range(INDEX_NAME, 0, 8), "little")
+        if not 0 < length < total:
+            raise DataError(f"{where}: not a readable index ({total} bytes, a header of {length})")
+        head = remote.read_range(INDEX_NAME, 0, 8 + length)
+        # The header holds the hash of the content: equal headers, equal content.
+        name = blake2b(head, digest_size=16).hexdigest()
+        path = cache_folder() / f"{name}.{INDEX_NAME}"
+        if path.is_file() and path.stat().st_size == total:
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # One name a process: ranks of a machine may fetch at once, and any rename leaves the same bytes.
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            with open(aside, "wb") as stream:
+                while stream.tell() < total:
+                    piece = remote.read_range(
+                        INDEX_NAME, stream.tell(), min(FETCH_BYTES, total - stream.tell())
+                    )
+                    if not piece:
+                        raise DataError(f"{where}: ends at byte {stream.tell()}, expected {total}")
+                    stream.write(piece)
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+        return path
+    except FileNotFoundError as error:
+        raise DataError(f"{where}: no index; upload the one that was built beside the shards") from error
+    except OSError as error:
+        raise DataError(f"{where}: cannot be read ({error})") from error
 
 
 @dataclass
@@ -188,85 +385,218 @@ class _Row:
     """Members of one sample while its tar is walked: extension -> (first byte, size)."""
 
     key: str
-    members: dict[str, tuple[int, int]]
+    members: dict[str, tuple[int, int]] = field(default_factory=dict)
+    problem: str | None = None
 
 
-def build_index(folder: Path | str, *, num_classes: int | None = None, progress: bool = True) -> Index:
+@dataclass
+class _ShardRows:
+    """What one tar holds. `channels` and `widths` have one entry a row; `key_end` cuts `keys` into keys."""
+
+    columns: dict[str, np.ndarray]
+    keys: np.ndarray
+    channels: np.ndarray
+    widths: np.ndarray
+    bad: list[tuple[str, str]]
+    forms: dict[tuple[str, ...], str]
+    """What samples leave to encode (`Index.online`), and one sample for each."""
+
+    def __len__(self) -> int:
+        return len(self.channels)
+
+    def key(self, row: int) -> str:
+        ends = self.columns["key_end"]
+        return self.keys[int(ends[row - 1]) if row else 0 : int(ends[row])].tobytes().decode()
+
+    def keep(self, kept: np.ndarray) -> None:
+        """Drop the rows that are not `kept`."""
+        ends = self.columns["key_end"]
+        sizes = np.diff(ends, prepend=0)
+        self.keys = self.keys[np.repeat(kept, sizes)]
+        self.columns = {name: column[kept] for name, column in self.columns.items()}
+        self.columns["key_end"] = np.cumsum(sizes[kept])
+        self.channels, self.widths = self.channels[kept], self.widths[kept]
+
+
+def build_index(
+    folder: Path | str,
+    *,
+    num_classes: int | None = None,
+    progress: bool = True,
+    processes: int = 1,
+    max_bad_share: float = MAX_BAD_SHARE,
+) -> Index:
     """Index every `*.tar` of `folder` in one pass; nothing is written (see `Index.save`).
+
+    A sample that breaks the schema is left out and recorded in `Index.bad`; so is the end of a truncated tar,
+    and a sample whose channels or width of states differ from those of most.
 
     Args:
         folder: of webdataset shards, in any layout that `schema.py` describes.
         num_classes: of class data; null takes the largest label plus one.
         progress: whether to show a bar.
+        processes: that read shards side by side.
+        max_bad_share: share of bad samples above which the index is refused; the first 8 are always allowed,
+            except with 0.
 
     Raises:
-        DataError: if there are no shards, a tar is truncated, or a sample breaks the schema.
+        DataError: if there are no shards, no usable sample, or too many bad ones.
     """
     folder = Path(folder)
     paths = sorted(folder.glob("*.tar"))
     if not paths:
         raise DataError(f"{folder}: expected webdataset shards (*.tar), received none")
-    rows: dict[str, list[int]] = {name: [] for name in COLUMNS}
-    keys = bytearray()
-    channels: dict[int, str] = {}
-    widths: dict[int, str] = {}
-    for number, path in enumerate(tqdm(paths, desc="index", unit="shard", disable=not progress)):
-        _index_shard(path, number, rows, keys, channels, widths)
-    if not rows["shard"]:
-        raise DataError(f"{folder}: {len(paths)} shards without a single sample")
-    for what, found in (("channels of a latent", channels), ("width of the text states", widths)):
-        if len(found) > 1:
-            listed = ", ".join(f"{n} ({name})" for n, name in sorted(found.items()))
-            raise DataError(f"{folder}: expected one {what}, received {listed}")
-    columns = {name: np.asarray(rows[name], dtype=dtype) for name, dtype in COLUMNS.items()}
-    text_width = next(iter(widths))
+    parts: list[_ShardRows] = []
+    num_bad = 0
+    with ExitStack() as stack:
+        if processes > 1:
+            found = stack.enter_context(ProcessPoolExecutor(processes)).map(_index_shard, paths)
+        else:
+            found = map(_index_shard, paths)
+        for part in tqdm(found, total=len(paths), desc="index", unit="shard", disable=not progress):
+            parts.append(part)
+            num_bad += len(part.bad)
+            if num_bad > BAD_STOP:
+                break
+    _keep_the_most_common(paths, parts)
+    samples, bad = sum(map(len, parts)), [entry for part in parts for entry in part.bad]
+    _check_bad(folder, samples, bad, max_bad_share)
+    forms = {form: where for part in parts for form, where in part.forms.items()}
+    if len(forms) > 1:
+        listed = "; ".join(f"{where} leaves {' and '.join(f) or 'nothing'}" for f, where in forms.items())
+        raise DataError(f"{folder}: samples differ in what they leave to encode while training: {listed}")
+    text_width = next(int(part.widths[0]) for part in parts if len(part))
+    columns = _merge_columns(parts)
     largest = int(columns["label"].max())
     if text_width == 0 and num_classes is not None and largest >= num_classes:
         raise DataError(f"{folder}: label {largest} with num_classes {num_classes}")
+    shapes, members = group_by_size(columns["height"], columns["width"])
     return Index(
         folder=folder,
         shards=tuple(p.name for p in paths),
         shard_bytes=tuple(p.stat().st_size for p in paths),
-        channels=next(iter(channels)),
+        channels=next(int(part.channels[0]) for part in parts if len(part)),
         text_width=text_width,
         num_classes=0 if text_width else (num_classes or largest + 1),
         columns=columns,
-        key_bytes=np.frombuffer(bytes(keys), dtype=np.uint8),
+        key_bytes=np.concatenate([part.keys for part in parts]),
+        shapes=shapes,
+        members=members,
+        num_bad=len(bad),
+        bad=tuple(bad[:BAD_LISTED]),
+        online=next(iter(forms)),
     )
 
 
-def _index_shard(
-    path: Path,
-    number: int,
-    rows: dict[str, list[int]],
-    keys: bytearray,
-    channels: dict[int, str],
-    widths: dict[int, str],
-) -> None:
+def group_by_size(heights: np.ndarray, widths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`Index.shapes` and `Index.members` of samples with these sizes in latent cells."""
+    codes, inverse, counts = np.unique(
+        (heights.astype(np.uint32) << 16) | widths, return_inverse=True, return_counts=True
+    )
+    if len(codes) <= 1 << 16:
+        # numpy sorts 16-bit integers in linear time.
+        inverse = inverse.astype(np.uint16)
+    members = np.argsort(inverse, kind="stable").astype(np.uint32)
+    return np.stack([codes >> 16, codes & 0xFFFF, counts], axis=1).astype(np.int64), members
+
+
+def _keep_the_most_common(paths: Sequence[Path], parts: Sequence[_ShardRows]) -> None:
+    """Move samples with other channels, or another width of states, than most samples to the bad ones."""
+    counts: Counter[tuple[int, int]] = Counter()
+    for part in parts:
+        counts.update(zip(part.channels.tolist(), part.widths.tolist(), strict=True))
+    if len(counts) < 2:
+        return
+    channels, width = max(counts, key=lambda pair: (counts[pair], pair))
+    for path, part in zip(paths, parts, strict=False):
+        other = (part.channels != channels) | (part.widths != width)
+        for row in np.flatnonzero(other).tolist():
+            found = f"{part.channels[row]} channels and states of width {part.widths[row]}"
+            part.bad.append(
+                (
+                    f"{path.name}:{part.key(row)}",
+                    f"expected {channels} channels and {width}, received {found}",
+                )
+            )
+        if other.any():
+            part.keep(~other)
+
+
+def _check_bad(folder: Path, samples: int, bad: Sequence[tuple[str, str]], share: float) -> None:
+    total = samples + len(bad)
+    if total == 0:
+        raise DataError(f"{folder}: its shards hold no sample at all")
+    limit = max(MIN_BAD_LIMIT, int(share * total)) if share > 0 else 0
+    if samples == 0 or len(bad) > limit:
+        listed = "\n  ".join(f"{name}: {reason}" for name, reason in bad[:5])
+        raise DataError(
+            f"{folder}: {len(bad)} of {total} samples break the schema (allowed: {limit}); "
+            f"the first:\n  {listed}"
+        )
+
+
+def _merge_columns(parts: Sequence[_ShardRows]) -> dict[str, np.ndarray]:
+    columns: dict[str, np.ndarray] = {}
+    for name, dtype in COLUMNS.items():
+        # One column at a time, each freed in its parts: the peak is one copy of the table, not two.
+        pieces = [part.columns.pop(name) for part in parts]
+        if name == "shard":
+            pieces = [np.full(len(part), number) for number, part in enumerate(parts)]
+        if name == "key_end":
+            before = np.cumsum([0, *(len(part.keys) for part in parts[:-1])])
+            pieces = [piece + first for piece, first in zip(pieces, before, strict=True)]
+        columns[name] = np.concatenate(pieces).astype(dtype, copy=False)
+    return columns
+
+
+def _index_shard(path: Path) -> _ShardRows:
+    rows: dict[str, list[int]] = {name: [] for name in COLUMNS}
+    keys = bytearray()
+    shapes: list[tuple[int, int]] = []
+    bad: list[tuple[str, str]] = []
+    forms: dict[tuple[str, ...], str] = {}
     seen: set[str] = set()
     with open(path, "rb") as stream:
         for row in _walk(path, stream):
             where = f"{path.name}:{row.key}"
-            if row.key in seen:
-                raise DataError(f"{where}: key given twice, or its members are not next to each other")
+            problem = row.problem
+            if problem is None and row.key in seen:
+                problem = "key given twice, or its members are not next to each other"
             seen.add(row.key)
-            _append(rows, keys, row, number, stream, where, channels, widths)
+            if problem is None:
+                try:
+                    values, shape, online = _check_row(row, stream, where)
+                except DataError as error:
+                    problem = str(error).removeprefix(f"{where}: ")
+                else:
+                    keys.extend(row.key.encode())
+                    values["key_end"] = len(keys)
+                    for name, value in values.items():
+                        rows[name].append(value)
+                    shapes.append(shape)
+                    forms.setdefault(online, where)
+            if problem is not None:
+                bad.append((where, problem))
+    rows["shard"] = [0] * len(shapes)
+    channels, widths = np.array(shapes, dtype=np.int64).reshape(-1, 2).T
+    columns = {name: np.asarray(rows[name], dtype=dtype) for name, dtype in COLUMNS.items()}
+    return _ShardRows(columns, np.frombuffer(bytes(keys), dtype=np.uint8), channels, widths, bad, forms)
 
 
-def _append(
-    rows: dict[str, list[int]],
-    keys: bytearray,
-    row: _Row,
-    number: int,
-    stream: BinaryIO,
-    where: str,
-    channels: dict[int, str],
-    widths: dict[int, str],
-) -> None:
+def _check_row(
+    row: _Row, stream: BinaryIO, where: str
+) -> tuple[dict[str, int], tuple[int, int], tuple[str, ...]]:
+    """Columns of a sample; its channels and width of states (0 for class data); what is still to be encoded.
+
+    Raises:
+        DataError: if it breaks the schema.
+    """
     members = row.members
-    if schema.LATENT not in members:
+    picture = None if schema.LATENT in members else schema.picture_of(members)
+    if schema.LATENT not in members and picture is None:
         raise DataError(f"{where}: expected a member {schema.LATENT}, received {sorted(members)}")
-    if (schema.TEXT in members) == (schema.LABEL in members):
+    with_caption = schema.CAPTION in members and not {schema.TEXT, schema.LABEL} & set(members)
+    if (schema.TEXT in members) == (schema.LABEL in members) and not with_caption:
         raise DataError(
             f"{where}: expected either {schema.TEXT} or {schema.LABEL}, received {sorted(members)}"
         )
@@ -282,23 +612,44 @@ def _append(
         start -= offset
         return start, size, span[start : start + size]
 
-    latent_start, latent_size, latent_bytes = cut(schema.LATENT)
-    text_start, text_size, text_bytes = cut(schema.TEXT)
-    meta_start, meta_size, _ = cut(schema.META)
-    latent = schema.decode_tensor(latent_bytes, "latent", where)
-    schema.check_latent(latent, where)
-    channels.setdefault(latent.shape[0], where)
+    latent_start, latent_size, latent_bytes = cut(picture or schema.LATENT)
+    text_start, text_size, text_bytes = cut(schema.CAPTION if with_caption else schema.TEXT)
+    meta_start, meta_size, meta_bytes = cut(schema.META)
+    online: list[str] = []
+    if picture is not None:
+        online.append("picture")
+        shape = schema.planned_latent(schema.decode_meta(meta_bytes, where), where)
+    else:
+        tensors = schema.decode_tensors(latent_bytes, where)
+        latent = schema.take_tensor(tensors, "latent", where)
+        schema.check_latent(latent, where)
+        if "flipped" in tensors:
+            schema.check_latent(tensors["flipped"], f"{where}: flipped")
+        shape = (latent.shape[0], latent.shape[1], latent.shape[2])
+    if max(shape[1:]) >= 1 << 16:
+        raise DataError(f"{where}: latent: expected sides below 65536 cells, received {list(shape)}")
     text_length, width, label = 0, 0, -1
-    if text_size:
-        states = schema.decode_tensor(text_bytes, "states", where)
-        schema.check_states(states, where)
-        text_length, width = states.shape
+    if with_caption:
+        online.append("caption")
+        schema.decode_caption(text_bytes, where)
+        width = schema.planned_text_width(schema.decode_meta(meta_bytes, where), where)
+    elif schema.TEXT in members:
+        tensors = schema.decode_tensors(text_bytes, where)
+        if "ids" in tensors:
+            online.append("ids")
+            captions = schema.take_variants(tensors, "ids", where)
+            for ids in captions:
+                schema.check_ids(ids, where)
+            width = schema.planned_text_width(schema.decode_meta(meta_bytes, where), where)
+        else:
+            captions = schema.take_variants(tensors, "states", where)
+            for states in captions:
+                schema.check_states(states, where)
+            width = captions[0].shape[1]
+        text_length = len(captions[0])
     else:
         label = schema.decode_label(cut(schema.LABEL)[2], where)
-    widths.setdefault(width, where)
-    keys.extend(row.key.encode())
     values = {
-        "shard": number,
         "offset": offset,
         "size": end - offset,
         "crc32": zlib.crc32(span),
@@ -308,19 +659,19 @@ def _append(
         "text_size": text_size,
         "meta_start": meta_start,
         "meta_size": meta_size,
-        "height": latent.shape[1],
-        "width": latent.shape[2],
+        "height": shape[1],
+        "width": shape[2],
         "text_length": text_length,
         "label": label,
-        "key_end": len(keys),
     }
-    for name, value in values.items():
-        rows[name].append(value)
+    return values, (shape[0], width), tuple(online)
 
 
 def _walk(path: Path, stream: BinaryIO) -> Iterator[_Row]:
-    """Yield one `_Row` a run of members that share a key."""
+    """Yield one `_Row` a run of members that share a key. A broken tar ends in a row that says so."""
     current: _Row | None = None
+    total = os.fstat(stream.fileno()).st_size
+    broken: str | None = None
     try:
         # The caller reads payloads from the same stream between members: tarfile seeks before each header.
         with tarfile.open(fileobj=stream, mode="r:") as tar:
@@ -332,44 +683,71 @@ def _walk(path: Path, stream: BinaryIO) -> Iterator[_Row]:
                 if not dot:
                     continue
                 key = f"{folder}/{stem}" if folder else stem
-                schema.check_key(key)
                 if current is None or key != current.key:
                     if current is not None:
                         yield current
-                    current = _Row(key, {})
+                    current = _Row(key)
+                    try:
+                        schema.check_key(key)
+                    except DataError as error:
+                        current.problem = str(error)
                 if extension in current.members:
-                    raise DataError(f"{path.name}:{key}: member {extension} given twice")
+                    current.problem = f"member {extension} given twice"
                 current.members[extension] = (info.offset_data, info.size)
-                if info.offset_data + info.size > path.stat().st_size:
-                    _truncated(path, key)
+                if info.offset_data + info.size > total:
+                    current.problem = TRUNCATED
             # A complete tar ends in two zero blocks; without them the last member may be cut off.
-            if path.stat().st_size < tar.offset + 1024:
-                _truncated(path, current.key if current else "")
+            if total < tar.offset + 1024:
+                broken = TRUNCATED
     except (tarfile.TarError, EOFError) as error:
-        raise DataError(f"{path}: not a readable tar ({error}); copy or prepare it again") from error
+        broken = f"not a readable tar ({error}); copy or prepare it again"
     if current is not None:
+        if broken is not None and current.problem is None:
+            current.problem = broken
         yield current
-
-
-def _truncated(path: Path, key: str) -> NoReturn:
-    raise DataError(f"{path}: truncated tar, damaged at {key!r}; copy or prepare it again")
+    elif broken is not None:
+        yield _Row("", problem=broken)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: build and save the index of a folder."""
+    """Command line: build and save the index of a folder, or verify the one that is there."""
     parser = argparse.ArgumentParser(prog="python -m data_pipeline.index", description=main.__doc__)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", help="of webdataset shards; with --verify also a URL")
     parser.add_argument(
         "--num-classes", type=int, default=None, help="class data: labels are below this number"
     )
+    parser.add_argument("--processes", type=int, default=1, help="that read shards side by side")
+    parser.add_argument(
+        "--max-bad",
+        type=float,
+        default=MAX_BAD_SHARE,
+        metavar="SHARE",
+        help="of samples, above which to refuse",
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="compare the stored index with its hash; build nothing"
+    )
     options = parser.parse_args(arguments)
     try:
-        index = build_index(options.folder, num_classes=options.num_classes)
-        path = index.save()
+        if options.verify:
+            index = load_index(options.folder, verify=True)
+            path: Path | str = f"{options.folder}/{INDEX_NAME}"
+        else:
+            index = build_index(
+                options.folder,
+                num_classes=options.num_classes,
+                processes=options.processes,
+                max_bad_share=options.max_bad,
+            )
+            path = index.save()
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"{path}: {len(index)} samples in {len(index.shards)} shards, hash {index.hash}")
+    for name, reason in index.bad:
+        print(f"left out: {name}: {reason}", file=sys.stderr)
+    if index.num_bad:
+        print(f"{index.num_bad} samples left out, {len(index.bad)} of them listed", file=sys.stderr)
     return 0
 
 

@@ -9,28 +9,34 @@ import argparse
 import json
 import sys
 import textwrap
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
 from data_pipeline.config import AutoencoderConfig
-from data_pipeline.draws import generator
 from data_pipeline.encoders.autoencoder import Autoencoder, build_autoencoder
 from data_pipeline.errors import DataError
 from data_pipeline.index import Index, load_index
+from data_pipeline.online import decode_picture
 from data_pipeline.packing import Plan
+from data_pipeline.permutation import derive_key, permute
 from data_pipeline.reader import ShardReader
-from data_pipeline.schema import MANIFEST_NAME
+from data_pipeline.schema import MANIFEST_NAME, decode_tensor
+from data_pipeline.storage import open_storage
 
 TILE_PX = 128
 TEXT_LINES = 3
 LINE_PX = 12
 LINE_CHARACTERS = 20
+
+ROWS = 1 << 20
+RUNS = 256
+"""Of a larger index, so many rows in so many runs are looked at: a few megabytes of it."""
 
 
 @dataclass(frozen=True)
@@ -44,39 +50,53 @@ class SizeRow:
 
 def size_histogram(index: Index) -> list[SizeRow]:
     """How many samples have each size, most frequent first."""
-    columns = index.columns
-    counts = Counter(zip(columns["height"].tolist(), columns["width"].tolist(), strict=True))
-    return [SizeRow(h, w, n) for (h, w), n in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
+    rows = [SizeRow(h, w, n) for h, w, n in index.shapes.tolist()]
+    return sorted(rows, key=lambda row: (-row.count, row.height, row.width))
+
+
+def some_rows(index: Index) -> np.ndarray:
+    """Rows that stand for all: every one of them up to `ROWS`, else runs spread evenly over the index."""
+    if len(index) <= ROWS:
+        return np.arange(len(index))
+    starts = np.linspace(0, len(index) - ROWS // RUNS, RUNS).astype(np.int64)
+    return (starts[:, None] + np.arange(ROWS // RUNS)).ravel()
 
 
 def report(
     index: Index, *, patch_size: int, tokens_per_pack: int, packs_per_step: int, rows: int = 20
 ) -> str:
-    """The text that the command prints."""
-    columns = index.columns
-    lengths = index.grids(patch_size).prod(axis=1)
-    stored = columns["size"].sum()
+    """The text that the command prints. Sizes, fill and balance are exact; shares of bytes, and what is said
+    of captions and classes, come from `some_rows`."""
+    looked_at = some_rows(index)
+    columns = {name: column[looked_at] for name, column in index.columns.items()}
+    groups = index.groups(patch_size)
+    tokens = int((groups.lengths * groups.counts).sum())
+    stored = columns["size"].sum(dtype=np.int64)
     lines = [
         f"{index.folder}",
         f"samples          {len(index)}",
         f"shards           {len(index.shards)}, {sum(index.shard_bytes) / 2**20:.1f} MiB",
         f"index            {index.hash}",
         f"latents          {index.channels} channels, "
-        f"{columns['latent_size'].sum() / stored:.0%} of the bytes",
+        f"{columns['latent_size'].sum(dtype=np.int64) / stored:.0%} of the bytes",
     ]
     if index.has_text:
         text = columns["text_length"]
         lines.append(
             f"captions         {text.min()} to {text.max()} tokens, mean {text.mean():.1f}, "
-            f"width {index.text_width}, {columns['text_size'].sum() / stored:.0%} of the bytes"
+            f"width {index.text_width}, {columns['text_size'].sum(dtype=np.int64) / stored:.0%} of the bytes"
         )
     else:
         lines.append(
             f"classes          {index.num_classes}, {len(np.unique(columns['label']))} of them present"
         )
+    if index.online:
+        lines.append(f"to be encoded    {' and '.join(index.online)}, in the training process")
+    if len(looked_at) < len(index):
+        lines[-1] += f" (of {len(looked_at)} samples looked at)"
     lines.append(
-        f"image tokens     {lengths.min()} to {lengths.max()}, mean {lengths.mean():.1f}, "
-        f"total {lengths.sum()}"
+        f"image tokens     {groups.lengths[0]} to {groups.lengths[-1]}, mean {tokens / len(index):.1f}, "
+        f"total {tokens}"
     )
     sizes = size_histogram(index)
     lines.append(f"sizes            {len(sizes)} (height x width in latent cells)")
@@ -87,45 +107,79 @@ def report(
         )
     if len(sizes) > rows:
         lines.append(f"  and {len(sizes) - rows} more")
-    plan = Plan(lengths, tokens_per_pack=tokens_per_pack, packs_per_step=packs_per_step, seed=0)
+    plan = Plan(groups, tokens_per_pack=tokens_per_pack, packs_per_step=packs_per_step, seed=0)
     lines += [
         f"packs            {packs_per_step} of {tokens_per_pack} tokens a step, "
         f"{plan.steps_per_epoch} steps an epoch",
         f"fill             {plan.fill():.2%}",
         f"slowest pack     {plan.balance():.3f} x the mean cost of its step",
         f"left out         {plan.left_out_per_epoch} samples an epoch",
+        *_drops(index),
     ]
     return "\n".join(lines)
+
+
+def _drops(index: Index) -> list[str]:
+    """What preparation dropped, as its manifest says, and what the index leaves out."""
+    lines: list[str] = []
+    try:
+        manifest = json.loads(open_storage(index.folder).read(MANIFEST_NAME))
+        dropped = manifest["report"]["dropped"]
+        lines.append(f"dropped          {sum(dropped.values())} of the source when the shards were made")
+        lines += [f"  {count:>9}  {reason}" for reason, count in sorted(dropped.items())]
+    except (OSError, ValueError, KeyError, TypeError):
+        lines.append("dropped          not recorded by a manifest")
+    lines.append(f"bad              {index.num_bad} samples of the shards break the schema, and are not used")
+    lines += [f"  {name}: {reason}" for name, reason in index.bad[:10]]
+    return lines
 
 
 def contact_sheet(
     index: Index, autoencoder: Autoencoder, *, count: int, seed: int, columns: int = 8
 ) -> Image.Image:
-    """Decoded samples with their captions or labels, drawn by `seed`."""
+    """Decoded samples with their captions or labels, drawn by `seed`. A damaged one is an empty tile."""
     count = min(count, len(index))
-    chosen = np.sort(generator(seed, "inspect.sheet", 0, 0).permutation(len(index))[:count])
+    chosen = np.sort(permute(np.arange(count), len(index), derive_key(seed, "inspect.sheet", 0))).tolist()
     reader = ShardReader(index)
     step_x, step_y = TILE_PX + 8, TILE_PX + TEXT_LINES * LINE_PX + 12
     sheet = Image.new("RGB", (min(columns, count) * step_x, -(-count // columns) * step_y), "white")
     draw = ImageDraw.Draw(sheet)
-    for place, sample_id in enumerate(chosen.tolist()):
+    for place, sample_id in enumerate(chosen):
         x, y = place % columns * step_x + 4, place // columns * step_y + 4
-        sample = reader.read(sample_id)
-        caption = reader.read_meta(sample_id).get("caption")
-        text = str(caption) if caption is not None else index.key(sample_id)
-        if sample.label is not None:
-            text = f"class {sample.label}"
-        sheet.paste(_tile(autoencoder, sample.latent), (x, y))
+        try:
+            meta = reader.read_meta(sample_id)
+            sheet.paste(_tile(_picture(reader, autoencoder, sample_id, meta)), (x, y))
+        except DataError:
+            text = f"damaged: {index.key(sample_id)}"
+        else:
+            text = str(meta.get("caption", index.key(sample_id)))
+            if not index.has_text:
+                text = f"class {int(index.columns['label'][sample_id])}"
         wrapped = textwrap.wrap(text, LINE_CHARACTERS)[:TEXT_LINES]
         draw.multiline_text((x, y + TILE_PX + 2), "\n".join(wrapped), fill="black", spacing=1)
     reader.close()
     return sheet
 
 
-def _tile(autoencoder: Autoencoder, latent: torch.Tensor) -> Image.Image:
+def _picture(
+    reader: ShardReader, autoencoder: Autoencoder, sample_id: int, meta: dict[str, Any]
+) -> Image.Image:
+    """The stored picture, or the decoded latent; what the caption is stored as does not matter.
+
+    Raises:
+        DataError: if the sample is damaged.
+    """
+    where = reader.index.name(sample_id)
+    member = reader.read_member(sample_id, "latent")
+    if "picture" in reader.index.online:
+        return decode_picture(member, meta, where)
+    latent = decode_tensor(member, "latent", where)
     pixels = autoencoder.decode(latent.to(torch.float32)[None])[0]
     levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    picture = Image.fromarray(levels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
+    return Image.fromarray(levels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
+
+
+def _tile(picture: Image.Image) -> Image.Image:
     scale = TILE_PX / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     # Enlarged pixels stay square; large pictures are averaged down.
@@ -135,15 +189,15 @@ def _tile(autoencoder: Autoencoder, latent: torch.Tensor) -> Image.Image:
     return framed
 
 
-def manifest_autoencoder(folder: Path) -> AutoencoderConfig:
+def manifest_autoencoder(folder: Path | str) -> AutoencoderConfig:
     """The autoencoder that made the shards, from their manifest.
 
     Raises:
         DataError: if there is no manifest or it names none.
     """
-    path = folder / MANIFEST_NAME
+    path = f"{folder}/{MANIFEST_NAME}"
     try:
-        return AutoencoderConfig(**json.loads(path.read_text())["autoencoder"])
+        return AutoencoderConfig(**json.loads(open_storage(folder).read(MANIFEST_NAME))["autoencoder"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path}: does not say which autoencoder made the latents ({error!r}); use --no-sheet"
@@ -153,7 +207,7 @@ def manifest_autoencoder(folder: Path) -> AutoencoderConfig:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line: describe a folder of shards."""
     parser = argparse.ArgumentParser(prog="python -m data_pipeline.inspect", description=main.__doc__)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", help="of shards, or its URL")
     parser.add_argument("--patch-size", type=int, default=1, help="latent cells a side of a token")
     parser.add_argument(
         "--tokens-per-pack", type=int, default=None, help="budget (default: 4 of the largest image)"
@@ -162,13 +216,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=32, help="pictures on the contact sheet")
     parser.add_argument("--seed", type=int, default=0, help="chooses the pictures")
     parser.add_argument(
-        "--sheet", type=Path, default=None, help="PNG to write (default: FOLDER/contact_sheet.png)"
+        "--sheet",
+        type=Path,
+        default=None,
+        help="PNG to write (default: FOLDER/contact_sheet.png; needed for a URL)",
     )
     parser.add_argument("--no-sheet", action="store_true")
     options = parser.parse_args(arguments)
     try:
         index = load_index(options.folder)
-        largest = int(index.grids(options.patch_size).prod(axis=1).max())
+        largest = int(index.groups(options.patch_size).lengths[-1])
         print(
             report(
                 index,
@@ -178,8 +235,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         )
         if not options.no_sheet:
-            path = options.sheet or options.folder / "contact_sheet.png"
-            autoencoder = build_autoencoder(manifest_autoencoder(options.folder))
+            if options.sheet is None and not isinstance(index.folder, Path):
+                raise DataError("--sheet: required for shards at a URL, or --no-sheet")
+            path = options.sheet or Path(options.folder) / "contact_sheet.png"
+            autoencoder = build_autoencoder(manifest_autoencoder(index.folder))
             contact_sheet(index, autoencoder, count=options.samples, seed=options.seed).save(path)
             print(f"contact sheet    {path}")
     except (DataError, OSError) as error:

@@ -11,30 +11,35 @@ import logging
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data_pipeline.batch import PackedBatch
 from data_pipeline.config import DataConfig
-from data_pipeline.draws import generator
+from data_pipeline.draws import generator, uniforms
 from data_pipeline.errors import DataError
 from data_pipeline.index import Index, load_index
+from data_pipeline.online import OnlineReader
 from data_pipeline.packing import Plan
-from data_pipeline.reader import ShardReader, image_tokens, same_grid
+from data_pipeline.reader import ShardReader, StoredSample, image_tokens
 from data_pipeline.schema import MANIFEST_NAME, NULL_NAME, check_states
+from data_pipeline.storage import open_storage
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 CACHE_BYTES = 1 << 30
-"""Samples that an in-process loader keeps decoded; beyond it they are read again."""
+"""Samples that an in-process loader keeps as they were stored; beyond it they are read again."""
+
+PREFETCH = 4
+"""Packs that each worker reads ahead."""
 
 MAX_CORRUPT_SHARE = 0.01
 """Share of damaged samples above which a run stops ..."""
@@ -43,13 +48,61 @@ MIN_CORRUPT_LIMIT = 8
 """... but never before this many: a small start must not end on one bad sample."""
 
 MAX_REPLACEMENTS = 16
-"""Substitutes that are tried for one damaged sample."""
+"""Substitutes that are tried for one damaged sample ..."""
+
+REPLACEMENTS_PER_SIZE = 8
+"""... and how many of them of one size."""
+
+
+class _Damage:
+    """Distinct damaged samples among those that somebody read, with the limit that ends a run."""
+
+    def __init__(self, who: str) -> None:
+        self._who = who
+        self._found: dict[int, str] = {}
+        self.num_read = 0
+
+    def __contains__(self, sample_id: int) -> bool:
+        return sample_id in self._found
+
+    def __getitem__(self, sample_id: int) -> str:
+        return self._found[sample_id]
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def add(self, sample_id: int, message: str) -> None:
+        """Count a damaged sample.
+
+        Raises:
+            DataError: if that is one too many.
+        """
+        self._found[sample_id] = message
+        if len(self) > max(MIN_CORRUPT_LIMIT, MAX_CORRUPT_SHARE * self.num_read):
+            raise DataError(
+                f"{len(self)} of {self.num_read} samples read by {self._who} are damaged (allowed: "
+                f"{MIN_CORRUPT_LIMIT}, or {MAX_CORRUPT_SHARE:.0%}); last: {message}. "
+                f"Check the disk or the network, or prepare the shards again"
+            )
+
+
+class _Item(NamedTuple):
+    """A pack on its way to the training process. A tuple of this kind is what `pin_memory` looks into."""
+
+    value: Any
+    """The finished micro-batch; None with an error."""
+    num_images: int
+    damaged: tuple[tuple[int, str], ...]
+    """Samples that were found damaged since the last item, and why."""
+    error: DataError | None
+    """Returned, not raised: so it arrives as it is, not wrapped in a worker's traceback."""
 
 
 class StepLoader(Generic[T]):
     """Iterates over optimiser steps: each item is the list of this rank's micro-batches, in order.
 
-    `steps_per_epoch`, `plan` and `index` are there for reports; `len()` is the number of steps.
+    `steps_per_epoch`, `plan` and `index` are there for reports; `len()` is the number of steps. `num_damaged`
+    counts the distinct samples that were replaced so far, by all workers of this rank.
     """
 
     def __init__(
@@ -60,6 +113,7 @@ class StepLoader(Generic[T]):
         self.num_steps = num_steps
         self._workers = workers
         self._packs_per_rank = packs_per_rank
+        self._damage = _Damage(f"rank {packs.rank}")
 
     @property
     def plan(self) -> Plan:
@@ -73,6 +127,10 @@ class StepLoader(Generic[T]):
     def steps_per_epoch(self) -> int:
         return self.plan.steps_per_epoch
 
+    @property
+    def num_damaged(self) -> int:
+        return len(self._damage)
+
     def __len__(self) -> int:
         return self.num_steps
 
@@ -80,48 +138,50 @@ class StepLoader(Generic[T]):
         items = range(
             self.start_step * self._packs_per_rank, (self.start_step + self.num_steps) * self._packs_per_rank
         )
-        if self._workers == 0:
-            source: Iterator[T | DataError] = (self._packs[i] for i in items)
-        else:
-            # batch_size None: an item is a whole pack. Items arrive in the sampler's order, whoever is first.
-            # Its own generator: the loader must not advance the global one of a training process.
-            source = iter(
-                DataLoader(
-                    self._packs,
-                    batch_size=None,
-                    sampler=items,
-                    num_workers=self._workers,
-                    generator=torch.Generator(),
-                    prefetch_factor=4,
-                    pin_memory=torch.cuda.is_available(),
-                )
+        # batch_size None: an item is a whole pack. Items arrive in the sampler's order, whoever is first.
+        # Its own generator: the loader must not advance the global one of a training process.
+        source: Iterator[_Item] = iter(
+            DataLoader(
+                self._packs,
+                batch_size=None,
+                sampler=items,
+                num_workers=self._workers,
+                generator=torch.Generator(),
+                prefetch_factor=PREFETCH if self._workers else None,
+                pin_memory=torch.cuda.is_available(),
             )
+        )
         try:
             for _ in range(self.num_steps):
-                step: list[T] = []
-                for item in islice(source, self._packs_per_rank):
-                    if isinstance(item, DataError):
-                        raise item
-                    step.append(item)
-                yield step
+                yield [self._take(item) for item in islice(source, self._packs_per_rank)]
         finally:
             # A raised error refers to this frame. Left to the garbage collector, workers take 5 s to stop.
             del source
 
+    def _take(self, item: _Item) -> T:
+        """The micro-batch of an item, its damage counted and logged.
 
-class _Packs(Dataset["T | DataError"], Generic[T]):
-    """Pack number -> finished micro-batch of this rank; pack n belongs to step n // packs_per_rank.
+        Raises:
+            DataError: that of the item, or if this rank has met too much damage.
+        """
+        self._damage.num_read += item.num_images
+        for sample_id, message in item.damaged:
+            if sample_id not in self._damage:
+                logger.warning("damaged sample replaced (%d so far): %s", len(self._damage) + 1, message)
+                self._damage.add(sample_id, message)
+        if item.error is not None:
+            raise item.error
+        return cast(T, item.value)
 
-    A `DataError` is returned, not raised: so it reaches the training process as it is, where an exception
-    would arrive wrapped in the worker's traceback.
-    """
+
+class _Packs(Dataset["_Item"], Generic[T]):
+    """Pack number -> finished micro-batch of this rank; pack n belongs to step n // packs_per_rank."""
 
     def __init__(
         self,
         index: Index,
         plan: Plan,
         *,
-        grids: np.ndarray,
         patch_size: int,
         rank: int,
         world_size: int,
@@ -130,63 +190,74 @@ class _Packs(Dataset["T | DataError"], Generic[T]):
         null_states: Tensor | None,
         cache_bytes: int,
         finish: Callable[[PackedBatch], T] | None,
+        reader: ShardReader | None = None,
     ) -> None:
         self.index = index
         self.plan = plan
-        self._grids = grids
+        self.rank = rank
         self._patch_size = patch_size
-        self._rank = rank
         self._world_size = world_size
         self._seed = seed
         self._caption_dropout = caption_dropout
         self._null_states = null_states
         self._finish = finish
-        self._reader = ShardReader(index)
-        self._cache: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self._reader = reader or ShardReader(index)
+        self._cache: dict[int, StoredSample] = {}
         self._cache_room = cache_bytes
-        self._num_read = 0
-        self._corrupt: dict[int, str] = {}
+        self._damage = _Damage(f"a process of rank {rank}")
+        self._news: list[tuple[int, str]] = []
 
-    def __getitem__(self, number: int) -> T | DataError:
+    def __getitem__(self, number: int) -> _Item:
         step, position = divmod(number, self.plan.packs_per_step // self._world_size)
         planned = self.plan.step(step)
+        sample_ids = planned.of_rank(self.rank, self._world_size)[position]
         try:
-            batch = self._assemble(
-                planned.of_rank(self._rank, self._world_size)[position],
-                epoch=planned.epoch,
-                step=step,
-                images_in_step=planned.num_images,
-            )
+            samples, chosen = self._load(sample_ids, planned.epoch)
         except DataError as error:
-            return error
-        return self._finish(batch) if self._finish is not None else cast(T, batch)
+            return _Item(None, len(sample_ids), self._take_news(), error)
+        batch = self._assemble(
+            chosen,
+            samples,
+            epoch=planned.epoch,
+            step=step,
+            images_in_step=planned.num_images,
+            num_replaced=sum(a != b for a, b in zip(sample_ids, chosen, strict=True)),
+        )
+        value = self._finish(batch) if self._finish is not None else batch
+        return _Item(value, len(sample_ids), self._take_news(), None)
+
+    def _take_news(self) -> tuple[tuple[int, str], ...]:
+        news, self._news = tuple(self._news), []
+        return news
 
     def _assemble(
-        self, sample_ids: tuple[int, ...], *, epoch: int, step: int, images_in_step: int
+        self,
+        sample_ids: tuple[int, ...],
+        samples: list[StoredSample],
+        *,
+        epoch: int,
+        step: int,
+        images_in_step: int,
+        num_replaced: int,
     ) -> PackedBatch:
-        planned_ids = sample_ids
-        loaded = [self._load(i, epoch) for i in planned_ids]
-        sample_ids = tuple(i for i, _, _ in loaded)
-        dropped = tuple(self._drops_caption(i, epoch) for i in sample_ids)
+        ids = np.array(sample_ids)
+        dropped = self._draw("caption_dropout", epoch, ids) < self._caption_dropout
         texts: list[Tensor] | None = None
         labels: Tensor | None = None
         if self.index.has_text:
+            draws = self._draw("caption_choice", epoch, ids)
             texts = [
-                cast(Tensor, self._null_states if drop else text)
-                for (_, _, text), drop in zip(loaded, dropped, strict=True)
+                cast(Tensor, self._null_states) if drop else _caption(sample, draw)
+                for sample, drop, draw in zip(samples, dropped, draws, strict=True)
             ]
         else:
-            stored = self.index.columns["label"]
-            labels = torch.tensor(
-                [
-                    self.index.num_classes if drop else int(stored[i])
-                    for i, drop in zip(sample_ids, dropped, strict=True)
-                ]
-            )
+            stored = self.index.columns["label"][ids].astype(np.int64)
+            labels = torch.from_numpy(np.where(dropped, self.index.num_classes, stored))
+        grids = tuple(self.index.grid(i, self._patch_size) for i in sample_ids)
         return PackedBatch(
-            latents_TC=torch.cat([tokens for _, tokens, _ in loaded]),
-            grids=tuple((int(h), int(w)) for h, w in self._grids[list(sample_ids)]),
-            text_LE=None if texts is None else torch.cat(texts),
+            latents_TC=self._tokens(samples, grids, self._draw("flip", epoch, ids)),
+            grids=grids,
+            text_LE=None if texts is None else torch.cat(texts).to(torch.float32),
             text_lengths=None if texts is None else tuple(text.shape[0] for text in texts),
             labels_S=labels,
             sample_ids=sample_ids,
@@ -194,62 +265,78 @@ class _Packs(Dataset["T | DataError"], Generic[T]):
             epoch=epoch,
             step=step,
             images_in_step=images_in_step,
-            dropped_S=dropped,
-            num_replaced=sum(a != b for a, b in zip(sample_ids, planned_ids, strict=True)),
+            dropped_S=tuple(dropped.tolist()),
+            num_replaced=num_replaced,
         )
 
-    def _drops_caption(self, sample_id: int, epoch: int) -> bool:
-        if self._caption_dropout == 0.0:
-            return False
-        return generator(self._seed, "caption_dropout", epoch, sample_id).random() < self._caption_dropout
+    def _draw(self, stream: str, epoch: int, ids: np.ndarray) -> np.ndarray:
+        return uniforms(self._seed, stream, epoch, ids)
 
-    def _load(self, sample_id: int, epoch: int) -> tuple[int, Tensor, Tensor | None]:
-        """Id, tokens and text of a sample, or of the one that replaces it when it is damaged."""
-        first = self._try(sample_id)
-        if first is not None:
-            return sample_id, *first
-        # A substitute of the same grid keeps the pack within its budget and the step as all ranks planned it.
-        candidates = same_grid(self._grids, sample_id)
-        order = generator(self._seed, "replacement", epoch, sample_id).permutation(candidates)
-        for candidate in order[: MAX_REPLACEMENTS + 1].tolist():
-            found = None if candidate == sample_id else self._try(candidate)
-            if found is not None:
-                return candidate, *found
+    def _tokens(
+        self, samples: list[StoredSample], grids: tuple[tuple[int, int], ...], flips: np.ndarray
+    ) -> Tensor:
+        """Tokens of all samples, each written where it belongs: nothing is copied twice."""
+        lengths = [h * w for h, w in grids]
+        tokens = torch.empty(sum(lengths), self._patch_size**2 * self.index.channels)
+        for place, sample, flip in zip(tokens.split(lengths), samples, flips, strict=True):
+            latent = sample.flipped if sample.flipped is not None and flip < 0.5 else sample.latent
+            place.copy_(image_tokens(latent, self._patch_size))
+        return tokens
+
+    def _load(self, sample_ids: tuple[int, ...], epoch: int) -> tuple[list[StoredSample], tuple[int, ...]]:
+        """The samples, damaged ones replaced, and the ids of what was loaded."""
+        found = self._read(sample_ids)
+        chosen = tuple(i if i in found else self._replace(i, epoch, found) for i in sample_ids)
+        return [found[i] for i in chosen], chosen
+
+    def _replace(self, sample_id: int, epoch: int, found: dict[int, StoredSample]) -> int:
+        """A readable sample in place of a damaged one, added to `found`.
+
+        Of the same size where there is one, else of the next smaller: so the pack keeps its budget, and the
+        step its number of images, as all ranks planned them.
+        """
+        rng = generator(self._seed, "replacement", epoch, sample_id)
+        shapes = [self.index.same_size(sample_id)]
+        shapes += map(self.index.of_shape, self.index.smaller_shapes(sample_id)[:MAX_REPLACEMENTS])
+        tried = 0
+        for members in shapes:
+            order = rng.choice(len(members), size=min(len(members), REPLACEMENTS_PER_SIZE), replace=False)
+            for candidate in members[order].tolist():
+                if candidate == sample_id or tried == MAX_REPLACEMENTS:
+                    continue
+                tried += 1
+                found.update(self._read((candidate,)))
+                if candidate in found:
+                    return candidate
         raise DataError(
-            f"{self._corrupt[sample_id]}; no readable sample of its size "
-            f"({len(candidates) - 1} others, at most {MAX_REPLACEMENTS} tried) can replace it"
+            f"{self._damage[sample_id]}; none of {tried} samples of its size or smaller could replace it"
         )
 
-    def _try(self, sample_id: int) -> tuple[Tensor, Tensor | None] | None:
-        """Tokens and text of a sample; None when it is damaged, which is counted and logged once."""
-        if sample_id in self._cache:
-            return self._cache[sample_id]
-        if sample_id in self._corrupt:
-            return None
-        self._num_read += 1
-        try:
-            sample = self._reader.read(sample_id)
-        except DataError as error:
-            self._corrupt[sample_id] = str(error)
-            logger.warning("damaged sample replaced (%d so far): %s", len(self._corrupt), error)
-            self._check_rate(error)
-            return None
-        tokens = image_tokens(sample.latent, self._patch_size)
-        text = None if sample.states is None else sample.states.to(torch.float32)
-        size = tokens.nbytes + (0 if text is None else text.nbytes)
-        if size <= self._cache_room:
-            self._cache_room -= size
-            self._cache[sample_id] = (tokens, text)
-        return tokens, text
+    def _read(self, sample_ids: tuple[int, ...]) -> dict[int, StoredSample]:
+        """The samples that are readable; a damaged one is counted, and not tried again.
 
-    def _check_rate(self, error: DataError) -> None:
-        limit = max(MIN_CORRUPT_LIMIT, MAX_CORRUPT_SHARE * self._num_read)
-        if len(self._corrupt) > limit:
-            raise DataError(
-                f"{len(self._corrupt)} of {self._num_read} samples read by this process are damaged "
-                f"(allowed: {MIN_CORRUPT_LIMIT}, or {MAX_CORRUPT_SHARE:.0%}); last: {error}. "
-                f"Check the disk, or prepare the shards again"
-            ) from error
+        Raises:
+            DataError: if this process has met too much damage.
+        """
+        found = {i: self._cache[i] for i in sample_ids if i in self._cache}
+        wanted = [i for i in sample_ids if i not in found and i not in self._damage]
+        self._damage.num_read += len(wanted)
+        for sample_id, sample in zip(wanted, self._reader.read_all(wanted), strict=True):
+            if isinstance(sample, DataError):
+                self._news.append((sample_id, str(sample)))
+                self._damage.add(sample_id, str(sample))
+                continue
+            found[sample_id] = sample
+            if sample.num_bytes <= self._cache_room:
+                self._cache_room -= sample.num_bytes
+                self._cache[sample_id] = sample
+        return found
+
+
+def _caption(sample: StoredSample, draw: float) -> Tensor:
+    """States of one of a sample's captions."""
+    captions = (cast(Tensor, sample.states), *sample.more_states)
+    return captions[int(draw * len(captions))]
 
 
 def check_encoders(config: DataConfig, index: Index) -> None:
@@ -263,11 +350,16 @@ def check_encoders(config: DataConfig, index: Index) -> None:
     if index.has_text == (text is None):
         holds, asks = ("captions", "null") if index.has_text else ("class labels", "an encoder")
         raise DataError(f"data.text_encoder: the shards in {where} hold {holds}, the recipe says {asks}")
-    path = Path(where) / MANIFEST_NAME
+    path = f"{where}/{MANIFEST_NAME}"
     try:
-        manifest = json.loads(path.read_text()) if path.is_file() else {}
+        manifest = json.loads(open_storage(where).read(MANIFEST_NAME))
+    except FileNotFoundError:
+        manifest = {}
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not a readable manifest ({error!r})") from error
+    try:
         made_by = {"autoencoder": manifest.get("autoencoder"), "text_encoder": manifest.get("text_encoder")}
-    except (ValueError, AttributeError) as error:
+    except AttributeError as error:
         raise DataError(f"{path}: not a readable manifest ({error!r})") from error
     # The path of the weights is left out: the same model may lie in another place.
     compared: list[tuple[str, str, object]] = [("autoencoder", "kind", autoencoder.kind)]
@@ -306,16 +398,16 @@ def load_null_states(folder: Path | str, width: int) -> Tensor:
     Raises:
         DataError: if they are missing, damaged or of another width than the captions.
     """
-    path = Path(folder) / NULL_NAME
-    if not path.is_file():
+    path = f"{folder}/{NULL_NAME}"
+    try:
+        states = load(open_storage(folder).read(NULL_NAME))["states"].to(torch.float32)
+    except FileNotFoundError as error:
         raise DataError(
             f"{path}: missing; text data hold the states of the empty caption there. Prepare them again"
-        )
-    try:
-        states = load_file(path)["states"].to(torch.float32)
-    except (SafetensorError, KeyError) as error:
+        ) from error
+    except (OSError, SafetensorError, KeyError) as error:
         raise DataError(f"{path}: expected a tensor 'states' ({error!r}); prepare the data again") from error
-    check_states(states, str(path))
+    check_states(states, path)
     if states.shape[1] != width:
         raise DataError(
             f"{path}: expected states of width {width}, as in the shards, received {states.shape[1]}"
@@ -366,9 +458,8 @@ def build_loader(
             f"data.text_encoder: the shards in {config.shards} hold {holds}, the recipe says {asks}"
         )
     check_encoders(config, index)
-    grids = index.grids(patch_size)
     plan = Plan(
-        grids.prod(axis=1),
+        index.groups(patch_size),
         tokens_per_pack=config.tokens_per_pack,
         packs_per_step=config.packs_per_step,
         seed=seed,
@@ -376,7 +467,6 @@ def build_loader(
     packs: _Packs[Any] = _Packs(
         index,
         plan,
-        grids=grids,
         patch_size=patch_size,
         rank=rank,
         world_size=world_size,
@@ -385,6 +475,7 @@ def build_loader(
         null_states=load_null_states(config.shards, index.text_width) if index.has_text else None,
         cache_bytes=CACHE_BYTES if config.workers == 0 else 0,
         finish=finish,
+        reader=OnlineReader(index, config) if index.online else None,
     )
     return StepLoader(
         packs,

@@ -6,11 +6,15 @@ import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+from safetensors.torch import load
+from torch import Tensor
+from webdataset.compat import WebDataset
 from webdataset.writer import TarWriter
 
 from data_pipeline.errors import DataError
-from data_pipeline.schema import Sample
+from data_pipeline.schema import LABEL, LATENT, Sample
 
 
 def write_shard(path: Path, samples: Iterable[Sample]) -> int:
@@ -25,8 +29,9 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> int:
     keys: set[str] = set()
     try:
         with open(aside, "wb") as stream:
-            # Fixed time and owner: identical content gives identical files, whose hashes can be compared.
-            with TarWriter(stream, user="", group="", encoder=False, mtime=0.0) as writer:
+            # Fixed time and owner: identical content gives identical files, whose hashes can be compared. An
+            # integer: a time with a fraction would cost every member an extended header of 1 KiB.
+            with TarWriter(stream, user="", group="", encoder=False, mtime=0) as writer:
                 for sample in samples:
                     if sample.key in keys:
                         raise DataError(f"{path.name}:{sample.key}: key given twice in one shard")
@@ -56,3 +61,16 @@ def write_shards(folder: Path, prefix: str, samples: Iterable[Sample], *, per_sh
 def _prepend(first: Sample, rest: Iterable[Sample]) -> Iterator[Sample]:
     yield first
     yield from rest
+
+
+def stream_latents(paths: Iterable[Path], *, shuffle: int) -> Iterator[tuple[Tensor, int]]:
+    """Latents and labels as a plain webdataset pipeline gives them, for comparison in `bench.py`.
+
+    Args:
+        paths: shards of class data.
+        shuffle: samples of the shuffle buffer.
+    """
+    # Its steps are declared to return an interface that lacks __iter__.
+    dataset: Any = WebDataset([str(path) for path in paths], shardshuffle=False).shuffle(shuffle)
+    for latent, label in dataset.to_tuple(LATENT, LABEL):
+        yield load(latent)["latent"], int(label)

@@ -82,6 +82,9 @@ class TestSample:
             (["--size", "8x8", "--steps", "0"], "num_steps: expected at least 1, received 0"),
             (["--size", "8x8", "--size", "8x8"], "--size: expected 1 or 1, one a prompt, received 2"),
             (["--size", "8x8", "--num", "0"], "--num: expected at least 1, received 0"),
+            (["--size", "8x8", "--cfg", "nan"], "sampler.cfg_scale: expected 0 or more, received nan"),
+            (["--size", "8x8", "--device", "abacus"], "--device abacus: not usable here: "),
+            (["--size", "8x8", "--device", "cuda:99"], "--device cuda:99: not usable here: "),
         ],
     )
     def test_bad_requests_write_nothing(
@@ -110,6 +113,24 @@ class TestSample:
         assert "no.txt: cannot be read" in capsys.readouterr().err
         assert sample(["--export", str(tmp_path / "none"), "--prompt", "a", *out]) == 1
         assert "none: no such export folder" in capsys.readouterr().err
+
+    def test_a_folder_that_cannot_be_written_is_refused_before_any_picture_is_made(
+        self,
+        export: Path,
+        sample: Any,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(TiMPipeline, "__call__", lambda *_, **__: pytest.fail("sampled"))
+        words = ["--export", str(export), "--prompt", "a", "--size", "8x8", "--out"]
+        (tmp_path / "file").touch()
+        for out in (tmp_path / "file", tmp_path / "file" / "inside"):
+            assert sample([*words, str(out)]) == 1
+            assert f"{tmp_path / 'file'} is not a folder" in capsys.readouterr().err
+        monkeypatch.setattr("tim_ds.eval.sample.os.access", lambda path, mode: False)
+        assert sample([*words, str(tmp_path / "new" / "deeper")]) == 1
+        assert f"{tmp_path} cannot be written to" in capsys.readouterr().err
 
     def test_pictures_are_not_overwritten(
         self, export: Path, sample: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -8,11 +8,44 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_pipeline.errors import DataError
 
 logger = logging.getLogger(__name__)
+
+
+class CaptionTokenizer:
+    """Captions to token ids, cut to `max_tokens`. Needs no weights."""
+
+    def __init__(self, tokenizer: Any, *, max_tokens: int) -> None:
+        if max_tokens < 1:
+            raise DataError(f"data.text_encoder.max_tokens: expected at least 1, received {max_tokens}")
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+
+    def tokenize(self, captions: Sequence[str]) -> list[Tensor]:
+        """int32 [n] of each caption, n at least 1. Tokens beyond `max_tokens` are cut, with a warning.
+
+        Raises:
+            DataError: if the tokenizer gives no token at all for a caption.
+        """
+        if not captions:
+            return []
+        rows = self.tokenizer(list(captions), truncation=True, max_length=self.max_tokens)["input_ids"]
+        for caption, row in zip(captions, rows, strict=True):
+            self._check_length(caption, len(row))
+        return [torch.tensor(row, dtype=torch.int32) for row in rows]
+
+    def _check_length(self, caption: str, length: int) -> None:
+        if length == 0:
+            raise DataError(
+                f"caption {caption[:80]!r}: the tokenizer gives no tokens; it must add one of its own"
+            )
+        if length == self.max_tokens:
+            whole = len(self.tokenizer(caption)["input_ids"])
+            if whole > self.max_tokens:
+                logger.warning("caption of %d tokens cut to %d: %.80r", whole, self.max_tokens, caption)
 
 
 class LanguageModelEncoder:
@@ -27,11 +60,9 @@ class LanguageModelEncoder:
     def __init__(
         self, model: Any, tokenizer: Any, *, width: int, max_tokens: int, padding_state: Tensor | None = None
     ) -> None:
-        if max_tokens < 1:
-            raise DataError(f"data.text_encoder.max_tokens: expected at least 1, received {max_tokens}")
+        self._tokens = CaptionTokenizer(tokenizer, max_tokens=max_tokens)
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
-        self.max_tokens = max_tokens
         self.padding_state = padding_state
         self._width = width
 
@@ -44,45 +75,50 @@ class LanguageModelEncoder:
         self.model.to(device)
         return self
 
-    @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> list[Tensor]:
         """float32 [n, width] of each caption, on the CPU. Tokens beyond `max_tokens` are cut, with a warning.
 
         Raises:
             DataError: if the tokenizer gives no token at all for a caption.
         """
-        if not captions:
+        return self.encode_ids(self.tokenize(captions))
+
+    def tokenize(self, captions: Sequence[str]) -> list[Tensor]:
+        """int32 [n] of each caption: what `encode_ids` takes."""
+        return self._tokens.tokenize(captions)
+
+    @torch.no_grad()
+    def encode_ids(self, ids: Sequence[Tensor]) -> list[Tensor]:
+        """float32 [n, width] of each int [n], on the CPU: `encode` after the tokenizer.
+
+        Raises:
+            DataError: if an id is none of the model's vocabulary.
+        """
+        if not ids:
             return []
-        tokens = self.tokenizer(
-            list(captions),
-            padding=True,
-            padding_side="right",
-            truncation=True,
-            max_length=self.max_tokens,
-            return_tensors="pt",
+        lengths = [len(row) for row in ids]
+        if min(lengths) == 0:
+            raise DataError("token ids: expected at least one token a caption, received none")
+        vocabulary = self.model.get_input_embeddings().num_embeddings
+        largest = max(int(row.max()) for row in ids)
+        if largest >= vocabulary or min(int(row.min()) for row in ids) < 0:
+            raise DataError(
+                f"token ids up to {largest}, none below 0, expected within the text encoder's {vocabulary}; "
+                f"they are of another tokenizer"
+            )
+        input_ids = nn.utils.rnn.pad_sequence(
+            [row.long() for row in ids], batch_first=True, padding_value=self.tokenizer.pad_token_id or 0
         )
-        lengths = tokens["attention_mask"].sum(dim=1).tolist()
-        for caption, length in zip(captions, lengths, strict=True):
-            self._check_length(caption, length)
+        mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
         device = next(self.model.parameters()).device
         hidden = self.model(
-            input_ids=tokens["input_ids"].to(device), attention_mask=tokens["attention_mask"].to(device)
+            input_ids=input_ids.to(device), attention_mask=mask.long().to(device)
         ).last_hidden_state
         states = [row[:n].float().cpu() for row, n in zip(hidden, lengths, strict=True)]
         if self.padding_state is None:
             return states
         longest = max(lengths)
         return [torch.cat([s, self.padding_state.expand(longest - len(s), -1)]) for s in states]
-
-    def _check_length(self, caption: str, length: int) -> None:
-        if length == 0:
-            raise DataError(
-                f"caption {caption[:80]!r}: the tokenizer gives no tokens; it must add one of its own"
-            )
-        if length == self.max_tokens:
-            whole = len(self.tokenizer(caption)["input_ids"])
-            if whole > self.max_tokens:
-                logger.warning("caption of %d tokens cut to %d: %.80r", whole, self.max_tokens, caption)
 
 
 def load_gemma(

@@ -85,9 +85,8 @@ def compile_variant(variant: Variant, architecture: int) -> Resources:
         constexprs=variant.constants,
         attrs=divided,  # type: ignore[arg-type]
     )
-    compiled = triton.compile(
-        source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": variant.num_warps}
-    )
+    options = {"num_warps": variant.num_warps, "maxnreg": variant.max_registers}
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     lengths = {n for n in names if n.startswith("num_")} - unspecialised
     return _read(compiled.asm, compiled.metadata.shared, len(lengths))
 

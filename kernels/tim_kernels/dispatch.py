@@ -28,7 +28,14 @@ logger = logging.getLogger("tim_kernels")
 Path = Literal["auto", "triton", "torch"]
 PATHS: tuple[str, ...] = get_args(Path)
 ENVIRONMENT_VARIABLE = "TIM_KERNELS"
-OPS = ("gated_residual", "modulated_layer_norm", "swiglu", "transition_loss")
+OPS = (
+    "gated_residual",
+    "modulated_layer_norm",
+    "qk_norm_rope",
+    "swiglu",
+    "transition_loss",
+    "varlen_attention",
+)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ALL = "*"
 _TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
@@ -59,7 +66,7 @@ def use_path(path: Path, op: str | None = None) -> Iterator[None]:
 
 
 def path_taken(op: str) -> str | None:
-    """The path of the op's latest call, "triton" or "torch"; None before its first."""
+    """Path of the op's latest call, "triton" or "torch" (attention: a backend); None before the first."""
     return _taken.get(op)
 
 
@@ -70,18 +77,30 @@ def choose(op: str, tensors: Sequence[Tensor | None]) -> Literal["triton", "torc
         ValueError: if Triton is forced and cannot run on these tensors.
     """
     present = [x for x in tensors if x is not None]
-    wanted = _wanted(op)
-    obstacle = None if wanted == "torch" else _obstacle(present, wanted)
-    if wanted == "triton" and obstacle is not None:
+    asked = wanted(op)
+    obstacle = None if asked == "torch" else _obstacle(present, asked)
+    if asked == "triton" and obstacle is not None:
         raise ValueError(f"{op}: the Triton path was asked for, but {obstacle}; use auto or torch")
-    path = "triton" if wanted != "torch" and obstacle is None else "torch"
+    path = "triton" if asked != "torch" and obstacle is None else "torch"
+    record(op, path, "asked for" if asked == path else (obstacle or "available"))
+    return path
+
+
+def record(op: str, path: str, reason: str) -> None:
+    """Remember the path of the op's latest call; log it when it is new."""
     _taken[op] = path
-    reason = "asked for" if wanted == path else (obstacle or "available")
     # A log call would break the graph of a compiled model.
     if (op, path, reason) not in _logged and not torch.compiler.is_compiling():
         _logged.add((op, path, reason))
         logger.info("%s: %s (%s)", op, path, reason)
-    return path
+
+
+def wanted(op: str) -> Path:
+    """The choice that is in force for one op."""
+    for key in (op, _ALL):
+        if key in _forced:
+            return _forced[key]
+    return _from_environment(op)
 
 
 def triton_is_installed() -> bool:
@@ -100,10 +119,7 @@ def is_interpreting() -> bool:
     return isinstance(tl.sum, InterpretedFunction)
 
 
-def _wanted(op: str) -> Path:
-    for key in (op, _ALL):
-        if key in _forced:
-            return _forced[key]
+def _from_environment(op: str) -> Path:
     chosen: Path = "auto"
     text = os.environ.get(ENVIRONMENT_VARIABLE, "")
     for item in filter(None, (part.strip() for part in text.split(","))):

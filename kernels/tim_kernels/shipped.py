@@ -11,6 +11,7 @@ from typing import Any
 from tim_kernels import segment_sum
 from tim_kernels.gated_residual import kernel as gated
 from tim_kernels.modulated_layer_norm import kernel as norm
+from tim_kernels.qk_norm_rope import kernel as heads
 from tim_kernels.swiglu import kernel as swiglu
 from tim_kernels.transition_loss import kernel as loss
 
@@ -36,6 +37,8 @@ class Variant:
     """Fewest 128-bit loads that the machine code must hold."""
     matrix: bool = False
     """Whether it is meant to run on the tensor cores."""
+    max_registers: int | None = None
+    """Of a thread, where the op sets a limit."""
 
     @property
     def name(self) -> str:
@@ -47,6 +50,7 @@ def variants() -> list[Variant]:
         *_segment_sum(),
         *_modulated_layer_norm(),
         *_gated_residual(),
+        *_qk_norm_rope(),
         *_swiglu(),
         *_transition_loss(),
     ]
@@ -58,9 +62,10 @@ def _variant(
     """Pointers by argument name without `_ptr`, None where the op passes None; strides go by their names."""
     options = dict(options)
     num_warps = options.pop("num_warps")
+    rest.setdefault("max_registers", options.pop("maxnreg", None))
     constants, types = dict(options), dict(rest.pop("types", {}))
     for name in kernel.arg_names:
-        if name in _INT32_POINTERS:
+        if name in _INT32_POINTERS and name.removesuffix("_ptr") not in pointers:
             types[name] = "*i32"
         elif name.endswith("_ptr"):
             pointee = pointers[name.removesuffix("_ptr")]
@@ -155,6 +160,75 @@ def _gated_residual() -> list[Variant]:
             "gated_residual", f"backward: {label}", gated.backward_kernel, pointers, options, wide_loads=5
         ),
     ]
+
+
+def _qk_norm_rope() -> list[Variant]:
+    """Self-attention with and without the interval's shift, the queries and the keys of cross-attention."""
+    found = []
+    for num_heads, head_dim, form in (
+        (16, 72, "q, k, v with shift"),
+        (16, 72, "q, k, v"),
+        (16, 72, "q"),
+        (16, 72, "k, v"),
+        (12, 64, "q, k, v with shift"),
+    ):
+        has_second, has_plain = form.startswith("q, k"), "v" in form
+        shift = "fp32" if "shift" in form else None
+        angle = None if form == "k, v" else "fp32"
+        second, plain = "bf16" if has_second else None, "bf16" if has_plain else None
+        second_affine = "fp32" if has_second else None
+        position = None if angle is None else "i32"
+        pointers: dict[str, str | None] = {
+            "x": "bf16",
+            "d_x": "bf16",
+            "shift": shift,
+            "shift_partial": shift,
+            "chunks": None if shift is None else "i32",
+            "first": "bf16",
+            "second": second,
+            # Without a shift the forward hands out v as it is; the backward puts its gradient in place.
+            "plain": None if shift is None else plain,
+            "d_first": "bf16",
+            "d_second": second,
+            "d_plain": plain,
+            "first_weight": "fp32",
+            "first_bias": "fp32",
+            "second_weight": second_affine,
+            "second_bias": second_affine,
+            "cos": angle,
+            "sin": angle,
+            "position_a": position,
+            "position_b": position,
+            "affine_partial": "fp32",
+        }
+        types = {"num_rows": "i32", "rows_per_program": "i32", "eps": "fp32"}
+        label = f"{form}, {num_heads} heads of {head_dim}, bf16"
+        num_parts = 1 + has_second + (shift is not None)
+        forward = heads.forward_options(num_heads, head_dim)
+        backward = heads.backward_options(num_heads, head_dim, has_shift=shift is not None)
+        found += [
+            _variant(
+                "qk_norm_rope",
+                f"forward: {label}",
+                heads.forward_kernel,
+                pointers,
+                forward,
+                types=types,
+                # 16 heads of 64 columns are four vectors of bfloat16 a thread.
+                wide_loads=4 * num_parts,
+            ),
+            _variant(
+                "qk_norm_rope",
+                f"backward: {label}",
+                heads.backward_kernel,
+                pointers,
+                backward,
+                types=types,
+                # 8 heads of 64 columns: two vectors of the gradient and of x.
+                wide_loads=4 * (1 + has_second) + 2 * has_plain,
+            ),
+        ]
+    return found
 
 
 def _swiglu() -> list[Variant]:

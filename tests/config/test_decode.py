@@ -94,6 +94,12 @@ def test_value_is_decoded_by_the_type_of_its_field(text: str, name: str, value: 
     assert type(decoded) is type(value)
 
 
+def test_no_digits_are_advised_for_a_whole_number_that_a_float_cannot_hold():
+    with pytest.raises(ConfigError) as caught:
+        read("count: 1" + "0" * 24)
+    assert "write" not in str(caught.value)
+
+
 def test_whole_number_for_a_float_field_becomes_a_float():
     assert isinstance(read("rate: 3").rate, float)
     assert [type(x) for x in read("pair: [0, 1]").pair] == [float, float]

@@ -55,6 +55,7 @@ def test_every_repeated_key_is_reported():
         ("train: [1\n", "f.yaml:2: not valid YAML"),
         ("train:\n  steps: 1\n name: a\n", "f.yaml:3: not valid YAML"),
         ("name: a\x00b\n", "f.yaml: not valid YAML"),
+        ("name: " + "[" * 3000 + "]" * 3000, "f.yaml: brackets or sections nested too deep to read"),
         ("", "f.yaml: expected a section of keys, received nothing (null)"),
         ("# only a comment\n", "f.yaml: expected a section of keys, received nothing (null)"),
         ("- a\n", "f.yaml: expected a section of keys, received a list of 1"),

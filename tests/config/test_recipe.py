@@ -136,6 +136,22 @@ def test_the_two_handwriting_recipes_train_the_same_network_on_the_same_data_and
         (["train.preview.num_steps=[1, 0]"], "train.preview.num_steps[1]: expected at least 1, received 0"),
         (["sampler.num_steps=0"], "sampler.num_steps: expected at least 1, received 0"),
         (
+            ["sampler.cfg_interval=[1.5, 2]"],
+            "sampler.cfg_interval: expected shares of T_max that meet 0 to 1",
+        ),
+        (["sampler.stochasticity=-1"], "sampler.stochasticity: expected 0 or more, received -1.0"),
+        (["model.text_dim=-5"], "model.text_dim: expected null or at least 1, received -5"),
+        (["model.z_dim=0"], "model.z_dim: expected null or at least 1, received 0"),
+        (["model.adaln_hidden=0"], "model.adaln_hidden: expected null or at least 1, received 0"),
+        (["model.mlp_ratio=-1"], "model.mlp_ratio: expected a hidden width"),
+        (["train.seed=-1"], "train.seed: expected 0 or more, received -1"),
+        (["train.preview.every_steps=-1"], "train.preview.every_steps: expected 0 or more, received -1"),
+        (["train.preview.seed=-1"], "train.preview.seed: expected 0 or more, received -1"),
+        (
+            ["train.preview={every_steps: 5, prompts: [a], sizes: [8x8], num_steps: []}"],
+            "train.preview.num_steps: required when train.preview.every_steps is above 0",
+        ),
+        (
             ["train.optimizer.warmup_steps=11"],
             "train.optimizer.warmup_steps: expected at most train.steps 10, received 11",
         ),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,6 +47,15 @@ def write_folder(folder: Path, samples: list[Sample], *, per_shard: int = 40) ->
         (folder / NULL_NAME).write_bytes(save({"states": null}))
     build_index(folder, progress=False).save()
     return folder
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]], *, tar_format: int = tarfile.PAX_FORMAT) -> None:
+    """A tar as another program might write it."""
+    with tarfile.open(path, "w", format=tar_format) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
 
 
 @pytest.fixture(scope="session")

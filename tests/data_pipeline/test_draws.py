@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data_pipeline.draws import generator
+from data_pipeline.draws import generator, uniforms
 
 
 def numbers(*key: object) -> tuple[float, ...]:
@@ -41,3 +41,14 @@ def test_first_draws_over_samples_are_uniform():
 def test_a_number_outside_64_bits_is_refused(key):
     with pytest.raises(ValueError, match="expected 0 to"):
         generator(*key)
+
+
+def test_uniforms_belong_to_seed_stream_epoch_and_sample():
+    ids = np.arange(20_000)
+    draws = uniforms(3, "caption_dropout", 1, ids)
+    assert np.array_equal(draws[[5, 77]], uniforms(3, "caption_dropout", 1, np.array([5, 77])))
+    assert draws.min() >= 0.0 and draws.max() < 1.0
+    # Mean and correlations of 20,000 uniform draws have standard errors of 0.002 and 0.007.
+    assert abs(draws.mean() - 0.5) < 0.01 and abs(np.corrcoef(draws[1:], draws[:-1])[0, 1]) < 0.035
+    for other in ((4, "caption_dropout", 1), (3, "flip", 1), (3, "caption_dropout", 2)):
+        assert abs(np.corrcoef(draws, uniforms(*other, ids))[0, 1]) < 0.035

@@ -1,12 +1,13 @@
 """The index: found in one pass over any tar, kept beside it, refused when it no longer fits."""
 
-import io
+import re
 import shutil
 import tarfile
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 from safetensors.torch import save
 
 from data_pipeline import index as index_module
@@ -15,15 +16,7 @@ from data_pipeline.index import build_index, load_index
 from data_pipeline.reader import ShardReader
 from data_pipeline.schema import Sample
 from data_pipeline.shards import write_shard
-from tests.data_pipeline.conftest import CHANNELS, TEXT_WIDTH, text_samples
-
-
-def write_tar(path, members, *, tar_format=tarfile.PAX_FORMAT):
-    with tarfile.open(path, "w", format=tar_format) as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
+from tests.data_pipeline.conftest import CHANNELS, TEXT_WIDTH, text_samples, write_tar
 
 
 def latent_bytes(**tensors):
@@ -44,7 +37,7 @@ def test_rows_point_at_what_was_written(text_folder):
     reader = ShardReader(index)
     for number, written in enumerate(text_samples(150)):
         read = reader.read(number)
-        assert written.states is not None and read.states is not None
+        assert written.latent is not None and written.states is not None and read.states is not None
         assert torch.equal(read.latent, written.latent)
         assert torch.equal(read.states, written.states)
         assert index.name(number) == f"shard-{number // 40:06d}.tar:{written.key}"
@@ -102,7 +95,14 @@ def test_an_altered_index_is_refused(text_folder, tmp_path):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
+    # Loading maps the file and reads no row; asked to, it reads them all.
+    assert load_index(folder).hash == load_index(text_folder).hash
     with pytest.raises(DataError, match="does not match its hash"):
+        load_index(folder, verify=True)
+    assert index_module.main([str(folder), "--verify"]) == 1
+    assert index_module.main([str(text_folder), "--verify"]) == 0
+    path.write_bytes(data[:-1])
+    with pytest.raises(DataError, match="not a readable index"):
         load_index(folder)
     path.write_bytes(data[:100])
     with pytest.raises(DataError, match="not a readable index"):
@@ -123,20 +123,24 @@ def test_a_shard_that_changed_or_vanished_is_refused(text_folder, tmp_path):
 def test_an_index_of_another_format_is_refused(text_folder, tmp_path, monkeypatch):
     folder = shutil.copytree(text_folder, tmp_path / "copy")
     monkeypatch.setattr(index_module, "FORMAT", 99)
-    with pytest.raises(DataError, match=r"index format 1, expected 99; rebuild it with"):
+    with pytest.raises(DataError, match=r"index format 2, expected 99; rebuild it with"):
         load_index(folder)
 
 
 @pytest.mark.parametrize("cut", ["inside_a_member", "before_the_end_mark"])
-def test_a_truncated_tar_is_refused_by_name(tmp_path, cut):
+def test_the_whole_samples_of_a_truncated_tar_are_kept(tmp_path, cut):
     path = tmp_path / "s.tar"
     write_shard(path, text_samples(5))
     with tarfile.open(path) as tar:
         last = tar.getmembers()[-1]
     end = last.offset_data + (-(-last.size // 512)) * 512
     path.write_bytes(path.read_bytes()[: last.offset_data + 10 if cut == "inside_a_member" else end])
-    with pytest.raises(DataError, match=r"s\.tar: (truncated tar|not a readable tar)"):
-        build_index(tmp_path, progress=False)
+    index = build_index(tmp_path, progress=False)
+    assert [index.key(n) for n in range(len(index))] == [f"s{n:05d}" for n in range(4)]
+    assert index.num_bad == 1 and index.bad[0][0] == "s.tar:s00004"
+    assert "truncated tar" in index.bad[0][1] or "not a readable tar" in index.bad[0][1]
+    with pytest.raises(DataError, match=r"1 of 5 samples break the schema \(allowed: 0\).*\n.*s\.tar:s00004"):
+        build_index(tmp_path, progress=False, max_bad_share=0)
 
 
 BAD_SAMPLES = {
@@ -190,24 +194,90 @@ BAD_SAMPLES = {
         ],
         "key given twice",
     ),
-    "two_channel_counts": (
+    "other_channels": (
+        [("k.cls", b"1"), ("k.latent.safetensors", latent_bytes(latent=torch.zeros(9, 2, 2)))],
+        "expected 4 channels and 0, received 9 channels and states of width 0",
+    ),
+    "captions_among_labels": (
         [
-            ("k.cls", b"1"),
             ("k.latent.safetensors", latent_bytes()),
-            ("m.cls", b"1"),
-            ("m.latent.safetensors", latent_bytes(latent=torch.zeros(9, 2, 2))),
+            ("k.text.safetensors", save({"states": torch.zeros(1, 2)})),
         ],
-        r"one channels of a latent, received 4 \(s\.tar:k\), 9 \(s\.tar:m\)",
+        "received 4 channels and states of width 2",
     ),
 }
 
 
 @pytest.mark.parametrize("name", BAD_SAMPLES)
-def test_a_sample_that_breaks_the_schema_is_named(tmp_path, name):
+def test_a_sample_that_breaks_the_schema_is_left_out_and_named(tmp_path, name):
     members, message = BAD_SAMPLES[name]
-    write_tar(tmp_path / "s.tar", members)
-    with pytest.raises(DataError, match=message):
+    good = [
+        (f"{key}.{extension}", data)
+        for key in ("x", "y", "z")
+        for extension, data in (("cls", b"2"), ("latent.safetensors", latent_bytes()))
+    ]
+    write_tar(tmp_path / "s.tar", members + good)
+    index = build_index(tmp_path, progress=False)
+    assert [index.key(n) for n in range(len(index))][-3:] == ["x", "y", "z"]
+    assert index.num_bad == 1 == len(index.bad)
+    assert index.bad[0][0].startswith("s.tar:") and re.search(message, index.bad[0][1])
+    index.save()
+    assert load_index(tmp_path).bad == index.bad
+    reader = ShardReader(index)
+    assert all(reader.read(n).label in (1, 2) for n in range(len(index)))
+
+
+def test_too_many_bad_samples_refuse_the_index(tmp_path):
+    good = [
+        (f"g{n:04d}.{e}", d)
+        for n in range(400)
+        for e, d in (("cls", b"1"), ("latent.safetensors", latent_bytes()))
+    ]
+    bad = [(f"b{n}.latent.safetensors", b"junk") for n in range(9)]
+    write_tar(tmp_path / "s.tar", good + bad)
+    with pytest.raises(
+        DataError, match=r"9 of 409 samples break the schema \(allowed: 8\); the first:\n  s\.tar:b0"
+    ):
         build_index(tmp_path, progress=False)
+    assert len(build_index(tmp_path, progress=False, max_bad_share=0.05)) == 400
+
+
+def test_a_folder_without_a_usable_sample_is_refused(tmp_path):
+    write_tar(tmp_path / "s.tar", [("k.latent.safetensors", b"junk")])
+    with pytest.raises(DataError, match=r"1 of 1 samples break the schema.*\n.*s\.tar:k: expected either"):
+        build_index(tmp_path, progress=False)
+    write_tar(tmp_path / "s.tar", [])
+    with pytest.raises(DataError, match="hold no sample at all"):
+        build_index(tmp_path, progress=False)
+
+
+def test_processes_build_the_same_index(text_folder):
+    alone = build_index(text_folder, progress=False)
+    assert build_index(text_folder, progress=False, processes=2).hash == alone.hash
+
+
+def test_samples_are_grouped_by_size(text_folder):
+    index = load_index(text_folder)
+    assert int(index.shapes[:, 2].sum()) == 150
+    assert np.array_equal(np.sort(index.members), np.arange(150))
+    for n in (0, 77, 149):
+        same = index.same_size(n)
+        assert n in same and {index.grid(int(i), 1) for i in same} == {index.grid(n, 1)}
+        for shape in index.smaller_shapes(n):
+            assert index.shapes[shape, :2].prod() <= np.prod(index.grid(n, 1))
+    groups = index.groups(2)
+    assert np.all(np.diff(groups.lengths) >= 0) and len(groups) == 150
+    for length, start, count in zip(groups.lengths, groups.starts, groups.counts, strict=True):
+        assert {int(np.prod(index.grid(int(i), 2))) for i in groups.members[start : start + count]} == {
+            int(length)
+        }
+
+
+def test_the_index_is_plain_safetensors(text_folder):
+    index = load_index(text_folder)
+    stored = load_file(text_folder / "index.safetensors")
+    assert np.array_equal(stored["offset"], index.columns["offset"])
+    assert np.array_equal(stored["members"], index.members)
 
 
 def test_a_folder_without_shards_is_refused(tmp_path):
@@ -217,9 +287,9 @@ def test_a_folder_without_shards_is_refused(tmp_path):
 
 def test_the_patch_size_must_divide_every_latent(text_folder):
     index = load_index(text_folder)
-    assert index.grids(2).min() == 1
-    with pytest.raises(DataError, match=r"of 150 latents are no multiple of the patch size 4, first shard-"):
-        index.grids(4)
+    assert index.groups(2).lengths[0] == 1
+    with pytest.raises(DataError, match=r"of 150 latents are no multiple of the patch size 4, one is shard-"):
+        index.groups(4)
 
 
 def test_command_line_builds_the_index(class_folder, tmp_path, capsys):

@@ -1,14 +1,18 @@
 """The description of a folder of shards."""
 
+import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from data_pipeline import inspect
+from data_pipeline.encoders.autoencoder import build_autoencoder
 from data_pipeline.handwriting import Settings, build
-from data_pipeline.index import load_index
+from data_pipeline.index import build_index, load_index
+from tests.data_pipeline.conftest import write_tar
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +25,7 @@ def folder(tmp_path_factory):
 def test_histogram_counts_every_sample(folder):
     rows = inspect.size_histogram(load_index(folder))
     assert sum(row.count for row in rows) == 80
-    assert {(row.height, row.width) for row in rows} <= {(4, 4), (4, 8), (4, 12), (8, 4), (12, 4)}
+    assert {(row.height, row.width) for row in rows} <= {(2, 2), (2, 4), (2, 6), (4, 2), (6, 2), (8, 2)}
     assert [row.count for row in rows] == sorted((row.count for row in rows), reverse=True)
 
 
@@ -55,3 +59,42 @@ def test_class_data_are_described(class_folder, capsys):
 def test_a_folder_that_is_no_data_set_is_one_error(tmp_path, capsys):
     assert inspect.main([str(tmp_path)]) == 1
     assert "error:" in capsys.readouterr().err
+
+
+def test_a_large_index_is_described_from_some_of_its_rows(text_folder, monkeypatch, capsys):
+    index = load_index(text_folder)
+    assert np.array_equal(inspect.some_rows(index), np.arange(150))
+    monkeypatch.setattr(inspect, "ROWS", 40)
+    monkeypatch.setattr(inspect, "RUNS", 4)
+    rows = inspect.some_rows(index)
+    assert len(rows) == len(set(rows.tolist())) == 40 and rows.min() == 0 and rows.max() == 149
+    assert inspect.main([str(text_folder), "--no-sheet"]) == 0
+    out = capsys.readouterr().out
+    assert "(of 40 samples looked at)" in out and re.search(r"^samples\s+150$", out, re.M)
+
+
+def test_drops_and_bad_samples_are_told(class_folder, tmp_path, capsys):
+    folder = shutil.copytree(class_folder, tmp_path / "copy")
+    write_tar(folder / "x.tar", [("lost.cls", b"1")])
+    build_index(folder, progress=False).save()
+    (folder / "manifest.json").write_text(json.dumps({"report": {"dropped": {"too small": 7, "broken": 2}}}))
+    assert inspect.main([str(folder), "--no-sheet"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^dropped\s+9 of the source", out, re.M) and re.search(r"^\s+7  too small$", out, re.M)
+    assert re.search(r"^bad\s+1 samples", out, re.M) and "x.tar:lost: expected a member latent" in out
+
+
+def test_a_damaged_sample_leaves_its_tile_empty(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    index = load_index(copy)
+    for shard in copy.glob("*.tar"):
+        with open(shard, "r+b") as stream:
+            stream.seek(int(index.columns["offset"][0]) + 100)
+            stream.write(b"damage")
+    with_damage = inspect.contact_sheet(
+        index, build_autoencoder(inspect.manifest_autoencoder(copy)), count=80, seed=0
+    )
+    whole = inspect.contact_sheet(
+        load_index(folder), build_autoencoder(inspect.manifest_autoencoder(folder)), count=80, seed=0
+    )
+    assert with_damage.size == whole.size and with_damage.tobytes() != whole.tobytes()

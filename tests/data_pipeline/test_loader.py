@@ -2,9 +2,12 @@
 
 import json
 import logging
+import pickle
 import shutil
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save
@@ -13,9 +16,18 @@ from data_pipeline import loader as loader_module
 from data_pipeline.batch import PackedBatch
 from data_pipeline.config import AutoencoderConfig, TextEncoderConfig
 from data_pipeline.errors import DataError
-from data_pipeline.index import load_index
+from data_pipeline.index import build_index, load_index
 from data_pipeline.loader import build_loader
-from tests.data_pipeline.conftest import CHANNELS, data_config, text_samples, write_folder
+from data_pipeline.reader import ShardReader
+from data_pipeline.schema import Sample
+from tests.data_pipeline.conftest import (
+    CHANNELS,
+    TEXT_WIDTH,
+    data_config,
+    text_samples,
+    write_folder,
+    write_tar,
+)
 from tim_ds.packed import patchify
 
 
@@ -192,7 +204,8 @@ def test_too_many_damaged_samples_stop_the_run(text_folder, tmp_path):
     folder = shutil.copytree(text_folder, tmp_path / "copy")
     damage(folder, list(range(0, 150, 5)))
     with pytest.raises(
-        DataError, match=r"9 of \d+ samples read by this process are damaged.*last: shard-\d+\.tar:s"
+        DataError,
+        match=r"9 of \d+ samples read by (a process of )?rank 0 are damaged.*last: shard-\d+\.tar:s",
     ):
         list(build_loader(data_config(folder), patch_size=1, num_steps=5))
 
@@ -200,19 +213,139 @@ def test_too_many_damaged_samples_stop_the_run(text_folder, tmp_path):
 def test_a_worker_reports_the_same_error(text_folder, tmp_path):
     folder = shutil.copytree(text_folder, tmp_path / "copy")
     damage(folder, list(range(0, 150, 2)))
-    with pytest.raises(DataError, match=r"^9 of \d+ samples read by this process are damaged"):
+    with pytest.raises(DataError, match=r"^9 of \d+ samples read by .*rank 0 are damaged"):
         list(build_loader(data_config(folder, workers=1), patch_size=1, num_steps=8))
+
+
+def size_of(sample: Sample) -> tuple[int, ...]:
+    assert sample.latent is not None
+    return tuple(sample.latent.shape[1:])
 
 
 def test_a_damaged_sample_without_a_substitute_is_an_error(tmp_path):
     samples = text_samples(12)
-    lone = [n for n, s in enumerate(samples) if s.latent.shape[1:] == (6, 2)][:1]
-    assert lone
-    keep = [s for n, s in enumerate(samples) if s.latent.shape[1:] != (6, 2) or n in lone]
+    smallest = [n for n, s in enumerate(samples) if size_of(s) == (2, 2)][:1]
+    assert smallest
+    keep = [s for n, s in enumerate(samples) if size_of(s) != (2, 2) or n in smallest]
     folder = write_folder(tmp_path / "few", keep)
-    damage(folder, [n for n, s in enumerate(keep) if s.latent.shape[1:] == (6, 2)])
-    with pytest.raises(DataError, match=r"checksum differs.*no readable sample of its size \(0 others"):
+    damage(folder, [n for n, s in enumerate(keep) if size_of(s) == (2, 2)])
+    with pytest.raises(DataError, match=r"checksum differs.*none of 0 samples of its size or smaller"):
         list(build_loader(data_config(folder, packs_per_step=1), patch_size=1, num_steps=2))
+
+
+def test_a_damaged_sample_of_a_size_of_its_own_is_replaced_by_a_smaller_one(tmp_path):
+    lone = Sample(
+        "lone", torch.full((CHANNELS, 8, 2), 500.0).half(), states=torch.full((2, TEXT_WIDTH), 500.0).half()
+    )
+    folder = write_folder(tmp_path / "lone", [*text_samples(60), lone])
+    before = [b for step in build_loader(data_config(folder), patch_size=1, num_steps=8) for b in step]
+    damage(folder, [60])
+    after = [b for step in build_loader(data_config(folder), patch_size=1, num_steps=8) for b in step]
+    replaced = 0
+    for a, b in zip(before, after, strict=True):
+        for planned, found, grid in zip(a.sample_ids, b.sample_ids, b.grids, strict=True):
+            if planned == 60:
+                # 16 tokens: the nearest size below is 4 x 4, of as many.
+                assert found != 60 and grid == (4, 4)
+                replaced += 1
+            else:
+                assert found == planned
+    assert replaced >= 1
+
+
+def test_the_limit_counts_the_workers_of_a_rank_together(text_folder, tmp_path):
+    folder = shutil.copytree(text_folder, tmp_path / "copy")
+    bad = list(range(0, 150, 12))
+    damage(folder, bad)
+    config = data_config(folder, workers=2)
+    # Thirteen damaged samples over two workers: neither meets nine within an epoch, the rank does.
+    with pytest.raises(
+        DataError, match=r"^9 of \d+ samples read by rank 0 are damaged \(allowed: 8, or 1%\)"
+    ):
+        list(build_loader(config, patch_size=1, num_steps=12))
+
+
+def test_several_captions_and_mirror_images_are_drawn_for_each_epoch(tmp_path):
+    count = 40
+    members = []
+    for n in range(count):
+        latent = torch.full((CHANNELS, 2, 2), float(n)).half()
+        texts = {
+            "states": torch.full((2, TEXT_WIDTH), float(n)),
+            "states.1": torch.full((5, TEXT_WIDTH), n + 0.5),
+        }
+        members.append((f"k{n:03d}.latent.safetensors", save({"latent": latent, "flipped": -latent - 1})))
+        members.append((f"k{n:03d}.text.safetensors", save(texts)))
+    write_tar(tmp_path / "s.tar", members)
+    (tmp_path / "null.safetensors").write_bytes(save({"states": torch.zeros(1, TEXT_WIDTH)}))
+    build_index(tmp_path, progress=False).save()
+    config = data_config(tmp_path, caption_dropout=0.0)
+
+    def drawn(world_size: int) -> dict[tuple[int, int], tuple[float, int]]:
+        found = {}
+        for rank in range(world_size):
+            for step in build_loader(config, patch_size=1, num_steps=6, rank=rank, world_size=world_size):
+                for batch in step:
+                    assert batch.text_LE is not None and batch.text_lengths is not None
+                    texts = batch.text_LE.split(list(batch.text_lengths))
+                    tokens = batch.latents_TC.split([4] * len(batch.grids))
+                    for i, x, y in zip(batch.sample_ids, tokens, texts, strict=True):
+                        assert float(x[0, 0]) in (float(i), -i - 1.0) and float(y[0, 0]) in (i, i + 0.5)
+                        assert len(y) == (2 if float(y[0, 0]) == i else 5)
+                        found[batch.epoch, i] = (float(x[0, 0]), len(y))
+        return found
+
+    alone = drawn(1)
+    assert drawn(2) == alone, "who reads a sample must not change what is drawn"
+    kinds = Counter((x < 0, length) for x, length in alone.values())
+    # Four kinds, equally often: 60 of 240, give or take four standard deviations.
+    assert len(alone) == 240 and all(33 <= kinds[kind] <= 87 for kind in kinds) and len(kinds) == 4
+
+
+def test_a_shard_cut_short_while_training_loses_its_last_samples_only(text_folder, tmp_path):
+    folder = shutil.copytree(text_folder, tmp_path / "copy")
+    loader = build_loader(data_config(folder), patch_size=1, num_steps=8)
+    index, shard = load_index(folder), folder / "shard-000002.tar"
+    lost = np.flatnonzero(index.columns["shard"] == 2)[-3:]
+    with open(shard, "r+b") as stream:
+        stream.truncate(int(index.columns["offset"][lost[0]]) + 100)
+    batches = [b for step in loader for b in step]
+    assert loader.num_damaged == 3 and sum(b.num_replaced for b in batches) >= 3
+    assert not set(lost.tolist()) & {i for b in batches for i in b.sample_ids}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"height": 7}, r"latent: the index says a floating \[4, 7, \d\], the shard holds torch\.float16"),
+        ({"text_length": 99}, r"states: the index says a floating \[99, 8\], the shard holds"),
+        ({"latent_size": 30}, "not a readable safetensors member"),
+    ],
+    ids=["size", "caption_length", "member"],
+)
+def test_a_sample_unlike_its_row_is_refused(text_folder, change, message):
+    index = build_index(text_folder, progress=False)
+    for name, value in change.items():
+        index.columns[name][5] = value
+    with pytest.raises(DataError, match=r"shard-000000\.tar:s00005: " + message):
+        ShardReader(index).read(5)
+
+
+@pytest.mark.gpu
+def test_batches_are_pinned_where_there_is_a_device(text_folder):
+    for workers in (0, 2):
+        for step in build_loader(data_config(text_folder, workers=workers), patch_size=1, num_steps=2):
+            for batch in step:
+                assert batch.latents_TC.is_pinned()
+                assert batch.text_LE is not None and batch.text_LE.is_pinned()
+
+
+def test_a_spawned_worker_maps_the_index_anew(text_folder):
+    index = load_index(text_folder)
+    data = pickle.dumps(index)
+    assert len(data) < 500, "the rows must not travel"
+    again = pickle.loads(data)
+    assert again.hash == index.hash and again.name(149) == index.name(149)
 
 
 def test_a_shard_that_disappears_while_training_is_named(text_folder, tmp_path):

@@ -5,8 +5,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from data_pipeline import packing
 from data_pipeline.errors import DataError
-from data_pipeline.packing import Plan
+from data_pipeline.packing import LengthGroups, Plan
 
 
 def web_mix(count: int) -> np.ndarray:
@@ -31,9 +32,14 @@ CASES = {
 }
 
 
-@pytest.fixture(params=CASES, scope="module")
-def case(request: pytest.FixtureRequest) -> tuple[np.ndarray, Plan]:
-    lengths, budget, packs = CASES[request.param]
+@pytest.fixture(params=[(name, window) for name in CASES for window in ("large", "small")], ids="-".join)
+def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[np.ndarray, Plan]:
+    name, window = request.param
+    if window == "small":
+        # So that these small sets have several windows and a tail, as large sets do.
+        monkeypatch.setattr(packing, "WINDOW_PACKS", 16)
+        monkeypatch.setattr(packing, "WINDOW_STEPS", 2)
+    lengths, budget, packs = CASES[name]
     return lengths, Plan(lengths, tokens_per_pack=budget, packs_per_step=packs, seed=5)
 
 
@@ -56,6 +62,63 @@ def test_no_pack_exceeds_the_budget_and_none_is_empty(case):
     packs = epoch_packs(plan, 0)
     assert len(packs) == plan.steps_per_epoch * plan.packs_per_step
     assert all(0 < lengths[list(pack)].sum() <= plan.tokens_per_pack for pack in packs)
+
+
+def test_small_windows_repeat_a_template(monkeypatch):
+    monkeypatch.setattr(packing, "WINDOW_PACKS", 16)
+    monkeypatch.setattr(packing, "WINDOW_STEPS", 2)
+    lengths, budget, packs = CASES["web_mix"]
+    plan = Plan(lengths, tokens_per_pack=budget, packs_per_step=packs, seed=5)
+    # 3,000 images of 870 tokens fill 330 packs; the template holds a window of 16 and a tail of at most two.
+    assert plan.steps_per_epoch * packs > 300 > 48 >= plan._template.num_packs
+
+
+@pytest.mark.parametrize("epoch", [0, 3])
+def test_an_epoch_seats_the_samples_of_a_size_at_random(epoch):
+    # One length, one image a pack: the step of each image is then a plain permutation.
+    count = 4096
+    plan = Plan(np.full(count, 60), tokens_per_pack=100, packs_per_step=4, seed=1)
+    order = np.array([pack[0] for pack in epoch_packs(plan, epoch)])
+    correlation = np.corrcoef(order, np.arange(len(order)))[0, 1]
+    # A random order of 4,096 has a correlation of standard deviation 1 / sqrt(4096) = 0.016.
+    assert abs(correlation) < 0.08
+    assert np.abs(np.diff(order)).mean() == pytest.approx(count / 3, rel=0.05)
+
+
+def test_lengths_may_be_given_as_groups():
+    lengths = np.array([7, 3, 7, 5, 3, 3])
+    groups = LengthGroups.of(lengths)
+    assert groups.lengths.tolist() == [3, 5, 7] and groups.counts.tolist() == [3, 1, 2]
+    assert groups.members.tolist() == [1, 4, 5, 3, 0, 2]
+    # Two groups of one length, stored out of order, as two shapes of the same area are.
+    split = LengthGroups(
+        np.array([3, 3, 5, 7]), np.array([2, 1, 1, 2]), np.array([4, 0, 1, 2]), np.array([5, 3, 0, 2, 1, 4])
+    )
+    plans = [Plan(given, tokens_per_pack=9, packs_per_step=2, seed=3) for given in (lengths, groups, split)]
+    assert plans[0].step(1) == plans[1].step(1)
+    for plan in plans:
+        for pack in epoch_packs(plan, 1):
+            assert lengths[list(pack)].sum() <= 9
+    assert sorted(i for p in epoch_packs(plans[2], 0) for i in p) == list(range(6))
+
+
+def test_the_order_of_a_hundred_million_samples_is_not_computed_to_read_one_step():
+    # Members that are computed on demand: a plan that touched them all would take 100 million look-ups.
+    class Members:
+        touched = 0
+
+        def __getitem__(self, ranks):
+            self.touched += np.size(ranks)
+            return ranks
+
+    members = Members()
+    counts = np.array([60_000_000, 30_000_000, 10_000_000])
+    starts = np.cumsum(counts) - counts
+    groups = LengthGroups(np.array([256, 1024, 4096]), counts, starts, members)  # type: ignore[arg-type]
+    plan = Plan(groups, tokens_per_pack=8192, packs_per_step=64, seed=0)
+    step = plan.step(3 * plan.steps_per_epoch + 12_345)
+    assert step.epoch == 3 and plan.fill() > 0.98
+    assert step.num_images <= members.touched <= packing.BLOCK_IMAGES + step.num_images
 
 
 def test_nothing_is_left_out_when_packs_hold_many_images():

@@ -21,6 +21,7 @@ from tim_kernels import (
     transition_loss,
     use_path,
 )
+from tim_kernels.qk_norm_rope import RotaryTable, kv_norm_rope, qk_norm_rope, qkv_norm_rope
 from tim_kernels.shipped import variants
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
@@ -56,6 +57,7 @@ def record_launches(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> li
     with recorded(monkeypatch) as launches, use_path("triton"):
         _modulated_layer_norm(lengths, device)
         _gated_residual(lengths, device)
+        _qk_norm_rope(lengths, device)
         _swiglu(sum(lengths), device)
         _transition_loss(lengths, device)
     return launches
@@ -98,6 +100,31 @@ def _modulated_layer_norm(lengths: tuple[int, ...], device: torch.device) -> Non
         # The final layer's x' goes nowhere but into its norm.
         outputs = [h] if stored == fp32 else [x_new, h]
         torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
+
+
+def _qk_norm_rope(lengths: tuple[int, ...], device: torch.device) -> None:
+    plan = ChunkPlan.from_lengths(lengths, device=device)
+    rows, bf16 = sum(lengths), torch.bfloat16
+    position = torch.arange(rows, dtype=torch.int32, device=device)
+    for num_heads, head_dim, with_shift in ((16, 72, True), (16, 72, False), (12, 64, True)):
+        width = num_heads * head_dim
+        q_norm, k_norm = (
+            (
+                _leaf(head_dim, dtype=torch.float32, device=device),
+                _leaf(head_dim, dtype=torch.float32, device=device),
+            )
+            for _ in range(2)
+        )
+        table = RotaryTable.from_positions(position, position, rows, head_dim)
+        shift = _leaf(len(lengths), 3 * width, dtype=torch.float32, device=device) if with_shift else None
+        qkv = _leaf(rows, 3 * width, dtype=bf16, device=device)
+        outputs = qkv_norm_rope(qkv, num_heads, q_norm, k_norm, table, shift_SE=shift, plan=plan)
+        torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
+        if head_dim == 72 and with_shift:
+            q = _leaf(rows, num_heads, head_dim, dtype=bf16, device=device)
+            qk_norm_rope(q, *q_norm, table).backward(torch.ones_like(q))
+            outputs = kv_norm_rope(_leaf(rows, 2 * width, dtype=bf16, device=device), num_heads, k_norm)
+            torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
 
 
 def _swiglu(rows: int, device: torch.device) -> None:

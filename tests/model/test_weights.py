@@ -113,8 +113,8 @@ def test_truncated_pytorch_file_is_one_clear_error_at_every_length(tmp_path: Pat
     whole = tmp_path / "whole.bin"
     for zip_format in (True, False):
         torch.save(_state(), whole, _use_new_zipfile_serialization=zip_format)
-        size = whole.stat().st_size
-        for keep in (8, 60, size // 2, size - 30):
+        # Shorter, the first bytes do not tell the format.
+        for keep in range(4, whole.stat().st_size):
             with pytest.raises(CheckpointError, match="damaged"):
                 read_weights(_truncated(whole, tmp_path / "cut.bin", keep))
 

@@ -24,7 +24,14 @@ def golden_files(folder: Path) -> list[Path]:
 def compare_file(path: Path) -> Report:
     """Raises CheckpointError if the case is not whole, another TimError if the project refuses it."""
     golden = GoldenFile.read(path)
-    return compare_network(golden) if "network" in golden.description else compare_formulas(golden)
+    compare = compare_network if "network" in golden.description else compare_formulas
+    try:
+        report = compare(golden)
+    except KeyError as error:
+        raise CheckpointError(f"{path}: the case has no {error}, which the comparison reads") from error
+    if not report.comparisons:
+        raise CheckpointError(f"{path}: holds nothing that the comparison knows")
+    return report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.parity.__main__ import compare_file, golden_files, main
 from tests.parity.compare import Report, relative_error
@@ -113,6 +114,35 @@ def test_tool_exits_2_when_a_case_is_not_whole(tmp_path: Path, capsys: pytest.Ca
     values.unlink()
     assert main(["--goldens", str(tmp_path)]) == 2
     assert "cannot be read" in capsys.readouterr().err
+
+
+def test_tool_exits_2_when_a_case_lacks_what_the_comparison_reads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = _copy(tmp_path).with_suffix(".safetensors")
+    tensors = load_file(values)
+    save_file({f"other/{name}": value for name, value in tensors.items()}, values)
+    assert main(["--goldens", str(tmp_path)]) == 2
+    assert "the case has no 'in/x'" in capsys.readouterr().err
+    save_file(tensors, values)
+    (tmp_path / SMALLEST.name).write_text("{}")
+    assert main(["--goldens", str(tmp_path)]) == 2
+    assert "the case has no 'transports'" in capsys.readouterr().err
+    save_file({"other": torch.ones(2)}, values)
+    assert main(["--goldens", str(tmp_path)]) == 2
+    assert "holds nothing that the comparison knows" in capsys.readouterr().err
+
+
+def test_tool_exits_1_on_a_value_that_is_a_hundredth_off(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = _copy(tmp_path).with_suffix(".safetensors")
+    tensors = load_file(values)
+    tensors["samp/ot_4step"] = tensors["samp/ot_4step"] * 1.01
+    save_file(tensors, values)
+    assert main(["--goldens", str(tmp_path)]) == 1
+    printed = capsys.readouterr().out
+    assert "FAILED samp/ot_4step" in printed and "1 beyond tolerance" in printed
 
 
 def test_differences_of_shape_and_nan_never_pass() -> None:

@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -93,11 +94,26 @@ def test_leftovers_of_an_interrupted_save_are_removed(tmp_path: Path) -> None:
     assert not leftover.exists()
 
 
-def test_a_checkpoint_of_another_format_is_not_used(tmp_path: Path) -> None:
-    path = save(keeper(tmp_path), 1) / MANIFEST
-    content = json.loads(path.read_text())
-    path.write_text(json.dumps({**content, "format": 99}))
-    assert keeper(tmp_path).newest() is None
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 99}, "checkpoint format 99, expected 1"),
+        ({"progress": {}}, "no readable manifest.json (KeyError: 'step')"),
+        ({"files": {"rank_00000.safetensors": 7}}, "expected 7 bytes, received "),
+    ],
+)
+def test_a_run_whose_checkpoints_are_all_unreadable_does_not_begin_anew(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    for path in [save(keeper(tmp_path), step) / MANIFEST for step in (1, 2)]:
+        path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(CheckpointError, match="none of its checkpoints can be read") as error:
+        keeper(tmp_path).newest()
+    assert str(error.value).count(message) == 2
+
+
+def test_a_folder_without_checkpoints_begins_a_run(tmp_path: Path) -> None:
+    assert keeper(tmp_path).newest() is None and keeper(tmp_path / "none").newest() is None
 
 
 @pytest.mark.parametrize("failure", ["half_written", "no_room", "no_manifest"])

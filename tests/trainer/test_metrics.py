@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.trainer.plain import steps_of
 from tests.trainer.ranks import recipe
+from tim_ds.errors import CheckpointError
 from tim_ds.objective.loss import LossTerms
 from tim_ds.objective.transport import build_transport
 from tim_ds.trainer.metrics import METRICS_FILE, NUM_BINS, MetricsLog, Sums, read_metrics
@@ -113,3 +115,23 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None
     tags = board.Tags()["scalars"]
     assert "train/denoising_by_t/0.000-0.125" in tags and "train/denoising_by_t/0.125-0.250" not in tags
     assert "train/grad_norm" not in tags and "speed/images_per_s" in tags
+
+
+# TensorBoard writes in a thread of its own, whose error is raised at the next call.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_disk_that_refuses_is_one_clear_error_and_closing_raises_no_other(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, tokens_per_pack=10, start_step=0)
+    means = {"loss": 0.5, "images": 4, "tokens": 30, "packs": 4}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # No file may grow beyond 16 KiB: a write fails in the middle, as it does on a full disk.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16_384, hard))
+    try:
+        with pytest.raises(CheckpointError, match="metrics cannot be written: File too large") as error:
+            for step in range(1, 1000):
+                log.log(step, means, lr=1e-3, applied_steps=step, skipped_steps=0)
+        log.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert str(tmp_path) in str(error.value) and "run the same command again" in str(error.value)
+    # The whole lines are read; a run that continues drops the torn one.
+    assert read_metrics(tmp_path)[0]["step"] == 1

@@ -123,7 +123,8 @@ class _Decoder:
             return value
         advice = ""
         if kind is int and isinstance(value, float) and value.is_integer():
-            advice = f"; write {int(value)}"
+            # Beyond, a float no longer tells which whole number was meant.
+            advice = f"; write {int(value)}" if abs(value) < 2**53 else ""
         elif kind is str and value is not None:
             advice = "; put it in quotes"
         elif kind is bool and not node.quoted and node.text.lower() == "true":

@@ -130,6 +130,8 @@ class _Parser:
             raise ConfigError(f"{where}: not valid YAML: {error.problem or error.context}{hint}") from error
         except yaml.YAMLError as error:
             raise ConfigError(f"{self.source}: not valid YAML: {error}") from error
+        except RecursionError as error:
+            raise ConfigError(f"{self.source}: brackets or sections nested too deep to read") from error
 
     def _document(self) -> Node:
         next(self.events)

@@ -54,6 +54,15 @@ class ModelConfig:
         for name in ("in_channels", "patch_size", "hidden_size", "depth", "num_heads", "projector_dim"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.{name}: expected at least 1, received {getattr(self, name)}")
+        for name in ("text_dim", "num_classes", "z_dim", "adaln_hidden"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"model.{name}: expected null or at least 1, received {value}")
+        if self.mlp_hidden < 1:
+            raise ConfigError(
+                f"model.mlp_ratio: expected a hidden width int(hidden_size * mlp_ratio) * 2 // 3 of at least "
+                f"1, received {self.mlp_ratio}"
+            )
         if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 4:
             raise ConfigError(
                 f"model.num_heads: hidden_size / num_heads must be a whole number divisible by 4, "

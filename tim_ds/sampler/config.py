@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,7 +34,12 @@ class SamplerConfig:
         low, high = self.cfg_interval
         if low > high:
             raise ConfigError(f"sampler.cfg_interval: low {low} is beyond high {high}")
-        if self.cfg_scale < 0:
-            raise ConfigError(f"sampler.cfg_scale: expected 0 or more, received {self.cfg_scale}")
-        if self.stochasticity < 0:
-            raise ConfigError(f"sampler.stochasticity: expected 0 or more, received {self.stochasticity}")
+        if low > 1 or high < 0:
+            raise ConfigError(
+                f"sampler.cfg_interval: expected shares of T_max that meet 0 to 1, received {[low, high]}, "
+                "by which no step is guided"
+            )
+        # A request may hold what a file cannot: inf, nan.
+        for name in ("cfg_scale", "stochasticity"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"sampler.{name}: expected 0 or more, received {getattr(self, name)}")

@@ -136,31 +136,45 @@ def _opened(path: Path) -> Any:
 
 
 def find_checkpoints(folder: Path) -> list[Checkpoint]:
-    """The complete checkpoints of a folder, newest first. A damaged one is passed over with a warning."""
+    """The complete checkpoints of a folder, newest first. A damaged one is passed over with a warning.
+
+    Raises:
+        CheckpointError: if there are checkpoints and none can be read. A run that began anew there would
+            overwrite its own metrics and weights.
+    """
     found = []
+    problems = []
     for path in sorted(folder.glob(f"{PREFIX}*"), reverse=True):
         try:
             found.append(_read(path))
         except CheckpointError as error:
-            logger.warning("%s; an older checkpoint is used", error)
+            problems.append(str(error))
+    if problems and not found:
+        raise CheckpointError(
+            f"{folder}: none of its checkpoints can be read; restore one, or move the folder away to begin "
+            "anew\n" + "\n".join(f"  {problem}" for problem in problems)
+        )
+    for problem in problems:
+        logger.warning("%s; passed over for another checkpoint", problem)
     return found
 
 
 def _read(path: Path) -> Checkpoint:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        sizes = {name: int(size) for name, size in manifest["files"].items()}
         version = manifest["format"]
+        if version != FORMAT:
+            raise CheckpointError(f"{path}: checkpoint format {version}, expected {FORMAT}")
+        sizes = {name: int(size) for name, size in manifest["files"].items()}
+        int(manifest["progress"]["step"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: no readable {MANIFEST} ({error})") from error
-    if version != FORMAT:
-        raise CheckpointError(f"{path}: checkpoint format {version}, expected {FORMAT}")
+        raise CheckpointError(f"{path}: no readable {MANIFEST} ({type(error).__name__}: {error})") from error
     for name, size in sizes.items():
         file = path / name
         actual = file.stat().st_size if file.is_file() else None
         if actual != size:
             raise CheckpointError(
-                f"{file}: expected {size:,} bytes, received {actual if actual else 'no file'}"
+                f"{file}: expected {size:,} bytes, received {'no file' if actual is None else f'{actual:,}'}"
             )
     return Checkpoint(path, manifest)
 
@@ -180,13 +194,20 @@ class CheckpointFolder:
         self._milestones = frozenset(milestones)
 
     def newest(self) -> Checkpoint | None:
-        """The newest complete checkpoint, the same on every rank. Removes what interrupted saves left."""
-        found: Checkpoint | None = None
-        if self._world.is_main and self.folder.is_dir():
-            for leftover in self.folder.glob(f"{ASIDE}*"):
-                shutil.rmtree(leftover, ignore_errors=True)
-            found = next(iter(find_checkpoints(self.folder)), None)
+        """The newest complete checkpoint, the same on every rank. Removes what interrupted saves left.
+
+        Raises:
+            CheckpointError: on every rank, if there are checkpoints and none can be read.
+        """
+        found = self._world.together(self._find_newest, (CheckpointError,))
         return self._world.from_main(found)
+
+    def _find_newest(self) -> Checkpoint | None:
+        if not self._world.is_main or not self.folder.is_dir():
+            return None
+        for leftover in self.folder.glob(f"{ASIDE}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        return next(iter(find_checkpoints(self.folder)), None)
 
     def save(
         self, step: int, pieces: Iterator[Piece], own: Mapping[str, Tensor], manifest: Mapping[str, Any]

@@ -74,6 +74,13 @@ class PreviewConfig:
     num_steps: tuple[int, ...] = (1, 4, 32)
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("every_steps", "seed"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"train.preview.{name}: expected 0 or more, received {getattr(self, name)}")
+        if self.every_steps > 0 and not self.num_steps:
+            raise ConfigError("train.preview.num_steps: required when train.preview.every_steps is above 0")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
@@ -99,6 +106,8 @@ class TrainConfig:
         for name in ("steps", "log_every", "max_skipped_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name}: expected at least 1, received {getattr(self, name)}")
+        if self.seed < 0:
+            raise ConfigError(f"train.seed: expected 0 or more, received {self.seed}")
         if not 0.0 <= self.ema_decay < 1.0:
             raise ConfigError(f"train.ema_decay: expected 0 up to but not 1, received {self.ema_decay}")
         if len(self.preview.prompts) != len(self.preview.sizes):

@@ -11,7 +11,6 @@ import difflib
 import json
 import logging
 import os
-import socket
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -123,11 +122,8 @@ class Shard:
 def start_world() -> World:
     """Join the process group of the launcher, or be a group of one without a launcher."""
     if "RANK" not in os.environ:
-        # No launcher. DeepSpeed would look for MPI.
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        # No launcher. DeepSpeed would look for MPI. Port 0: whichever is free when the one rank listens.
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     deepspeed_logger.setLevel(logging.WARNING)
     deepspeed_logger.addFilter(_is_news)
     # Older names of collectives, which DeepSpeed calls: a line a call.

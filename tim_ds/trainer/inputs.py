@@ -46,6 +46,16 @@ class StepInputs:
     def num_images(self) -> int:
         return self.segments.num_segments
 
+    def pin_memory(self) -> StepInputs:
+        """The same inputs with their large tensors in pinned memory, from which `to` copies without waiting.
+
+        The loader calls it where there is a device.
+        """
+        condition = self.condition
+        if isinstance(condition, TextCondition):
+            condition = replace(condition, states_LE=condition.states_LE.pin_memory())
+        return replace(self, x_TC=self.x_TC.pin_memory(), z_TC=self.z_TC.pin_memory(), condition=condition)
+
     def to(self, device: torch.device) -> StepInputs:
         """The same inputs on `device`, copied without waiting."""
         if self.x_TC.device == device:

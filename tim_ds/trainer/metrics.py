@@ -10,13 +10,15 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tim_ds.errors import CheckpointError
 from tim_ds.objective.loss import LossTerms
 from tim_ds.objective.transport import Transport
 from tim_ds.trainer.inputs import StepInputs
@@ -121,6 +123,8 @@ class MetricsLog:
         folder: of the run.
         tokens_per_pack: budget of a pack, for the fill.
         start_step: step that the run continues after; what was written beyond it is dropped.
+    Raises:
+        CheckpointError: from every method but `close`, if the disk refuses.
     """
 
     def __init__(self, folder: Path, *, tokens_per_pack: int, start_step: int) -> None:
@@ -128,12 +132,13 @@ class MetricsLog:
 
         self._path = folder / METRICS_FILE
         self._tokens_per_pack = tokens_per_pack
-        folder.mkdir(parents=True, exist_ok=True)
-        _drop_after(self._path, start_step)
-        self._file = self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(
-            str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else None, flush_secs=30
-        )
+        with self._writing():
+            folder.mkdir(parents=True, exist_ok=True)
+            _drop_after(self._path, start_step)
+            self._file = self._path.open("a", encoding="utf-8")
+            self._board = SummaryWriter(
+                str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else None, flush_secs=30
+            )
         self._since = time.perf_counter()
         self._waited = 0.0
 
@@ -173,7 +178,8 @@ class MetricsLog:
             for i, entry in enumerate(value):
                 self._add(f"{tag}/{i / NUM_BINS:.3f}-{(i + 1) / NUM_BINS:.3f}", entry, step)
         elif value is not None:
-            self._board.add_scalar(tag, value, step)
+            with self._writing():
+                self._board.add_scalar(tag, value, step)
 
     def skipped(self, step: int, reason: str, samples: Sequence[str]) -> None:
         """A line about a step that was refused."""
@@ -181,22 +187,37 @@ class MetricsLog:
 
     def image(self, tag: str, image: Any, step: int) -> None:
         """A picture for TensorBoard: uint8 [height, width, 3]."""
-        self._board.add_image(tag, image, step, dataformats="HWC")
+        with self._writing():
+            self._board.add_image(tag, image, step, dataformats="HWC")
 
     def flush(self) -> None:
         """Put the lines on the disk: a checkpoint must not know of steps that the file does not."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._board.flush()
+        with self._writing():
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._board.flush()
 
     def close(self) -> None:
-        self.flush()
-        self._file.close()
-        self._board.close()
+        """Raises nothing: what had to be written was flushed, and a disk that refuses must not hide the error
+        that ended the run."""
+        for part in (self._file, self._board):
+            with suppress(OSError):
+                part.close()
 
     def _write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with self._writing():
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._path.parent}: metrics cannot be written: {error.strerror or error}. Checkpoints are "
+                "whole; free space and run the same command again"
+            ) from error
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

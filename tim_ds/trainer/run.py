@@ -93,7 +93,7 @@ MAY_CHANGE = (
 class DataFacts:
     """What a run needs to know of its shards besides their content."""
 
-    folder: Path
+    folder: Path | str
     hash: str
     samples: int
     channels: int

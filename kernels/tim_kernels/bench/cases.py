@@ -1,6 +1,7 @@
 """What is measured: for each op its inputs, the functions that compete, and the bytes it has to move.
 
-T tokens, S segments, D width, H hidden columns of the MLP, C channels of a token.
+T tokens, S segments, D width, H hidden columns of the MLP or width of a head, N heads, C channels of a token,
+P grid positions.
 """
 
 from __future__ import annotations
@@ -17,6 +18,14 @@ from torch import Tensor
 from tim_kernels.chunks import ChunkPlan
 from tim_kernels.gated_residual import gated_residual, gated_residual_reference
 from tim_kernels.modulated_layer_norm import modulated_layer_norm, modulated_layer_norm_reference
+from tim_kernels.qk_norm_rope import (
+    RotaryTable,
+    kv_norm_rope,
+    packed_norm_rope_reference,
+    qk_norm_rope,
+    qk_norm_rope_reference,
+    qkv_norm_rope,
+)
 from tim_kernels.swiglu import swiglu_packed, swiglu_reference
 from tim_kernels.transition_loss import TargetCoefficients, transition_loss, transition_loss_reference
 
@@ -29,6 +38,10 @@ MIXES: dict[str, tuple[int, ...]] = {
     "mixed": (256, 1024, 640, 2304, 96, 4096),
 }
 """Segment lengths, repeated: pictures of 256 px, of 1024 px, and of native sizes."""
+
+
+NUM_POSITIONS = 64
+"""Of a rotary table: the longer side of a picture of 2048 px."""
 
 
 def lengths_of(mix: str, tokens: int) -> tuple[int, ...]:
@@ -44,11 +57,14 @@ def lengths_of(mix: str, tokens: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Spec:
-    """One input: its columns (None: a vector), dtype, leading axis, and whether it takes a gradient."""
+    """One input: its columns (None: a vector), dtype, leading axis, and whether it takes a gradient.
+
+    Axes: T, S, or a length of its own. Integers are grid positions.
+    """
 
     columns: int | None
     dtype: torch.dtype = torch.float32
-    axis: str = "T"
+    axis: str | int = "T"
     gradient: bool = True
 
 
@@ -85,15 +101,25 @@ class Case:
         size = {"T": sum(lengths), "S": len(lengths)}
         made = {}
         for name, spec in self.specs.items():
-            shape = (size[spec.axis],) if spec.columns is None else (size[spec.axis], spec.columns)
-            x = torch.randn(shape, generator=generator, device=device)
+            rows = size[spec.axis] if isinstance(spec.axis, str) else spec.axis
+            shape = (rows,) if spec.columns is None else (rows, spec.columns)
+            if spec.dtype.is_floating_point:
+                x = torch.randn(shape, generator=generator, device=device)
+            else:
+                x = torch.randint(NUM_POSITIONS, shape, generator=generator, device=device)
             made[name] = x.to(spec.dtype).requires_grad_(spec.gradient)
         return made
 
 
-def cases(width: int = 1152, hidden: int = 3072, channels: int = 32) -> list[Case]:
+def cases(width: int = 1152, hidden: int = 3072, channels: int = 32, head_dim: int = 72) -> list[Case]:
     """Every op at the authors' XL sizes, or at others."""
-    return [*_norms(width), _residual(width), _swiglu(hidden), _loss(channels)]
+    return [
+        *_norms(width),
+        _residual(width),
+        *_heads(width, head_dim),
+        _swiglu(hidden),
+        _loss(channels),
+    ]
 
 
 def _norms(width: int) -> Iterator[Case]:
@@ -154,6 +180,68 @@ def _residual(width: int) -> Case:
         10 * width,
         8 * width,
     )
+
+
+def _heads(width: int, head_dim: int) -> Iterator[Case]:
+    bf16, num_heads = torch.bfloat16, width // head_dim
+    affine = {name: Spec(None, axis=head_dim) for name in ("q weight", "q bias", "k weight", "k bias")}
+    # Any numbers do for cosine and sine: the rotation is linear in them.
+    angles = {name: Spec(head_dim // 4, axis=NUM_POSITIONS, gradient=False) for name in ("cos", "sin")}
+    positions = {name: Spec(None, torch.int32, gradient=False) for name in ("a", "b")}
+
+    def table(x: Inputs) -> RotaryTable:
+        return RotaryTable(x["cos"], x["sin"], x["a"], x["b"])
+
+    def norm(x: Inputs, name: str) -> tuple[Tensor, Tensor]:
+        return x[f"{name} weight"], x[f"{name} bias"]
+
+    def self_attention(x: Inputs, plan: ChunkPlan) -> tuple[Tensor, ...]:
+        norms, shift = (norm(x, "q"), norm(x, "k")), x.get("shift")
+        return qkv_norm_rope(x["qkv"], num_heads, *norms, table(x), shift_SE=shift, plan=plan)
+
+    def self_attention_twin(x: Inputs, plan: ChunkPlan) -> tuple[Tensor, ...]:
+        norms, shift = (norm(x, "q"), norm(x, "k")), x.get("shift")
+        return packed_norm_rope_reference(
+            x["qkv"], num_heads, norms, table(x), shift, plan.segment_ids, eps=1e-5
+        )
+
+    def queries(x: Inputs, plan: ChunkPlan) -> tuple[Tensor, ...]:
+        return (qk_norm_rope(x["q"].unflatten(1, (num_heads, head_dim)), *norm(x, "q"), table(x)),)
+
+    def queries_twin(x: Inputs, plan: ChunkPlan) -> tuple[Tensor, ...]:
+        q = x["q"].unflatten(1, (num_heads, head_dim))
+        return (qk_norm_rope_reference(q, *norm(x, "q"), table(x), eps=1e-5),)
+
+    def keys_and_values(x: Inputs, plan: ChunkPlan) -> tuple[Tensor, ...]:
+        return kv_norm_rope(x["kv"], num_heads, norm(x, "k"))
+
+    def keys_and_values_twin(x: Inputs, plan: ChunkPlan) -> tuple[Tensor, ...]:
+        norms = (norm(x, "k"),)
+        return packed_norm_rope_reference(x["kv"], num_heads, norms, None, None, None, eps=1e-5)
+
+    shifted = {"qkv": Spec(3 * width, bf16), "shift": Spec(3 * width, axis="S")}
+    shared = self_attention, self_attention_twin
+    q_affine, k_affine = ({n: x for n, x in affine.items() if n[0] == first} for first in "qk")
+    for label, specs, ours, twin, forward, backward in (
+        # q, k, v 6, results 6.   Their gradients 6, q and k 4, gradient of the row 6.
+        ("q, k, v with shift", {**shifted, **affine, **angles, **positions}, *shared, 12, 16),
+        # q and k 4, results 4.   As above.
+        ("q, k, v", {"qkv": shifted["qkv"], **affine, **angles, **positions}, *shared, 8, 16),
+        # q 2, result 2.   Its gradient 2, q 2, d_q 2.
+        ("q", {"q": Spec(width, bf16), **q_affine, **angles, **positions}, queries, queries_twin, 4, 6),
+        # k 2, result 2.   Gradients of k and v 4, k 2, gradient of the row 4.
+        ("k, v", {"kv": Spec(2 * width, bf16), **k_affine}, keys_and_values, keys_and_values_twin, 4, 10),
+    ):
+        yield Case(
+            "qk_norm_rope",
+            f"bfloat16, {label}, {num_heads} heads of {head_dim}",
+            specs,
+            ours,
+            twin,
+            "T",
+            forward * width,
+            backward * width,
+        )
 
 
 def _swiglu(hidden: int) -> Case:

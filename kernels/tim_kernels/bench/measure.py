@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -104,12 +105,14 @@ def candidates(case: Case, *, compiled: bool) -> dict[str, tuple[Function, bool]
 
 def outputs_and_gradients(
     case: Case, function: Function, inputs: Inputs, cotangents: Sequence[Tensor], plan: ChunkPlan
-) -> dict[str, tuple[str, Tensor]]:
+) -> dict[str, tuple[str | int, Tensor]]:
     """Name -> (leading axis, value) of every output and of the gradient of every input that takes one."""
     outputs = function(inputs, plan)
     leaves = {name: inputs[name] for name, spec in case.specs.items() if spec.gradient}
     gradients = torch.autograd.grad(outputs, list(leaves.values()), list(cotangents))
-    found = {f"output {i}": (case.outputs_axis, y.detach()) for i, y in enumerate(outputs)}
+    found: dict[str, tuple[str | int, Tensor]] = {
+        f"output {i}": (case.outputs_axis, y.detach()) for i, y in enumerate(outputs)
+    }
     for name, gradient in zip(leaves, gradients, strict=True):
         found[f"gradient of {name}"] = (case.specs[name].axis, gradient)
     return found
@@ -122,20 +125,27 @@ def check(case: Case, function: Function, lengths: tuple[int, ...], device: torc
         ParityError: if an output or a gradient is beyond tolerance.
     """
     plan, inputs = ChunkPlan.from_lengths(lengths, device=device), case.inputs(lengths, device)
-    cotangents = _cotangents(case, function, inputs, plan)
-    ours = outputs_and_gradients(case, function, inputs, cotangents, plan)
-
     chosen = _chosen_segments(lengths)
     starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
-    index = {
-        "S": torch.tensor(chosen, device=device),
-        "T": torch.cat([torch.arange(starts[s], starts[s + 1], device=device) for s in chosen]),
-    }
+    index: dict[str | int, Any] = defaultdict(
+        lambda: slice(None),
+        {
+            "S": torch.tensor(chosen, device=device),
+            "T": torch.cat([torch.arange(starts[s], starts[s + 1], device=device) for s in chosen]),
+        },
+    )
+    rows = index[case.outputs_axis]
+    # What is not compared gives no gradient, so that sums over the whole pack can be compared.
+    cotangents = [
+        torch.zeros_like(c).index_copy(0, rows, c[rows]) for c in _cotangents(case, function, inputs, plan)
+    ]
+    ours = outputs_and_gradients(case, function, inputs, cotangents, plan)
+
     wide = {
-        name: x.detach()[index[case.specs[name].axis]].double().requires_grad_(x.requires_grad)
+        name: _wide(x.detach()[index[case.specs[name].axis]]).requires_grad_(x.requires_grad)
         for name, x in inputs.items()
     }
-    wide_cotangents = [c[index[case.outputs_axis]].double() for c in cotangents]
+    wide_cotangents = [c[rows].double() for c in cotangents]
     chosen_plan = ChunkPlan.from_lengths([lengths[s] for s in chosen], device=device)
     truth = outputs_and_gradients(case, case.twin, wide, wide_cotangents, chosen_plan)
 
@@ -224,6 +234,10 @@ def _timed(
             peak if mode == "full" else None,
             error,
         )
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
 
 
 def _chosen_segments(lengths: tuple[int, ...]) -> list[int]:

@@ -1,13 +1,12 @@
 """Pictures to latents and back, by exact pixels and by diffusers' models in their own file format."""
 
-from typing import Any
-
 import pytest
 import torch
 
 from data_pipeline.config import AutoencoderConfig
 from data_pipeline.encoders.autoencoder import PixelAutoencoder, build_autoencoder
 from data_pipeline.errors import DataError
+from tests.data_pipeline.tiny_models import save_autoencoders
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -42,43 +41,8 @@ def test_latents_of_another_width_are_refused():
 
 @pytest.fixture(scope="module")
 def saved_models(tmp_path_factory):
-    """Tiny random models, saved as diffusers saves the released ones."""
-    from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-    torch.manual_seed(0)
-    # Typed as one-element tuples in diffusers; any number is meant.
-    dc_blocks: Any = ("ResBlock", "EfficientViTBlock")
-    kl_channels: Any = (8, 8, 8)
-    kl_down: Any = ("DownEncoderBlock2D",) * 3
-    kl_up: Any = ("UpDecoderBlock2D",) * 3
     folder = tmp_path_factory.mktemp("autoencoders")
-    dc_ae = AutoencoderDC(
-        latent_channels=4,
-        attention_head_dim=4,
-        encoder_block_types=dc_blocks,
-        decoder_block_types=dc_blocks,
-        encoder_block_out_channels=(8, 8),
-        decoder_block_out_channels=(8, 8),
-        encoder_layers_per_block=(1, 1),
-        decoder_layers_per_block=(1, 1),
-        encoder_qkv_multiscales=((), (5,)),
-        decoder_qkv_multiscales=((), (5,)),
-        scaling_factor=0.41407,
-    )
-    sd_vae = AutoencoderKL(
-        block_out_channels=kl_channels,
-        down_block_types=kl_down,
-        up_block_types=kl_up,
-        norm_num_groups=4,
-        latent_channels=4,
-        scaling_factor=0.18215,
-        shift_factor=0.25,
-    )
-    models = {"dc_ae": dc_ae.eval(), "sd_vae": sd_vae.eval()}
-    for name, model in models.items():
-        model.save_pretrained(folder / name)
-    return folder, models
+    return folder, save_autoencoders(folder)
 
 
 EXPECTED = {"dc_ae": (2, 0.41407, 0.0), "sd_vae": (4, 0.18215, 0.25)}

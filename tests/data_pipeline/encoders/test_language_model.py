@@ -11,59 +11,22 @@ from data_pipeline.config import TextEncoderConfig
 from data_pipeline.encoders.language_model import LanguageModelEncoder, load_gemma, load_t5
 from data_pipeline.encoders.text import build_text_encoder
 from data_pipeline.errors import DataError
+from tests.data_pipeline.tiny_models import WORDS, save_gemma, save_t5, save_tokenizer
 
-WORDS = ["<pad>", "<eos>", "<bos>", "<unk>", "a", "three", "above", "seven", "gap"]
 CAPTIONS = ["a three above a seven", "", "a gap"]
-
-
-def save_tokenizer(folder: Any, template: str) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {word: n for n, word in enumerate(WORDS)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]  # a setter of the Rust class
-    tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]  # likewise
-        single=template, special_tokens=[("<bos>", 2), ("<eos>", 1)]
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
-    ).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
 def gemma_folder(tmp_path_factory):
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("gemma")
-    config = Gemma3TextConfig(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        query_pre_attn_scalar=8,
-        max_position_embeddings=64,
-    )
-    # Saved as a causal model, as the released one is: the adapter must find the decoder inside.
-    Gemma3ForCausalLM(config).save_pretrained(folder)
-    save_tokenizer(folder, "<bos> $A")
+    save_gemma(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def t5_folder(tmp_path_factory):
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("t5")
-    config = T5Config(vocab_size=len(WORDS), d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2)
-    config.decoder_start_token_id = 0
-    T5ForConditionalGeneration(config).save_pretrained(folder)
-    save_tokenizer(folder, "$A <eos>")
+    save_t5(folder)
     return folder
 
 
@@ -141,6 +104,25 @@ def test_a_long_caption_is_cut_with_a_warning_that_names_it(gemma_folder, caplog
         assert "cut" not in caplog.text
         assert len(encoder.encode(["a three above a seven"])[0]) == 4
     assert "caption of 6 tokens cut to 4: 'a three above" in caplog.text
+
+
+def test_ids_give_the_states_of_their_captions(gemma_folder):
+    encoder = gemma(gemma_folder)
+    ids = encoder.tokenize(CAPTIONS)
+    assert [row.tolist() for row in ids][1:] == [[2], [2, 4, 8]]
+    assert all(row.dtype == torch.int32 for row in ids)
+    for one, other in zip(encoder.encode_ids(ids), encoder.encode(CAPTIONS), strict=True):
+        assert torch.equal(one, other)
+    assert encoder.encode_ids([]) == encoder.tokenize([]) == []
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [([9], "up to 9.*within the text encoder's 9"), ([-1, 2], "none below 0"), ([], "at least one token")],
+)
+def test_ids_of_another_tokenizer_are_refused(gemma_folder, ids, message):
+    with pytest.raises(DataError, match=message):
+        gemma(gemma_folder).encode_ids([torch.tensor(ids, dtype=torch.int32)])
 
 
 def test_no_captions_give_no_states(gemma_folder):

@@ -1,0 +1,177 @@
+"""Bytes by offset from a folder or from a URL (http, s3, gs, ... by fsspec), with retries and time limits."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from data_pipeline.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+ATTEMPTS = 4
+"""How often a read from a URL is tried."""
+
+TIMEOUT_S = 30.0
+"""Longest that one try may take."""
+
+FIRST_PAUSE_S = 0.5
+"""Pause before the second try; it doubles with every further one."""
+
+
+def is_url(location: Path | str) -> bool:
+    return "://" in str(location)
+
+
+class Folder:
+    """Files of a local folder. Holds one descriptor a file, opened on first use by the process that reads."""
+
+    def __init__(self, location: Path | str) -> None:
+        self.location = Path(location)
+        self._files: dict[str, int] = {}
+        self._pid = os.getpid()
+
+    def read(self, name: str) -> bytes:
+        """A whole file.
+
+        Raises:
+            FileNotFoundError, OSError
+        """
+        return (self.location / name).read_bytes()
+
+    def read_range(self, name: str, offset: int, size: int) -> bytes:
+        """Up to `size` bytes from `offset` on; fewer where the file ends.
+
+        Raises:
+            OSError
+        """
+        return os.pread(self._file(name), size, offset)
+
+    def size(self, name: str) -> int:
+        """Bytes of a file.
+
+        Raises:
+            FileNotFoundError, OSError
+        """
+        return (self.location / name).stat().st_size
+
+    def _file(self, name: str) -> int:
+        if self._pid != os.getpid():
+            # A forked worker inherits the parent's descriptors; it opens its own so that close() stays local.
+            self._files, self._pid = {}, os.getpid()
+        if name not in self._files:
+            self._files[name] = os.open(self.location / name, os.O_RDONLY)
+        return self._files[name]
+
+    def close(self) -> None:
+        """Close the descriptors that this process opened."""
+        if self._pid == os.getpid():
+            for descriptor in self._files.values():
+                os.close(descriptor)
+        self._files = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"location": self.location, "_files": {}, "_pid": -1}
+
+
+class Remote:
+    """Files under a URL. A read that fails or takes longer than `timeout_s` is tried again."""
+
+    def __init__(
+        self,
+        location: str,
+        *,
+        attempts: int | None = None,
+        timeout_s: float | None = None,
+        first_pause_s: float | None = None,
+    ) -> None:
+        self.location = str(location).rstrip("/")
+        self._attempts = ATTEMPTS if attempts is None else attempts
+        self._timeout_s = TIMEOUT_S if timeout_s is None else timeout_s
+        self._first_pause_s = FIRST_PAUSE_S if first_pause_s is None else first_pause_s
+
+    def read(self, name: str) -> bytes:
+        """A whole file.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            OSError: if every try failed; the last failure is its cause.
+        """
+        return self._try(name, lambda files, path: self._call(files, "cat_file", path))
+
+    def read_range(self, name: str, offset: int, size: int) -> bytes:
+        """`size` bytes from `offset` on.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            OSError: if every try failed; the last failure is its cause.
+        """
+
+        def fetch(files: Any, path: str) -> bytes:
+            data = self._call(files, "cat_file", path, start=offset, end=offset + size)
+            if len(data) > size:
+                raise OSError("the server ignores byte ranges")
+            return data
+
+        return self._try(name, fetch)
+
+    def size(self, name: str) -> int:
+        """Bytes of a file.
+
+        Raises:
+            FileNotFoundError, OSError: as `read_range`.
+        """
+        return int(self._try(name, lambda files, path: self._call(files, "info", path))["size"])
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+    def _call(self, files: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+        if not files.async_impl:
+            # A file system without coroutines brings its own time limits.
+            return getattr(files, method)(*args, **kwargs)
+        from fsspec.asyn import sync
+
+        return sync(files.loop, getattr(files, f"_{method}"), *args, timeout=self._timeout_s, **kwargs)
+
+    def _try(self, name: str, call: Callable[[Any, str], T]) -> T:
+        where = f"{self.location}/{name}"
+        pause = self._first_pause_s
+        for attempt in range(1, self._attempts + 1):
+            try:
+                return call(*_file_system(where))
+            except (FileNotFoundError, DataError):
+                raise
+            # Every file system raises classes of its own (aiohttp, botocore, ...), not all of them OSError.
+            except Exception as error:
+                if attempt == self._attempts:
+                    raise OSError(f"{attempt} tries failed, the last with {error!r}") from error
+                logger.info("%s: try %d failed (%r); again in %.1f s", where, attempt, error, pause)
+                time.sleep(pause)
+                pause *= 2
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    # fsspec starts a thread for its sockets; only runs that read URLs should pay for it. It is asked anew for
+    # every read: it keeps one file system a process, and makes another after a fork.
+    from fsspec.core import url_to_fs
+
+    try:
+        return url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise DataError(f"{url}: no reader for this kind of URL ({error})") from error
+
+
+Storage = Folder | Remote
+
+
+def open_storage(location: Path | str) -> Storage:
+    """The files of a folder or URL."""
+    return Remote(str(location)) if is_url(location) else Folder(location)

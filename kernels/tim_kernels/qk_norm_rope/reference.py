@@ -1,0 +1,69 @@
+"""The definition, in plain PyTorch: any floating dtype, forward mode, vmap and compilation included.
+
+T tokens, N heads, H head width, S segments, P parts of a packed row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+from tim_kernels.qk_norm_rope.table import RotaryTable
+
+
+def qk_norm_rope_reference(
+    x_TNH: Tensor, weight_H: Tensor | None, bias_H: Tensor | None, table: RotaryTable | None, *, eps: float
+) -> Tensor:
+    """LayerNorm of every head with affine (if there is a weight), then rotation (if there is a table).
+
+    Dtypes:
+        arithmetic: float32, or float64 when x is. The result has the dtype of x.
+    """
+    x = x_TNH.to(torch.promote_types(x_TNH.dtype, torch.float32))
+    if weight_H is not None:
+        bias = None if bias_H is None else bias_H.to(x.dtype)
+        x = nnf.layer_norm(x, (x.shape[-1],), weight_H.to(x.dtype), bias, eps=eps)
+    if table is not None:
+        x = rotate(x, *table.by_token())
+    return x.to(x_TNH.dtype)
+
+
+def rotate(x_TNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(v0, v1) -> (v0 cos - v1 sin, v1 cos + v0 sin) for the interleaved pairs of every head.
+
+    Shapes:
+        cos, sin: [T, H / 2].
+    """
+    x = x_TNH.to(torch.promote_types(x_TNH.dtype, cos.dtype)).unflatten(-1, (-1, 2))
+    x0, x1 = x.unbind(-1)
+    c, s = cos[:, None, :], sin[:, None, :]
+    return torch.stack([x0 * c - x1 * s, x1 * c + x0 * s], dim=-1).flatten(-2)
+
+
+def packed_norm_rope_reference(
+    packed_TE: Tensor,
+    num_heads: int,
+    norms: Sequence[tuple[Tensor, Tensor | None] | None],
+    table: RotaryTable | None,
+    shift_SE: Tensor | None,
+    segment_ids: Tensor | None,
+    *,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    """The parts of packed + shift[s]: for each norm one that is normalised and rotated, then a plain one.
+
+    Nothing is rounded between the shift and the norm. Each part is [T, N, H] in the dtype of the packed row.
+    """
+    x = packed_TE
+    if shift_SE is not None and segment_ids is not None:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        x = x.to(wide) + shift_SE.to(wide).index_select(0, segment_ids)
+    *normed, plain = (part.unflatten(-1, (num_heads, -1)) for part in x.chunk(len(norms) + 1, dim=-1))
+    outputs = [
+        qk_norm_rope_reference(part, *(norm or (None, None)), table, eps=eps)
+        for part, norm in zip(normed, norms, strict=True)
+    ]
+    return tuple(y.to(packed_TE.dtype) for y in (*outputs, plain))
