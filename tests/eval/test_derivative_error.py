@@ -1,0 +1,89 @@
+"""The tables of derivative error and cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_pipeline.index import build_index
+from data_pipeline.schema import Sample
+from data_pipeline.shards import write_shard
+from tests.model.networks import class_config, random_network, text_config
+from tim_ds.eval import derivative_error
+from tim_ds.eval.derivative_error import build_case, measure_cost, measure_errors, random_pack
+from tim_ds.model.export_folder import Export, SourceConfig, write_export
+from tim_ds.objective.config import TransportConfig
+from tim_ds.objective.transport import build_transport
+
+
+def test_errors_rank_as_rounding_says() -> None:
+    config = text_config()
+    network = random_network(config, dtype=torch.float32)
+    case = build_case(
+        network, build_transport(TransportConfig()), random_pack(config, (3, 3), 3, 4, seed=1), seed=0
+    )
+    before = {name: p.clone() for name, p in network.named_parameters()}
+    rows = measure_errors(case, (0.02, 0.005))
+    found = {(row.estimator, row.precision, row.step): row.error for row in rows}
+    assert len(found) == 9
+    # float32: rounding for the carried derivative, e^2 (a factor of 16) for the difference
+    assert found["paired", "float32", None] < 1e-5
+    ratio = found["dde", "float32", 0.02] / found["dde", "float32", 0.005]
+    assert ratio == pytest.approx(16, rel=0.3)
+    # bfloat16 products: independent roundings of the two sides, divided by 2e
+    assert found["paired", "bf16 products", None] < 0.03
+    for precision in ("bf16 products", "bf16 everywhere"):
+        difference = found["dde", precision, 0.005]
+        assert difference > 5 * found["paired", precision, None]
+        assert difference > 2 * found["dde", precision, 0.02]
+    assert found["dde", "bf16 everywhere", 0.005] > found["dde", "bf16 products", 0.005]
+    assert all(torch.equal(p, before[name]) for name, p in network.named_parameters())
+    assert not any(module._forward_hooks for module in network.modules()), "a rounding hook was left behind"
+
+
+def test_flops_of_a_step() -> None:
+    config = class_config(hidden_size=64, depth=4, patch_size=1, z_dim=None)
+    network = random_network(config, dtype=torch.float32)
+    case = build_case(
+        network, build_transport(TransportConfig()), random_pack(config, (6, 6), 4, 0, seed=1), seed=0
+    )
+    rows = {row.estimator: row for row in measure_cost(case, repeats=1)}
+    assert rows["flow matching"].flops == rows["flow matching"].seconds == 1.0
+    # Two forwards on half the images, of three forwards' worth in all.
+    assert rows["dde"].flops == pytest.approx(1 + 1 / 3, abs=0.02)
+    # One forward of the linear layers on half the images, and five products for the attention's two.
+    assert 1 + 1 / 6 - 0.02 < rows["paired"].flops < 1 + 1 / 6 + 0.06
+    assert all(row.seconds > 0 and row.memory is None for row in rows.values())
+
+
+def test_the_command_reads_an_export_and_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = text_config(z_dim=None)
+    export = Export(
+        model=config,
+        transport=TransportConfig(kind="trigflow"),
+        step=0,
+        source=SourceConfig(kind="run", name="test"),
+    )
+    write_export(tmp_path / "export", export, random_network(config, dtype=torch.float32).state_dict())
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    samples = [
+        Sample(key=f"{i}", latent=torch.randn(4, 2 + i % 2, 3), states=torch.randn(1 + i % 3, 12))
+        for i in range(6)
+    ]
+    write_shard(shards / "shard-000000.tar", samples)
+    build_index(shards, progress=False).save()
+    command = [str(tmp_path / "export"), "--data", str(shards), "--steps", "0.005", "--repeats", "1"]
+    assert derivative_error.main([*command, "--images", "4"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("| dde |") == 4 and printed.count("| paired |") == 4
+    assert "| dde | bf16 everywhere | 0.005 |" in printed
+    assert derivative_error.main([*command, "--images", "7"]) == 1
+    assert "expected at least 7" in capsys.readouterr().err
+
+
+def test_a_malformed_grid_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert derivative_error.main(["--grid", "8"]) == 1
+    assert "--grid: expected HEIGHTxWIDTH" in capsys.readouterr().err
