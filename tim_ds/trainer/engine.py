@@ -230,7 +230,7 @@ def check_engine_config(config: Mapping[str, Any], source: str) -> None:
     if isinstance(zero, dict):
         # DeepSpeed leaves such keys to the program that calls it.
         problems += [
-            f"{source}: zero_optimization.{key}: expected a value, received 'auto'; remove the key or write one"
+            f"{source}: zero_optimization.{key}: expected a value, received 'auto'; give one"
             for key, value in zero.items()
             if value == "auto"
         ]
