@@ -83,8 +83,8 @@ class TestSample:
             (["--size", "8x8", "--size", "8x8"], "--size: expected 1 or 1, one a prompt, received 2"),
             (["--size", "8x8", "--num", "0"], "--num: expected at least 1, received 0"),
             (["--size", "8x8", "--cfg", "nan"], "sampler.cfg_scale: expected 0 or more, received nan"),
-            (["--size", "8x8", "--device", "abacus"], "--device abacus: not usable here: "),
-            (["--size", "8x8", "--device", "cuda:99"], "--device cuda:99: not usable here: "),
+            (["--size", "8x8", "--device", "abacus"], "device: abacus: not usable here: "),
+            (["--size", "8x8", "--device", "cuda:99"], "device: cuda:99: not usable here: "),
         ],
     )
     def test_bad_requests_write_nothing(
