@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import operator
+import os
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -441,6 +442,15 @@ def refuse_existing(paths: Sequence[Path]) -> None:
     if existing:
         more = f" and {len(existing) - 1} more" if len(existing) > 1 else ""
         raise RequestError(f"{existing[0]}{more}: exists and is not overwritten; choose another folder")
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Raises RequestError if `folder` could not be made or written to: before work whose results go there."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise RequestError(f"{folder}: {there} is not a folder; choose another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise RequestError(f"{folder}: {there} cannot be written to; choose another folder")
 
 
 def _check_device(device: str | torch.device) -> None:
