@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from tests.networks import write_tiny_export
+from tim_ds.eval import cli
 from tim_ds.pipeline import TiMPipeline, read_settings
 
 ROOT = Path(__file__).parents[1]
@@ -83,8 +84,8 @@ class TestSample:
             (["--size", "8x8", "--size", "8x8"], "--size: expected 1 or 1, one a prompt, received 2"),
             (["--size", "8x8", "--num", "0"], "--num: expected at least 1, received 0"),
             (["--size", "8x8", "--cfg", "nan"], "sampler.cfg_scale: expected 0 or more, received nan"),
-            (["--size", "8x8", "--device", "abacus"], "--device abacus: not usable here: "),
-            (["--size", "8x8", "--device", "cuda:99"], "--device cuda:99: not usable here: "),
+            (["--size", "8x8", "--device", "abacus"], "device: abacus: not usable here: "),
+            (["--size", "8x8", "--device", "cuda:99"], "device: cuda:99: not usable here: "),
         ],
     )
     def test_bad_requests_write_nothing(
@@ -128,9 +129,16 @@ class TestSample:
         for out in (tmp_path / "file", tmp_path / "file" / "inside"):
             assert sample([*words, str(out)]) == 1
             assert f"{tmp_path / 'file'} is not a folder" in capsys.readouterr().err
-        monkeypatch.setattr("tim_ds.eval.sample.os.access", lambda path, mode: False)
+        monkeypatch.setattr("tim_ds.pipeline.os.access", lambda path, mode: False)
         assert sample([*words, str(tmp_path / "new" / "deeper")]) == 1
         assert f"{tmp_path} cannot be written to" in capsys.readouterr().err
+
+    def test_an_evaluation_too_refuses_such_a_folder_before_any_picture_is_made(
+        self, export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "file").touch()
+        assert cli.main(["nfe", str(export), "--data", "none", "--out", str(tmp_path / "file")]) == 1
+        assert f"{tmp_path / 'file'} is not a folder" in capsys.readouterr().err
 
     def test_pictures_are_not_overwritten(
         self, export: Path, sample: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import operator
+import os
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -140,7 +141,9 @@ class TiMPipeline:
 
         Raises:
             CheckpointError: if the folder is incomplete or holds weights of another network.
+            RequestError: for a device that is not there, and as `TiMPipeline`.
         """
+        _check_device(device)
         network, export = load_network(folder, device=device, dtype=dtype)
         return cls(network, export, weights_sha256=sha256(Path(folder) / WEIGHTS_FILE)).to(device)
 
@@ -439,6 +442,24 @@ def refuse_existing(paths: Sequence[Path]) -> None:
     if existing:
         more = f" and {len(existing) - 1} more" if len(existing) > 1 else ""
         raise RequestError(f"{existing[0]}{more}: exists and is not overwritten; choose another folder")
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Raises RequestError if `folder` could not be made or written to: before work whose results go there."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise RequestError(f"{folder}: {there} is not a folder; choose another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise RequestError(f"{folder}: {there} cannot be written to; choose another folder")
+
+
+def _check_device(device: str | torch.device) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        # AssertionError is how a torch without CUDA refuses it.
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise RequestError(f"device: {device}: not usable here: {reason}") from error
 
 
 def _autoencoder(export: Export) -> Autoencoder:

@@ -46,6 +46,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"zero_optimization": {"stag": 1}}, "zero_optimization.stag: unknown key; did you mean 'stage'?"),
     ({"zero_optimization": {"stage": 7}}, "zero_optimization.stage: "),
     ({"zero_optimization": 1}, "zero_optimization: expected an object"),
+    ({"zero_optimization": {"stage": "auto"}}, "zero_optimization.stage: expected a value, received 'auto'"),
+    ({"timers": 3}, "timers: expected an object, received 3"),
+    ({"steps_per_print": "ten"}, "steps_per_print: expected a number above 0, received 'ten'"),
     (
         {"gradient_clipping": 1.0},
         "gradient_clipping: follows from train.optimizer.grad_clip in the recipe; remove it here",

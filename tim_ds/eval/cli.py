@@ -11,6 +11,7 @@ from typing import NamedTuple
 from data_pipeline.errors import DataError
 from tim_ds.errors import RequestError, TimError
 from tim_ds.eval import nfe, report
+from tim_ds.pipeline import refuse_unwritable
 
 
 def _add_nfe(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +56,7 @@ def _nfe(options: argparse.Namespace) -> None:
         seed=options.seed,
         cfg_scale=options.cfg,
     )
+    refuse_unwritable(options.out)
     exports = [(options.label, options.export)]
     if options.baseline is not None:
         exports.append((options.baseline_label, options.baseline))

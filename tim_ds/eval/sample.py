@@ -6,16 +6,13 @@ python launch/sample.py --export RUN/export --prompt "a three above a seven" --s
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from tim_ds.errors import RequestError, TimError
 from tim_ds.eval.sheet import gallery
-from tim_ds.pipeline import TiMPipeline, write_png
+from tim_ds.pipeline import TiMPipeline, refuse_unwritable, write_png
 
 GRID_NAME = "grid.png"
 
@@ -57,8 +54,7 @@ def _sample(options: argparse.Namespace) -> None:
     sizes = options.size * len(prompts) if len(options.size) == 1 else options.size
     if any(options.out.glob("*.png")):
         raise RequestError(f"{options.out}: holds pictures, which are not overwritten; choose another --out")
-    _check_out(options.out)
-    _check_device(options.device)
+    refuse_unwritable(options.out)
     pipe = TiMPipeline.from_pretrained(options.export, device=options.device)
     output = pipe(
         [prompt for prompt in prompts for _ in range(options.num)],
@@ -78,22 +74,6 @@ def _sample(options: argparse.Namespace) -> None:
         f"{len(output.images)} pictures, {output.nfe} network evaluations and "
         f"{1000 * output.seconds / len(output.images):.1f} ms each"
     )
-
-
-def _check_out(folder: Path) -> None:
-    """Refuses a folder that could not be written to, before anything is sampled; makes none."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise RequestError(f"--out {folder}: {there} is not a folder; choose another")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise RequestError(f"--out {folder}: {there} cannot be written to; choose another folder")
-
-
-def _check_device(name: str) -> None:
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise RequestError(f"--device {name}: not usable here: {str(error).splitlines()[0]}") from error
 
 
 def _read_prompts(path: Path) -> list[str]:

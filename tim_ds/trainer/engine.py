@@ -67,6 +67,10 @@ ENGINE_KEYS = (
     "compile",
 )
 
+# Of these, the ones that hold an object, and the ones that hold a number; the rest are switches or words.
+_OBJECTS = ("zero_optimization", "comms_logger", "flops_profiler", "timers", "aio", "compile")
+_NUMBERS = ("steps_per_print", "gradient_predivide_factor")
+
 # Keys that follow from the recipe, with the recipe's key.
 RECIPE_KEYS = {
     "train_batch_size": "data.packs_per_step",
@@ -210,8 +214,22 @@ def check_engine_config(config: Mapping[str, Any], source: str) -> None:
             problems.append(f"{source}: {key}: follows from {RECIPE_KEYS[key]} in the recipe; remove it here")
         elif key not in ENGINE_KEYS:
             problems.append(f"{source}: {key}: unknown key{_nearest(key, (*ENGINE_KEYS, *RECIPE_KEYS))}")
+    for key in _OBJECTS:
+        if not isinstance(config.get(key, {}), dict):
+            problems.append(f"{source}: {key}: expected an object, received {config[key]!r}")
+    for key in _NUMBERS:
+        value = config.get(key)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (is_number and value > 0):
+            problems.append(f"{source}: {key}: expected a number above 0, received {value!r}")
     zero = config.get("zero_optimization", {})
     if isinstance(zero, dict):
+        # DeepSpeed leaves such keys to the program that calls it.
+        problems += [
+            f"{source}: zero_optimization.{key}: expected a value, received 'auto'; give one"
+            for key, value in zero.items()
+            if value == "auto"
+        ]
         try:
             DeepSpeedZeroConfig(**zero)
         except ValidationError as error:
@@ -227,8 +245,6 @@ def check_engine_config(config: Mapping[str, Any], source: str) -> None:
                     f"{source}: zero_optimization.{part}.device: expected cpu or none, because the average "
                     "of the weights reads the masters every step; received nvme"
                 )
-    else:
-        problems.append(f"{source}: zero_optimization: expected an object, received {zero!r}")
     if problems:
         raise ConfigError("\n".join(problems))
 
