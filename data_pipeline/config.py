@@ -41,6 +41,11 @@ class TextEncoderConfig:
     def __post_init__(self) -> None:
         if self.kind != "words" and not self.path:
             raise ValueError(f"data.text_encoder.path: required for kind {self.kind}")
+        for name in ("width", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"data.text_encoder.{name}: expected at least 1, received {getattr(self, name)}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +65,10 @@ class DataConfig:
     """Loader processes a rank; 0 reads in the training process."""
 
     def __post_init__(self) -> None:
-        if self.tokens_per_pack < 1 or self.packs_per_step < 1:
-            raise ValueError("data.tokens_per_pack and data.packs_per_step: expected at least 1")
+        if not self.shards:
+            raise ValueError("data.shards: expected a folder or a URL, received an empty word")
+        for name, least in (("tokens_per_pack", 1), ("packs_per_step", 1), ("workers", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"data.{name}: expected at least {least}, received {getattr(self, name)}")
         if not 0.0 <= self.caption_dropout <= 1.0:
             raise ValueError(f"data.caption_dropout: expected 0 to 1, received {self.caption_dropout}")

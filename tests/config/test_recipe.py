@@ -82,7 +82,20 @@ def test_the_two_handwriting_recipes_train_the_same_network_on_the_same_data_and
             "data.autoencoder.channels: belongs to kind 'pixels', not to sd_vae",
         ),
         (["data.autoencoder={kind: dc_ae}"], "data.autoencoder.path: required for kind dc_ae"),
-        (["data.tokens_per_pack=0"], "data.tokens_per_pack and data.packs_per_step: expected at least 1"),
+        (["data.tokens_per_pack=0"], "data.tokens_per_pack: expected at least 1, received 0"),
+        (["data.packs_per_step=0"], "data.packs_per_step: expected at least 1, received 0"),
+        (["data.workers=-1"], "data.workers: expected at least 0, received -1"),
+        (["data.shards=''"], "data.shards: expected a folder or a URL"),
+        (["data.text_encoder.max_tokens=0"], "data.text_encoder.max_tokens: expected at least 1, received 0"),
+        (
+            ["train.optimizer.final_lr_share=0.1"],
+            "train.optimizer.final_lr_share: belongs to schedule 'cosine'",
+        ),
+        (["objective.derivative_step=0.2"], "objective.derivative_step: expected at most 0.1"),
+        (
+            ["objective.guided_target={end: 1.5}"],
+            "objective.guided_target.end: expected a time of ot_fm",
+        ),
         (["objective.transport.kind=edm"], "objective.weight.warp: tangent is valid on"),
         (["objective.transport.kind=ve"], "objective.weight.warp: tangent is valid on"),
         (

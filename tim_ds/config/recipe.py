@@ -151,12 +151,23 @@ def _objective_problems(recipe: Recipe) -> Iterator[str]:
             "objective.repa_weight: no image encoder can be configured yet, so the term has no target; "
             f"set it to 0, received {objective.repa_weight:g}"
         )
+    step = objective.derivative_step
+    if step is not None and step > end / 10:
+        yield (
+            f"objective.derivative_step: expected at most {end / 10:g}, a tenth of the times of "
+            f"{transport.kind}: a difference that wide is no derivative; received {step:g}"
+        )
     guided = objective.guided_target
     if guided is not None:
         if not 0.0 <= guided.start <= end:
             yield (
                 f"objective.guided_target.start: expected a time of {transport.kind}, 0 to {end:g}, "
                 f"received {guided.start:g}"
+            )
+        if guided.end > end:
+            yield (
+                f"objective.guided_target.end: expected a time of {transport.kind}, at most {end:g}, "
+                f"received {guided.end:g}"
             )
         if recipe.data.caption_dropout == 0 and not math.isclose(guided.w_gt + guided.w_cond, 1.0):
             yield (

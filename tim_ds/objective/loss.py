@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from tim_ds.errors import ConfigError, NonFiniteError, ShapeError
+from tim_ds.errors import ConfigError, ShapeError
 from tim_ds.objective.alignment import alignment_loss
 from tim_ds.objective.config import ObjectiveConfig
 from tim_ds.objective.target import output_and_target
@@ -26,9 +26,6 @@ from tim_ds.packed import Condition, Network, Segments
 # zero-initialised output has a gradient of order 1e8, so that the first step is all clipping. Cells of a
 # trained network are far above it (norms of order sqrt(channels)), and their cosine is the same.
 COSINE_FLOOR = 1e-2
-
-# Samples named in one message.
-MAX_NAMED = 8
 
 
 class LossTerms(NamedTuple):
@@ -125,31 +122,19 @@ def transition_loss(
     )
 
 
-def check_finite(terms: LossTerms, keys: Sequence[str]) -> None:
-    """Raises NonFiniteError naming the samples whose loss is NaN or infinite. Waits for the device.
+def non_finite_samples(terms: LossTerms, keys: Sequence[str]) -> list[str]:
+    """Which samples have a term that is NaN or infinite. Waits for the device.
 
     Args:
         keys: name of each image of the pack (shard:name), in order.
+    Raises:
+        ShapeError: unless there is one key an image.
     """
     if len(keys) != terms.total_S.shape[0]:
         raise ShapeError(f"loss of {terms.total_S.shape[0]} images, {len(keys)} keys")
-    values = torch.stack([term.detach().to(torch.float64) for term in terms]).cpu()
-    bad = (~values.isfinite().all(0)).nonzero().flatten().tolist()
-    if not bad:
-        return
-    lines = []
-    for i in bad[:MAX_NAMED]:
-        parts = ", ".join(
-            f"{name.removesuffix('_S')} {value:.4g}"
-            for name, value in zip(terms._fields, values[:, i].tolist(), strict=True)
-        )
-        lines.append(f"{keys[i]}: {parts}")
-    if len(bad) > MAX_NAMED:
-        lines.append(f"and {len(bad) - MAX_NAMED} more")
-    raise NonFiniteError(
-        f"loss: expected finite values, {len(bad)} of {len(keys)} images are not; inspect these samples, or "
-        "lower the learning rate if they change from step to step\n  " + "\n  ".join(lines)
-    )
+    values = torch.stack([term.detach().to(torch.float64) for term in terms])
+    finite = values.isfinite().all(0).tolist()
+    return [key for key, good in zip(keys, finite, strict=True) if not good]
 
 
 def _cell_misalignment(F_TC: Tensor, target_TC: Tensor, latent_channels: int) -> Tensor:

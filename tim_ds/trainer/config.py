@@ -43,6 +43,11 @@ class OptimizerConfig:
             raise ConfigError(
                 f"train.optimizer.final_lr_share: expected 0 to 1, received {self.final_lr_share}"
             )
+        if self.final_lr_share > 0 and self.schedule == "constant":
+            raise ConfigError(
+                "train.optimizer.final_lr_share: belongs to schedule 'cosine', a constant rate has no end; "
+                "remove it, or set the schedule"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from data_pipeline.loader import StepLoader
 from tim_ds.errors import NonFiniteError
-from tim_ds.objective.loss import LossTerms
+from tim_ds.objective.loss import LossTerms, non_finite_samples
 from tim_ds.trainer.config import TrainConfig
 from tim_ds.trainer.ema import Ema
 from tim_ds.trainer.engine import Engine, StepResult
@@ -165,7 +165,7 @@ class Loop:
             bar.set_postfix(denoising=f"{means['denoising']:.4f}", refresh=False)
 
     def _report_refused(self, seen: Sequence[_Seen], result: StepResult) -> None:
-        bad = [key for keys, terms in seen for key in _non_finite(keys, terms)]
+        bad = [key for keys, terms in seen for key in non_finite_samples(terms, keys)]
         samples = [key for keys in self.world.gather(bad) for key in keys]
         reason = "loss is not finite"
         if not samples:
@@ -199,9 +199,3 @@ class Loop:
         assert self.preview is not None  # the caller looked
         with self.ema.applied(), torch.no_grad():
             self.preview(step)
-
-
-def _non_finite(keys: Sequence[str], terms: LossTerms) -> list[str]:
-    values: Tensor = torch.stack([term.detach().double() for term in terms])
-    finite = values.isfinite().all(0).tolist()
-    return [key for key, good in zip(keys, finite, strict=True) if not good]
