@@ -6,7 +6,7 @@ T image tokens, L text tokens, S segments, C token channels, D model width.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import partial, reduce
 
 import torch
 from torch import Tensor, nn
@@ -76,18 +76,17 @@ class TiM(nn.Module):
             F_TC [T, C], float32 (float64 when x_TC is); the projector's features when `with_features`; dF_TC
             in the dtype of F, when there is a direction.
         Raises:
-            ShapeError: if the parts of the pack do not fit together, or features are asked of a network
-                without projector.
+            ShapeError: if the parts of the pack and the direction do not fit together, or features are asked
+                of a network without projector.
         """
         self._check(x_TC, t_S, r_S, segments, condition, with_features)
+        side_x = side_t = side_interval = None
         if direction is not None:
             self._check_direction(direction, segments)
-        side_x = side_t = None
-        if direction is not None:
-            device = x_TC.device
             side_x = Side(Rows.of_tokens(segments, direction.indices), direction.dx_TC)
-            side_t = Side(Rows.of_segments(direction.indices, device), direction.dt_S)
-        interval_SD, d_interval_SD = self._interval(t_S, r_S, side_t)
+            side_t = Side(Rows.of_segments(direction.indices, x_TC.device), direction.dt_S)
+            side_interval = side_t.fork()
+        interval_SD = self._interval(t_S, r_S, side_interval)
         modulation_SD = self.t_embedder(t_S, side_t) + interval_SD
         text_LD, cross_plan = None, None
         if isinstance(condition, TextCondition):
@@ -97,11 +96,8 @@ class TiM(nn.Module):
             modulation_SD = modulation_SD + self.y_embedder(condition.labels_S)
         x_TD = ops.at_least_float32(self.x_embedder(x_TC, side_x))
         stream = None
-        if direction is not None and side_x is not None and side_t is not None and d_interval_SD is not None:
-            d_modulation_SD = side_t.value + d_interval_SD
-            stream = self._stream(
-                direction.indices, segments, condition, side_x, side_t, d_modulation_SD, d_interval_SD
-            )
+        if direction is not None and side_x is not None and side_t is not None and side_interval is not None:
+            stream = self._stream(direction.indices, segments, condition, side_x, side_t, side_interval)
         context = BlockContext(
             segments=segments,
             modulation_SD=modulation_SD,
@@ -126,10 +122,10 @@ class TiM(nn.Module):
         F_TC = self.final_layer(x_TD, context)
         return NetworkOutput(F_TC, features, None if stream is None else stream.value)
 
-    def _interval(self, t_S: Tensor, r_S: Tensor, side: Side | None) -> tuple[Tensor, Tensor | None]:
-        """The interval embedding of `time_condition` (reference_spec 1.4), [S, D], and its tangent.
+    def _interval(self, t_S: Tensor, r_S: Tensor, side: Side | None) -> Tensor:
+        """The interval embedding of `time_condition` (reference_spec 1.4): [S, D].
 
-        `side` holds the tangent of t; r stands still.
+        `side` enters with the tangent of t; r stands still.
         """
         embed_t = self.t_embedder
         embed_d = self.t_embedder if self.delta_embedder is None else self.delta_embedder
@@ -142,17 +138,17 @@ class TiM(nn.Module):
             "r,t-r": [(embed_t, r), (embed_d, delta)],
             "t,r,t-r": [(embed_t, t), (embed_t, r), (embed_d, delta)],
         }[self.config.time_condition]
-        value = tangent = None
+        parts: list[Tensor] = []
+        tangents: list[Tensor] = []
         for embed, (time_S, moving) in terms:
             own = None if moving is None else moving.fork()
-            part = embed(time_S, own)
-            value = part if value is None else value + part
+            parts.append(embed(time_S, own))
             if own is not None:
-                tangent = own.value if tangent is None else tangent + own.value
-        assert value is not None, "every time condition has a term"
-        if side is not None and tangent is None:
-            tangent = value.new_zeros(side.value.shape[0], value.shape[1])
-        return value, tangent
+                tangents.append(own.value)
+        if side is not None:
+            still = parts[0].new_zeros(side.value.shape[0], parts[0].shape[1])
+            side.value = reduce(torch.add, tangents, still)
+        return reduce(torch.add, parts)
 
     def _stream(
         self,
@@ -160,11 +156,11 @@ class TiM(nn.Module):
         segments: Segments,
         condition: Condition,
         x: Side,
-        modulation: Side,
-        d_modulation_SD: Tensor,
-        d_interval_SD: Tensor,
+        t: Side,
+        interval: Side,
     ) -> TangentStream:
-        """What the blocks need to carry the tangents of the images `indices`."""
+        """What the blocks need to carry the tangents of the images `indices`: those of embedded tokens, times
+        and intervals, and a context for these images alone."""
         moving = segments.select(indices)
         residual_TD = ops.at_least_float32(x.value)
         text_rows, cross_plan = None, None
@@ -176,10 +172,10 @@ class TiM(nn.Module):
             rows=x.rows,
             value=residual_TD,
             segments=moving,
-            segment_rows=modulation.rows,
+            segment_rows=t.rows,
             residual_TD=residual_TD,
-            modulation_SD=d_modulation_SD,
-            interval_SD=d_interval_SD,
+            modulation_SD=t.value + interval.value,
+            interval_SD=interval.value,
             table=rotary_table(moving, self.config.head_dim, self.config.rope_layout, residual_TD.dtype),
             self_plan=ops.plan_attention(moving, moving),
             text_rows=text_rows,
