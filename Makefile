@@ -7,6 +7,8 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# For a torch that brings no Triton of its own (the CPU build): the compiler of kernels/results/resources.json.
+TRITON ?= triton==3.7.0
 VENV ?= .venv
 
 BIN := $(VENV)/bin
@@ -40,5 +42,6 @@ clean:
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(TORCH)
+	$(BIN)/python -c "import triton" 2> /dev/null || $(BIN)/python -m pip install $(TRITON)
 	$(BIN)/python -m pip install -e ".[dev]"
 	touch $@
