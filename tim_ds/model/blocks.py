@@ -111,7 +111,7 @@ class SelfAttention(_Heads):
 
 
 class CrossAttention(_Heads):
-    """Image tokens look at their own caption. Only the queries are rotated (reference_spec 1.5)."""
+    """Image tokens look at their own caption. Only the queries are rotated, as the authors do it."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)

@@ -39,7 +39,7 @@ class ModelConfig:
     """Width of the REPA target (RADIO v2.5-B: 768); null for a network without a projector."""
     projector_dim: int = 2048
     time_condition: TimeCondition = "t-r"
-    """Which times feed the interval embedding (reference_spec 1.4)."""
+    """Which times feed the interval embedding, in the authors' notation."""
     separate_interval_embedder: bool = True
     """Whether the interval has an embedder of its own (`delta_embedder`) or shares the time embedder."""
     qk_norm: bool = True

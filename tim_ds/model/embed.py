@@ -48,7 +48,7 @@ class PreciseLinear(nn.Linear):
 
 
 class SwiGLU(nn.Module):
-    """fc2(SiLU(fc1_g(v)) * fc1_x(v)); fc1_g is the activated half (reference_spec 1.3)."""
+    """fc2(SiLU(fc1_g(v)) * fc1_x(v)); fc1_g is the activated half, in timm's naming."""
 
     def __init__(
         self, width: int, hidden: int, out: int, linear: type[Linear] | type[PreciseLinear] = Linear

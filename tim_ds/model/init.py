@@ -1,4 +1,4 @@
-"""Weight initialisation, in one place (reference_spec 1.7)."""
+"""Weight initialisation, in one place (as the authors' code has it)."""
 
 from __future__ import annotations
 

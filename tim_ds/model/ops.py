@@ -23,7 +23,7 @@ from tim_ds.packed import Segments
 from tim_kernels import ChunkPlan
 
 LAYER_NORM_EPS = 1e-6
-"""Of the norms without affine parameters (reference_spec 1.3)."""
+"""Of the norms without affine parameters; the authors' value."""
 QK_NORM_EPS = 1e-5
 
 

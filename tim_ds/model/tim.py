@@ -24,7 +24,7 @@ from tim_ds.packed import ClassCondition, Condition, Direction, NetworkOutput, S
 
 
 class TiM(nn.Module):
-    """Transition network (reference_spec 1). State-dict names and shapes are the authors'.
+    """Transition network of the authors' architecture. State-dict names and shapes are the authors'.
 
     Args:
         config: the architecture.
@@ -123,7 +123,7 @@ class TiM(nn.Module):
         return NetworkOutput(F_TC, features, None if stream is None else stream.value)
 
     def _interval(self, t_S: Tensor, r_S: Tensor, side: Side | None) -> Tensor:
-        """The interval embedding of `time_condition` (reference_spec 1.4): [S, D].
+        """The interval embedding of `time_condition`: [S, D].
 
         `side` enters with the tangent of t; r stands still.
         """
