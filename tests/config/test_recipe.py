@@ -91,6 +91,14 @@ def test_the_two_handwriting_recipes_train_the_same_network_on_the_same_data_and
             ["train.optimizer.final_lr_share=0.1"],
             "train.optimizer.final_lr_share: belongs to schedule 'cosine'",
         ),
+        (
+            ["objective.diffusion_share=1", "objective.consistency_share=0.3", "sampler.mode=diffusion"],
+            "objective.consistency_share: diffusion_share 1 leaves no image for it",
+        ),
+        (
+            ["objective.weight={time_type: constant, warp: odds}"],
+            "objective.weight.time_type: 'constant' reads neither warp nor of_interval",
+        ),
         (["objective.derivative_step=0.2"], "objective.derivative_step: expected at most 0.1"),
         (
             ["objective.guided_target={end: 1.5}"],

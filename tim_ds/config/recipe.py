@@ -151,6 +151,18 @@ def _objective_problems(recipe: Recipe) -> Iterator[str]:
             "objective.repa_weight: no image encoder can be configured yet, so the term has no target; "
             f"set it to 0, received {objective.repa_weight:g}"
         )
+    # 0.1 is what a recipe that leaves the key out has.
+    if objective.diffusion_share == 1.0 and objective.consistency_share not in (0.0, 0.1):
+        yield (
+            "objective.consistency_share: diffusion_share 1 leaves no image for it; set it to 0, "
+            f"received {objective.consistency_share:g}"
+        )
+    weight = objective.weight
+    if weight.time_type == "constant" and (weight.warp == "odds" or not weight.of_interval):
+        yield (
+            "objective.weight.time_type: 'constant' reads neither warp nor of_interval; remove them, or "
+            "choose a weight of the times"
+        )
     step = objective.derivative_step
     if step is not None and step > end / 10:
         yield (
