@@ -42,7 +42,7 @@ def test_sampling_from_the_average_leaves_no_trace_in_training(groups: Groups, c
 def test_a_teacher_under_zero3_is_split_and_refreshed_without_a_message(groups: Groups) -> None:
     both = groups.results(2, "refresh_teacher")
     for found in both:
-        # Nothing stays whole between steps, and the partitions are padded by less than an element a parameter.
+        # Nothing stays whole between steps; partitions are padded by less than an element a parameter.
         assert found["whole"] == found["sent"] == 0
         assert found["stored"] < 0.6 * found["parameters"]
         assert found["trained"] == []
