@@ -35,6 +35,7 @@ from tim_ds.config.recipe import Recipe, recipe_hash, to_dict
 from tim_ds.errors import CheckpointError, ConfigError, TimError
 from tim_ds.model.blocks import FinalLayer, TransitionBlock
 from tim_ds.model.export_folder import EXPORT_FILE, write_export
+from tim_ds.model.ops import prove_attention
 from tim_ds.model.tim import TiM
 from tim_ds.trainer.checkpoint import (
     SPARE_BYTES,
@@ -172,6 +173,8 @@ def _run(
         ),
         (DataError,),
     )
+    dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
+    world.together(partial(prove_attention, world.device, dtype, recipe.model.head_dim), (ConfigError,))
     root = build_root(recipe, world.size)
     engine = Engine(
         root, engine_config, config, packs_per_step=recipe.data.packs_per_step, world=world, units=UNITS
