@@ -20,6 +20,7 @@ from tim_ds.model.export_folder import EXPORT_FILE, meta_network, read_export
 from tim_ds.model.weights import load_weights_into
 from tim_ds.objective.config import TransportConfig
 from tim_ds.trainer.checkpoint import MANIFEST, Checkpoint, find_checkpoints
+from tim_ds.trainer.ema import piece_kind
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ def _of_checkpoint(checkpoint: Checkpoint) -> InitialWeights:
     state = {}
     for name, value in meta_network(recipe.model).state_dict().items():
         state[name] = torch.empty(value.shape)
-        checkpoint.fill("ema", f"network.{name}", 0, state[name].view(-1))
+        checkpoint.fill(piece_kind(recipe.train.ema.used.name), f"network.{name}", 0, state[name].view(-1))
     return InitialWeights(
         str(checkpoint.path),
         recipe.model,
