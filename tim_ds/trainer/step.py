@@ -74,6 +74,7 @@ class TransitionStep(nn.Module):
             latent_channels=self.latent_channels,
             teacher=self.teacher,
             null_condition=inputs.null_condition,
+            features_TZ=inputs.features_TZ,
             terms_of_images=transition_loss_terms,
         )
         loss = terms.total_S.sum() * (self.world_size / inputs.images_in_step)
