@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from data_pipeline.encoders.image import feature_width
 from data_pipeline.errors import DataError
 from data_pipeline.index import Index, load_index
 from data_pipeline.loader import build_loader, load_null_states
@@ -34,7 +35,8 @@ from tim_ds.config.load import dump, load_recipe, split_arguments
 from tim_ds.config.recipe import Recipe, recipe_hash, to_dict
 from tim_ds.errors import CheckpointError, ConfigError, TimError
 from tim_ds.model.blocks import FinalLayer, TransitionBlock
-from tim_ds.model.export_folder import EXPORT_FILE, write_export
+from tim_ds.model.export_folder import EXPORT_FILE, meta_network, write_export
+from tim_ds.model.ops import prove_attention
 from tim_ds.model.tim import TiM
 from tim_ds.trainer.checkpoint import (
     SPARE_BYTES,
@@ -44,7 +46,7 @@ from tim_ds.trainer.checkpoint import (
     free_bytes,
     write_flushed,
 )
-from tim_ds.trainer.ema import Ema
+from tim_ds.trainer.ema import Ema, piece_kind
 from tim_ds.trainer.engine import (
     STATE_KEYS,
     Engine,
@@ -54,10 +56,13 @@ from tim_ds.trainer.engine import (
     stop_world,
     zero_stage,
 )
+from tim_ds.trainer.initial import InitialWeights, check_initial, load_initial, read_initial
 from tim_ds.trainer.inputs import Prepare
 from tim_ds.trainer.loop import Loop, Progress
+from tim_ds.trainer.lora import add_adapters, merged, write_adapter
 from tim_ds.trainer.metrics import MetricsLog, Sums
 from tim_ds.trainer.preview import Previews, describe_export
+from tim_ds.trainer.snapshots import SNAPSHOTS, Snapshots
 from tim_ds.trainer.step import TransitionStep
 from tim_ds.trainer.world import World
 
@@ -65,6 +70,7 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 EXPORT = "export"
+ADAPTER_FOLDER = "adapter"
 
 UNITS = (TransitionBlock, FinalLayer)
 """Modules that ZeRO-3 gathers as one piece: without it every small layer has hooks and messages of its own.
@@ -79,13 +85,16 @@ MAY_CHANGE = (
     "data.workers",
     "data.autoencoder.path",
     "data.text_encoder.path",
+    "data.image_encoder.path",
     "sampler",
+    "train.init_from",
     "train.steps",
     "train.log_every",
     "train.max_skipped_steps",
     "train.activation_checkpointing",
     "train.checkpoint",
     "train.preview",
+    "train.ema.snapshots",
 )
 
 
@@ -167,15 +176,25 @@ def _run(
             start_step=start_step,
             num_steps=max(config.steps - start_step, 0),
             finish=prepare_of(recipe, data),
+            device=world.device,
         ),
         (DataError,),
     )
-    root = build_root(recipe, world.size)
+    dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
+    world.together(partial(prove_attention, world.device, dtype, recipe.model.head_dim), (ConfigError,))
+    encoders = world.from_main(loader.encoders if world.is_main else {})
+    if checkpoint is not None:
+        check_same_encoders(checkpoint.manifest.get("encoders", {}), encoders, str(checkpoint.path))
+    initial = world.together(partial(_initial, recipe, checkpoint), (TimError,))
+    root = build_root(recipe, world.size, initial)
+    # Kept by an adapter alone, which goes with these weights and no others.
+    initial_digest = None if initial is None else initial.digest
+    del initial
     engine = Engine(
         root, engine_config, config, packs_per_step=recipe.data.packs_per_step, world=world, units=UNITS
     )
-    _check_room(run_dir, engine, world)
-    ema = Ema(engine, decay=config.ema_decay, warmup=config.ema_warmup)
+    _check_room(run_dir, engine, world, len(config.ema.averages))
+    ema = Ema(engine, config.ema)
     sums = Sums(root.transport, world.device)
     progress = Progress()
     if checkpoint is not None:
@@ -210,6 +229,8 @@ def _run(
                 "progress": asdict(progress),
                 "optimizer_steps": engine.optimizer_steps,
                 "data": {"index_hash": data.hash, "samples": data.samples},
+                "encoders": encoders,
+                "initial_weights": initial_digest,
                 "recipe": to_dict(recipe),
                 "recipe_hash": recipe_hash(recipe),
                 "zero_stage": engine.zero_stage,
@@ -217,6 +238,13 @@ def _run(
                 "versions": versions(),
             },
         )
+
+    snapshots = Snapshots(run_dir / SNAPSHOTS, world, config.ema.snapshots)
+    snapshots.drop_after(progress.step)
+
+    def snapshot(progress: Progress) -> None:
+        manifest = {"progress": asdict(progress), "recipe": to_dict(recipe), "versions": versions()}
+        snapshots.save(progress.step, ema, manifest)
 
     loop = Loop(
         config=config,
@@ -227,6 +255,7 @@ def _run(
         sums=sums,
         progress=progress,
         save=save,
+        snapshot=snapshot,
         teacher=teacher,
         preview=preview,
         log=log,
@@ -240,10 +269,33 @@ def _run(
     return f"{run_dir}: finished at step {progress.step}. Weights: {run_dir / EXPORT}"
 
 
-def build_root(recipe: Recipe, world_size: int) -> TransitionStep:
-    """The root module with freshly initialised weights, the same on every rank."""
+def _initial(recipe: Recipe, checkpoint: Checkpoint | None) -> InitialWeights | None:
+    """Weights that the run needs from elsewhere: its first ones, or with adapters, always, the frozen ones.
+
+    Raises:
+        CheckpointError, ConfigError: if they are not there, do not fit, or are not those of the checkpoint.
+    """
+    path = recipe.train.init_from
+    if path is None or (checkpoint is not None and recipe.train.adapter is None):
+        return None
+    initial = read_initial(path)
+    check_initial(initial, recipe)
+    if checkpoint is not None and checkpoint.manifest["initial_weights"] != initial.digest:
+        raise CheckpointError(
+            f"{checkpoint.path}: its adapter belongs to weights {checkpoint.manifest['initial_weights']}, "
+            f"train.init_from names {initial.digest} ({initial.source})"
+        )
+    return initial
+
+
+def build_root(recipe: Recipe, world_size: int, initial: InitialWeights | None = None) -> TransitionStep:
+    """The root module, the same on every rank: freshly initialised weights, or `initial`, and adapters."""
     torch.manual_seed(recipe.train.seed)
     network = TiM(recipe.model, checkpoint_blocks=recipe.train.activation_checkpointing)
+    if initial is not None:
+        load_initial(network, initial)
+    if recipe.train.adapter is not None:
+        add_adapters(network, recipe.train.adapter)
     teacher = None
     if recipe.objective.guided_target is not None:
         teacher = copy.deepcopy(network)
@@ -264,22 +316,23 @@ def teacher_parameters(root: TransitionStep) -> dict[str, nn.Parameter]:
 
 
 def state_pieces(engine: Engine, ema: Ema) -> Iterator[Piece]:
-    """What a checkpoint holds of this rank: masters, AdamW's averages and the EMA."""
+    """What a checkpoint holds of this rank: masters, AdamW's averages and the EMAs."""
     if engine.zero_stage == 0 and not engine.world.is_main:
         # Every rank has everything.
         return
     for shard in engine.shards:
         yield Piece("master", shard.name, shard.start, shard.master)
-        yield Piece("ema", shard.name, shard.start, ema.values[shard.name])
         for kind, value in engine.optimizer_state(shard).items():
             yield Piece(kind, shard.name, shard.start, value)
+    yield from ema.pieces()
 
 
 def restore(checkpoint: Checkpoint, engine: Engine, ema: Ema, sums: Sums) -> Progress:
     """Put a checkpoint's state into engine, average and sums, whatever ranks and stage wrote it."""
     for shard in engine.shards:
         checkpoint.fill("master", shard.name, shard.start, shard.master)
-        checkpoint.fill("ema", shard.name, shard.start, ema.values[shard.name])
+        for name, values in ema.averages.items():
+            checkpoint.fill(piece_kind(name), shard.name, shard.start, values[shard.name])
         state = engine.optimizer_state(shard)
         for kind in STATE_KEYS:
             checkpoint.fill(kind, shard.name, shard.start, state[kind])
@@ -302,6 +355,12 @@ def check_same_run(checkpoint: Checkpoint, recipe: Recipe, data: DataFacts) -> N
         CheckpointError: listing every setting that differs.
     """
     there, here = _flat(checkpoint.manifest["recipe"]), _flat(to_dict(recipe))
+    if "train.ema_decay" in there:
+        raise CheckpointError(
+            f"{checkpoint.path}: written when a run kept one average (train.ema_decay); this version, with "
+            "train.ema, does not continue it. Its exported weights load as ever; to train on, use the "
+            f"version that wrote it (tim_ds {checkpoint.manifest['versions']['tim_ds']}), or another folder"
+        )
     free = [*MAY_CHANGE]
     if recipe.train.optimizer.schedule != "constant":
         # The length of the run shapes the rate of every step.
@@ -322,8 +381,30 @@ def check_same_run(checkpoint: Checkpoint, recipe: Recipe, data: DataFacts) -> N
         )
 
 
+def check_same_encoders(
+    recorded: Mapping[str, Mapping[str, Any]], running: Mapping[str, Mapping[str, Any]], source: str
+) -> None:
+    """Refuse to continue with other weights in an encoder that runs while training.
+
+    Raises:
+        CheckpointError: listing the encoders whose revisions differ; one that is not known is not compared.
+    """
+    lines = [
+        f"  data.{name}: {there} in the checkpoint, {here} now ({running[name].get('path')})"
+        for name in sorted({*recorded} & {*running})
+        if (there := recorded[name].get("revision")) != (here := running[name].get("revision"))
+        and there is not None
+        and here is not None
+    ]
+    if lines:
+        raise CheckpointError(f"{source}: trained with other encoders\n" + "\n".join(lines))
+
+
 def export(recipe: Recipe, run_dir: Path, ema: Ema, world: World, step: int) -> None:
-    """Write the averaged weights as an export folder; every rank calls this."""
+    """Write the averaged weights as an export folder; every rank calls this.
+
+    An adapter is written in a folder of its own, and merged into the weights that it was trained on.
+    """
     state = {}
     for name, value in ema.full():
         if world.is_main:
@@ -331,7 +412,14 @@ def export(recipe: Recipe, run_dir: Path, ema: Ema, world: World, step: int) -> 
     problem = None
     if world.is_main:
         description = describe_export(recipe, step, recipe_hash(recipe))
+        adapter, base = recipe.train.adapter, recipe.train.init_from
         try:
+            if adapter is not None and base is not None:
+                write_adapter(run_dir / ADAPTER_FOLDER, state, adapter, base)
+                network = meta_network(recipe.model).state_dict()
+                state = merged(
+                    {k: v for k, v in read_initial(base).state.items() if k in network}, state, adapter
+                )
             write_export(run_dir / EXPORT, description, state, overwrite=True)
         except CheckpointError as error:
             problem = str(error)
@@ -395,6 +483,11 @@ def _check_parts(recipe: Recipe, engine_config: Mapping[str, Any], data: DataFac
         problems.append(
             f"model.in_channels: {model.in_channels}, but the latents in {data.folder} have {data.channels}"
         )
+    image_encoder = recipe.data.image_encoder
+    if image_encoder is not None and (width := feature_width(image_encoder)) != model.z_dim:
+        problems.append(
+            f"model.z_dim: {model.z_dim}, but the features of data.image_encoder have width {width}"
+        )
     if recipe.objective.derivative == "jvp" and zero_stage(engine_config) == 3:
         problems.append(
             "objective.derivative: 'jvp' cannot pass the hooks of ZeRO stage 3; use 'dde' or 'paired', "
@@ -404,10 +497,12 @@ def _check_parts(recipe: Recipe, engine_config: Mapping[str, Any], data: DataFac
         raise ConfigError("\n".join(problems))
 
 
-def _check_room(run_dir: Path, engine: Engine, world: World) -> None:
+def _check_room(run_dir: Path, engine: Engine, world: World, num_averages: int) -> None:
     """Raises CheckpointError, before any work, if the disk cannot hold a checkpoint and the export."""
     numel = sum(torch.Size(shape).numel() for shape in engine.parameter_shapes.values())
-    needed = 4 * numel * (len(STATE_KEYS) + 2 + 1) + SPARE_BYTES
+    # Frozen weights are only exported; every trained one besides as a master, AdamW's two and the averages.
+    exported = sum(int(getattr(p, "ds_numel", p.numel())) for p in engine.module.parameters())
+    needed = 4 * (numel * (len(STATE_KEYS) + 1 + num_averages) + exported) + SPARE_BYTES
     free = world.from_main(free_bytes(run_dir))
     if free < needed:
         world.raise_everywhere(
