@@ -41,6 +41,8 @@ class StepInputs:
     images_in_step: int
     epoch: int
     step: int
+    num_replaced: int = 0
+    """Images that stand in for damaged samples."""
 
     @property
     def num_images(self) -> int:
@@ -102,6 +104,7 @@ class Prepare:
             images_in_step=batch.images_in_step,
             epoch=batch.epoch,
             step=batch.step,
+            num_replaced=batch.num_replaced,
         )
 
     def _times(self, batch: PackedBatch) -> Times:
