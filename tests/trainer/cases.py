@@ -25,7 +25,7 @@ from tim_ds.trainer.checkpoint import CheckpointFolder, Piece, find_checkpoints
 from tim_ds.trainer.ema import Ema
 from tim_ds.trainer.engine import Engine, read_engine_file, start_world, stop_world
 from tim_ds.trainer.preview import describe_export
-from tim_ds.trainer.run import UNITS, build_root, train
+from tim_ds.trainer.run import UNITS, build_root, teacher_parameters, train
 from tim_ds.trainer.step import StepOutput, TransitionStep
 from tim_ds.trainer.world import World
 
@@ -290,6 +290,39 @@ def watch_trace(world: World, folder: Path, shards: Path, poisoned: Path) -> dic
     return found
 
 
+def refresh_teacher(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[str, Any]:
+    """What a rank holds of the teacher under ZeRO-3 between steps, and what refreshing it sends."""
+    settings = recipe(shards, GUIDED, AVERAGES)
+    engine, ema = build(world, settings, folder, 3)
+    root: Any = engine.module
+    teacher = teacher_parameters(root)
+    sent = 0
+    for step, batches in enumerate(micro_batches(settings, world, 2), start=1):
+        take_step(engine, batches)
+        ema.update(step)
+        before = dict(GATHERS)
+        ema.write_into(teacher)
+        sent += GATHERS["elements"] - before["elements"]
+    pieces = {shard.name: shard for shard in engine.shards}
+    held: Any = {name: p.ds_tensor for name, p in teacher.items()}  # type: ignore[attr-defined]
+    return {
+        "sent": sent,
+        "whole": sum(p.numel() for p in teacher.values()),
+        "held": sum(pieces[name].numel for name in held if name in pieces),
+        "stored": sum(value.numel() for value in held.values()),
+        "parameters": sum(math.prod(shape) for shape in engine.parameter_shapes.values()),
+        "trained": sorted(set(engine.parameter_shapes) & {f"teacher.{name}" for name in teacher}),
+        "equal": all(
+            torch.equal(held[name][: piece.numel], ema.averages["main"][name])
+            for name, piece in pieces.items()
+        ),
+        "other": any(
+            not torch.equal(held[name][: piece.numel], ema.averages["fast"][name])
+            for name, piece in pieces.items()
+        ),
+    }
+
+
 def meet_poison(world: World, folder: Path, shards: Path, poisoned: Path) -> None:
     """A sample whose loss is not finite, at every stage."""
     for stage in range(4):
@@ -458,6 +491,7 @@ CASES: dict[str, Callable[[World, Path, Path, Path], Any]] = {
         average_by_hand,
         borrow_average,
         watch_trace,
+        refresh_teacher,
         meet_poison,
         meet_poisoned_gradient,
         give_up,
