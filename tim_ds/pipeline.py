@@ -34,6 +34,7 @@ from tim_ds.config.recipe import parse_size
 from tim_ds.errors import RequestError
 from tim_ds.model.export_folder import Export, meta_network
 from tim_ds.model.memory import available_bytes, gib, sampling_bytes
+from tim_ds.model.ops import prove_attention
 from tim_ds.model.weights import load_weights_into, write_aside
 from tim_ds.objective.transport import build_transport
 from tim_ds.packed import ClassCondition, Condition, Segments, TextCondition, unpatchify
@@ -181,6 +182,7 @@ class TiMPipeline:
         for part in (self.autoencoder, self.text_encoder):
             if hasattr(part, "to"):
                 part.to(device)  # type: ignore[union-attr]  # only encoders with weights have it
+        prove_attention(self.device, self.dtype, self.export.model.head_dim)
         return self
 
     @property

@@ -24,8 +24,7 @@ from torch import Tensor, nn
 from tests.parity.compare import Report
 from tests.parity.golden import GoldenFile, Layout, build_network, transport_config
 from tim_ds.errors import ConfigError
-from tim_ds.model import embed
-from tim_ds.model.rope import rotary_table
+from tim_ds.model import embed, ops
 from tim_ds.model.tim import TiM
 from tim_ds.objective import target
 from tim_ds.objective.config import GuidedTargetConfig, ObjectiveConfig, WeightConfig
@@ -149,7 +148,8 @@ class _Case:
                 # A golden keeps the batch axis that packed tokens have not, or an axis of one token.
                 report.compare(name, value.reshape(self._batched(name, value)), FORWARD)
         one = self.layout.segments(1)
-        cos, sin = rotary_table(one, self.model.head_dim, self.model.rope_layout, torch.float32)
+        table = ops.rotary_table(one, self.model.head_dim, self.model.rope_layout, torch.float32)
+        cos, sin = table.by_token()
         report.compare("rope/cos", cos.repeat_interleave(2, dim=1), ELEMENTWISE)
         report.compare("rope/sin", sin.repeat_interleave(2, dim=1), ELEMENTWISE)
 

@@ -33,6 +33,10 @@ PREVIEW = (
     "train.preview={every_steps: 2, prompts: [a cat, a dog before a cat], sizes: [4x6, 8x4], "
     "num_steps: [1, 3]}"
 )
+AVERAGES = (
+    "train.ema={use: main, averages: [{name: fast, decay: 0.5}, {name: main, decay: 0.9}, "
+    "{name: narrow, sigma_rel: 0.1}, {name: wide, sigma_rel: 0.25}], snapshots: {every_steps: 1}}"
+)
 # Short enough for a run that stops after its first step.
 ELSEWHERE = ("train.optimizer.warmup_steps=0",)
 GATHERS = {"count": 0, "elements": 0}
@@ -79,7 +83,7 @@ def build(
         world=world,
         units=UNITS,
     )
-    return engine, Ema(engine, decay=settings.train.ema_decay)
+    return engine, Ema(engine, settings.train.ema)
 
 
 def micro_batches(settings: Recipe, world: World, num_steps: int) -> list[Any]:
@@ -100,6 +104,7 @@ def masters(engine: Engine) -> dict[str, Tensor]:
 def train_every_stage(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[str, str]:
     """A few steps of the same recipe under every ZeRO stage; on several ranks, some variants too."""
     variants: dict[str, tuple[int, tuple[str, ...]]] = {f"zero{stage}": (stage, ()) for stage in range(4)}
+    variants["zero3_averages"] = (3, (AVERAGES,))
     if world.size > 1:
         recomputed = "train.activation_checkpointing=true"
         variants["zero3_recomputed"] = (3, (recomputed,))
@@ -138,7 +143,7 @@ def average_by_hand(world: World, folder: Path, shards: Path, poisoned: Path) ->
             assert take_step(engine, batches).applied
             ema.update(step)
             for name, value in masters(engine).items():
-                by_hand[name].lerp_(value, 1.0 - settings.train.ema_decay)
+                by_hand[name].lerp_(value, 1.0 - (settings.train.ema.used.decay or 0.0))
         moved = max(float((by_hand[name] - value).abs().max()) for name, value in masters(engine).items())
         error = max(float((by_hand[name] - value).abs().max()) for name, value in ema.full())
         found[f"zero{stage} {precision}"] = {

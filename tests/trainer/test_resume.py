@@ -64,6 +64,10 @@ def test_killed_at_any_moment_a_run_ends_equal_to_the_bit(
     assert lines_without_clock(broken) == lines_without_clock(whole)
     assert [line["step"] for line in read_metrics(whole)] == [3, 6, 7]
     assert files_of(broken / "export") == files_of(whole / "export")
+    kept = [path.name for path in sorted((whole / "snapshots").glob("step_*"))]
+    assert len(kept) == 4 and kept[-1] == "step_000000007"
+    for name in kept[-2:]:
+        assert files_of(broken / "snapshots" / name) == files_of(whole / "snapshots" / name) != {}
     last = Path("checkpoints") / "step_000000007"
     assert files_of(broken / last) == files_of(whole / last)
     assert len(files_of(whole / last)) == world_size

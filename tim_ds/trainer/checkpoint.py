@@ -3,7 +3,7 @@
 A checkpoint is a folder `step_000001000` with
 
     rank_00000.safetensors   this rank's pieces: `kind/parameter@start`, flat float32, where kind is `master`,
-                             `exp_avg`, `exp_avg_sq` or `ema`; and `own/name`, state of the rank alone
+                             `exp_avg`, `exp_avg_sq` or `ema.NAME`; and `own/name`, state of the rank alone
     manifest.json            progress, data position, recipe, versions, and the size of every other file
 
 Pieces carry their position, so a rank that owns other pieces (another world size, another ZeRO stage) reads
@@ -179,6 +179,14 @@ def _read(path: Path) -> Checkpoint:
     return Checkpoint(path, manifest)
 
 
+def remove_checkpoint(checkpoint: Checkpoint) -> None:
+    """Delete a checkpoint from the disk. It is renamed first: a folder that is half deleted must not be taken
+    for a checkpoint."""
+    doomed = checkpoint.path.with_name(f"{ASIDE}{checkpoint.path.name}")
+    os.rename(checkpoint.path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
 class CheckpointFolder:
     """Writes checkpoints of a run and keeps the last few. All ranks call `save` together.
 
@@ -262,10 +270,7 @@ class CheckpointFolder:
         for old in complete[self._keep :]:
             if old.path == newest:
                 continue
-            # Renamed first: a folder that is half deleted must not be taken for a checkpoint.
-            doomed = self.folder / f"{ASIDE}{old.path.name}"
-            os.rename(old.path, doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            remove_checkpoint(old)
 
     def _together(self, final: Path, needed: int, action: Any, *, undo: Path | None = None) -> list[Any]:
         """Do something on every rank; if one fails, undo and fail on all. Returns every rank's result."""
