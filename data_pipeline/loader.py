@@ -483,6 +483,14 @@ def check_encoders(config: DataConfig, index: Index) -> None:
         )
 
 
+def _cache_bytes(config: DataConfig, encoders: FrozenEncoders | None) -> int:
+    if encoders is not None and config.text_encoder is not None and config.text_encoder.padding == "constant":
+        # The number of padding states is that of a batch: kept, it would depend on what was read before.
+        return 0
+    # What this process encodes is kept whoever reads it: encoding costs more than reading.
+    return CACHE_BYTES if config.workers == 0 or encoders is not None else 0
+
+
 def _check_what_is_encoded(config: DataConfig, index: Index) -> None:
     """Raises DataError if the recipe does not say what these shards leave to do."""
     if index.online and not config.encode_online:
@@ -586,8 +594,7 @@ def build_loader(
         seed=seed,
         caption_dropout=config.caption_dropout,
         null_states=load_null_states(config.shards, index.text_width) if index.has_text else None,
-        # What this process encodes is kept whoever reads it: encoding costs more than reading.
-        cache_bytes=CACHE_BYTES if config.workers == 0 or encoders is not None else 0,
+        cache_bytes=_cache_bytes(config, encoders),
         finish=finish,
         encoders=encoders,
         pixel_channels=latent_shape(config.autoencoder).pixel_channels if encoders is not None else 3,

@@ -236,7 +236,8 @@ class TrainConfig:
     """Optimiser steps of the run."""
     seed: int = 0
     init_from: str | None = None
-    """Weights to start from: an export folder, or a run or checkpoint (averaged). Null: fresh ones."""
+    """Weights to start from: an export, a run or checkpoint (averaged), or a file that the authors released.
+    Null: fresh ones."""
     adapter: AdapterConfig | None = None
     """Train adapters on frozen weights instead of the weights; needs init_from."""
     precision: Literal["fp32", "bf16_autocast", "bf16"] = "fp32"
@@ -246,6 +247,9 @@ class TrainConfig:
     ema: EmaConfig = field(default_factory=EmaConfig)
     activation_checkpointing: bool = False
     log_every: int = 10
+    peak_tflops: float | None = None
+    """Peak of one device in dense TFLOP/s at this precision, for the model's utilisation; null: known by the
+    device's name, and where it is not, no utilisation is given."""
     max_skipped_steps: int = 10
     """Consecutive non-finite steps after which the run ends, with a checkpoint."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -259,6 +263,8 @@ class TrainConfig:
             raise ConfigError(
                 "train.init_from: required with train.adapter: adapters change weights that are trained"
             )
+        if self.peak_tflops is not None and self.peak_tflops <= 0:
+            raise ConfigError(f"train.peak_tflops: expected null or above 0, received {self.peak_tflops}")
         if self.seed < 0:
             raise ConfigError(f"train.seed: expected 0 or more, received {self.seed}")
         if len(self.preview.prompts) != len(self.preview.sizes):

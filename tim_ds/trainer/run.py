@@ -46,6 +46,7 @@ from tim_ds.trainer.checkpoint import (
     free_bytes,
     write_flushed,
 )
+from tim_ds.trainer.config import TrainConfig
 from tim_ds.trainer.ema import Ema, piece_kind
 from tim_ds.trainer.engine import (
     STATE_KEYS,
@@ -56,11 +57,13 @@ from tim_ds.trainer.engine import (
     stop_world,
     zero_stage,
 )
+from tim_ds.trainer.flops import flops_of, peak_flops
 from tim_ds.trainer.initial import InitialWeights, check_initial, load_initial, read_initial
 from tim_ds.trainer.inputs import Prepare
 from tim_ds.trainer.loop import Loop, Progress
 from tim_ds.trainer.lora import add_adapters, merged, write_adapter
 from tim_ds.trainer.metrics import MetricsLog, Sums
+from tim_ds.trainer.phases import PhaseClock
 from tim_ds.trainer.preview import Previews, describe_export
 from tim_ds.trainer.snapshots import SNAPSHOTS, Snapshots
 from tim_ds.trainer.step import TransitionStep
@@ -90,6 +93,7 @@ MAY_CHANGE = (
     "train.init_from",
     "train.steps",
     "train.log_every",
+    "train.peak_tflops",
     "train.max_skipped_steps",
     "train.activation_checkpointing",
     "train.checkpoint",
@@ -195,7 +199,13 @@ def _run(
     )
     _check_room(run_dir, engine, world, len(config.ema.averages))
     ema = Ema(engine, config.ema)
-    sums = Sums(root.transport, world.device)
+    count = partial(
+        flops_of,
+        config=recipe.model,
+        objective=recipe.objective,
+        checkpointing=config.activation_checkpointing,
+    )
+    sums = Sums(root.transport, world.device, count)
     progress = Progress()
     if checkpoint is not None:
         progress = restore(checkpoint, engine, ema, sums)
@@ -209,7 +219,13 @@ def _run(
         run_dir.mkdir(parents=True, exist_ok=True)
         write_flushed(run_dir / "recipe.yaml", dump(recipe))
         write_flushed(run_dir / "engine.json", json.dumps(engine.config, indent=2) + "\n")
-        log = MetricsLog(run_dir, tokens_per_pack=recipe.data.tokens_per_pack, start_step=progress.step)
+        log = MetricsLog(
+            run_dir,
+            tokens_per_pack=recipe.data.tokens_per_pack,
+            start_step=progress.step,
+            num_devices=world.size,
+            peak_flops=device_peak(config, world),
+        )
 
     preview = None
     if config.preview.every_steps:
@@ -239,6 +255,7 @@ def _run(
             },
         )
 
+    clock, forward_phase = build_clock(recipe, root, world)
     snapshots = Snapshots(run_dir / SNAPSHOTS, world, config.ema.snapshots)
     snapshots.drop_after(progress.step)
 
@@ -256,6 +273,8 @@ def _run(
         progress=progress,
         save=save,
         snapshot=snapshot,
+        clock=clock,
+        forward_phase=forward_phase,
         teacher=teacher,
         preview=preview,
         log=log,
@@ -306,6 +325,27 @@ def build_root(recipe: Recipe, world_size: int, initial: InitialWeights | None =
         world_size=world_size,
         teacher=teacher,
     )
+
+
+def build_clock(recipe: Recipe, root: TransitionStep, world: World) -> tuple[PhaseClock, str]:
+    """The clock of a run, and what the phase around the forward is called."""
+    clock = PhaseClock(world.device)
+    objective = recipe.objective
+    carried = objective.derivative == "paired" and objective.diffusion_share < 1.0
+    forward_phase = "forward_and_derivative" if carried else "forward"
+    clock.watch(root.network, "derivative", inside=forward_phase)
+    if root.teacher is not None:
+        clock.watch(root.teacher, "teacher", inside=forward_phase)
+    return clock, forward_phase
+
+
+def device_peak(config: TrainConfig, world: World) -> float | None:
+    """Peak of this rank's device in FLOP/s, where it is known."""
+    if config.peak_tflops is not None:
+        return 1e12 * config.peak_tflops
+    if world.device.type != "cuda":
+        return None
+    return peak_flops(torch.cuda.get_device_name(world.device), config.precision)
 
 
 def teacher_parameters(root: TransitionStep) -> dict[str, nn.Parameter]:
