@@ -35,6 +35,7 @@ from tim_ds.config.recipe import Recipe, recipe_hash, to_dict
 from tim_ds.errors import CheckpointError, ConfigError, TimError
 from tim_ds.model.blocks import FinalLayer, TransitionBlock
 from tim_ds.model.export_folder import EXPORT_FILE, write_export
+from tim_ds.model.init import initial_values
 from tim_ds.model.tim import TiM
 from tim_ds.trainer.checkpoint import (
     SPARE_BYTES,
@@ -48,6 +49,7 @@ from tim_ds.trainer.ema import Ema
 from tim_ds.trainer.engine import (
     STATE_KEYS,
     Engine,
+    Splitter,
     merge_config,
     read_engine_file,
     start_world,
@@ -56,6 +58,7 @@ from tim_ds.trainer.engine import (
 )
 from tim_ds.trainer.inputs import Prepare
 from tim_ds.trainer.loop import Loop, Progress
+from tim_ds.trainer.materialise import Split, Values, materialise
 from tim_ds.trainer.metrics import MetricsLog, Sums
 from tim_ds.trainer.preview import Previews, describe_export
 from tim_ds.trainer.step import TransitionStep
@@ -170,7 +173,10 @@ def _run(
         ),
         (DataError,),
     )
-    root = build_root(recipe, world.size)
+    merged = merge_config(
+        engine_config, config, packs_per_step=recipe.data.packs_per_step, world_size=world.size
+    )
+    root = build_root(recipe, world.size, split=Splitter(merged) if zero_stage(merged) == 3 else None)
     engine = Engine(
         root, engine_config, config, packs_per_step=recipe.data.packs_per_step, world=world, units=UNITS
     )
@@ -240,13 +246,27 @@ def _run(
     return f"{run_dir}: finished at step {progress.step}. Weights: {run_dir / EXPORT}"
 
 
-def build_root(recipe: Recipe, world_size: int) -> TransitionStep:
-    """The root module with freshly initialised weights, the same on every rank."""
+def build_root(
+    recipe: Recipe, world_size: int, *, values: Values | None = None, split: Split | None = None
+) -> TransitionStep:
+    """The root module with its first weights, the same on every rank, at every stage.
+
+    Args:
+        values: of the network's parameters by name; None: freshly initialised from the recipe's seed.
+        split: splits every parameter among the ranks as soon as it has its value.
+    """
+    # For whatever asks a generator without saying so; weights and data do not.
     torch.manual_seed(recipe.train.seed)
-    network = TiM(recipe.model, checkpoint_blocks=recipe.train.activation_checkpointing)
+    with torch.device("meta"):
+        network = TiM(recipe.model, checkpoint_blocks=recipe.train.activation_checkpointing)
     teacher = None
     if recipe.objective.guided_target is not None:
-        teacher = copy.deepcopy(network)
+        teacher = copy.deepcopy(network).requires_grad_(False)
+    values = values or initial_values(network, recipe.train.seed)
+    dtype = torch.bfloat16 if split is not None and recipe.train.precision == "bf16" else torch.float32
+    for module in (network, teacher):
+        if module is not None:
+            materialise(module, values, dtype=dtype, split=split)
     return TransitionStep(
         network,
         recipe.objective,
