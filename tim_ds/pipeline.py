@@ -33,6 +33,7 @@ from tim_ds import __version__
 from tim_ds.config.recipe import parse_size
 from tim_ds.errors import RequestError
 from tim_ds.model.export_folder import WEIGHTS_FILE, Export, load_network
+from tim_ds.model.ops import prove_attention
 from tim_ds.model.weights import write_aside
 from tim_ds.objective.transport import build_transport
 from tim_ds.packed import ClassCondition, Condition, Segments, TextCondition, unpatchify
@@ -152,6 +153,7 @@ class TiMPipeline:
         self.network.to(device=device, dtype=dtype)
         if hasattr(self.autoencoder, "to"):
             self.autoencoder.to(device)  # type: ignore[attr-defined]  # only autoencoders with weights have it
+        prove_attention(self.device, self.dtype, self.export.model.head_dim)
         return self
 
     @property

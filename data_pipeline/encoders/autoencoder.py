@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 
 from data_pipeline.config import AutoencoderConfig
+from data_pipeline.encoders import tiling
 from data_pipeline.errors import DataError
+
+DEFAULT_TILE_PX = 1024
+"""Side of the tiles in which larger pictures are decoded."""
 
 
 class Autoencoder(Protocol):
@@ -86,10 +90,15 @@ class PretrainedAutoencoder:
     Latents are (z - shift) * scale with the constants of the model's own config, so that they have about unit
     variance; `decode` undoes it. An encoder that predicts a distribution gives its mean, so the latent of a
     picture is a function of the picture.
+
+    Pictures of more pixels than `tile_px` squared are decoded in tiles (`data_pipeline.encoders.tiling`): a
+    DC-AE exactly, up to the order of float sums; an SD-VAE approximately.
     """
 
     def __init__(self, model: Any, *, stride: int, channels: int) -> None:
         self.model = model.eval().requires_grad_(False)
+        self.tile_px = DEFAULT_TILE_PX
+        self.tiles_exactly = tiling.reaches_known(model.decoder)
         self._stride = stride
         self._channels = channels
         self.scale = float(model.config.scaling_factor)
@@ -122,7 +131,15 @@ class PretrainedAutoencoder:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         check_latents(latents, self)
-        return self.model.decode(latents.to(torch.float32) / self.scale + self.shift).sample
+        z = latents.to(torch.float32) / self.scale + self.shift
+        height, width = (side * self._stride for side in latents.shape[2:])
+        if height * width <= self.tile_px**2:
+            return self.model.decode(z).sample
+        if self.tiles_exactly:
+            return tiling.decode_exactly(self.model.decoder, z, self.tile_px, self._stride)
+        return tiling.decode_blended(
+            lambda part: self.model.decode(part).sample, z, self.tile_px, self._stride
+        )
 
 
 def check_pixels(pixels: Tensor, autoencoder: Autoencoder) -> None:
@@ -146,6 +163,25 @@ def check_latents(latents: Tensor, autoencoder: Autoencoder) -> None:
         raise DataError(
             f"latents: expected [B, {autoencoder.channels}, h, w], received {list(latents.shape)}"
         )
+
+
+def decode_bytes(autoencoder: Autoencoder, height: int, width: int) -> int:
+    """Estimate of what decoding one picture of that many pixels takes at its peak, weights not counted.
+
+    Beyond one tile it grows with the picture and its coarse features alone. The estimate lies above what was
+    measured (`tests/data_pipeline/encoders/test_tiling.py`), by up to a factor of 2.
+    """
+    # The latent, the picture, and the picture while it is turned into levels.
+    picture = 4 * 4 * autoencoder.pixel_channels * height * width
+    if not isinstance(autoencoder, PretrainedAutoencoder):
+        return picture
+    area = min(height * width, autoencoder.tile_px**2)
+    if autoencoder.tiles_exactly:
+        decoder = autoencoder.model.decoder
+        return picture + tiling.exact_bytes(decoder, height, width, area, autoencoder.stride)
+    # The second finest block of a KL decoder works at full resolution too, with its own channels.
+    channels = max(autoencoder.model.config.block_out_channels[:2])
+    return picture + tiling.TENSORS_ALIVE * 4 * channels * area + tiling.SLACK_BYTES
 
 
 def load_dc_ae(path: str) -> PretrainedAutoencoder:

@@ -9,9 +9,9 @@ import torch
 from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tim_ds.errors import ShapeError
+from tim_ds.errors import ConfigError, ShapeError
 from tim_ds.model import ops
-from tim_ds.model.rope import rotary_table, rotate, token_positions
+from tim_ds.model.rope import token_positions
 from tim_ds.packed import Segments
 
 
@@ -63,9 +63,12 @@ def test_attention_has_a_forward_mode_derivative():
     torch.testing.assert_close(ours, truth, rtol=1e-11, atol=1e-12)
 
 
-def test_attention_refuses_packs_of_different_size():
-    with pytest.raises(ShapeError, match="3 image segments but 2 key segments"):
-        ops.plan_attention(Segments.from_lengths((1, 2, 3)), Segments.from_lengths((1, 2)))
+def test_attention_that_cannot_run_is_refused_at_start_up(monkeypatch):
+    device = torch.device("cpu")
+    ops.prove_attention(device, torch.bfloat16, 72)
+    monkeypatch.setenv("TIM_ATTENTION_BACKEND", "torch_varlen")
+    with pytest.raises(ConfigError, match="torch_varlen was asked for, but the tensors are on cpu"):
+        ops.prove_attention(device, torch.bfloat16, 72)
 
 
 def test_residual_modulated_norm_is_its_formula():
@@ -86,7 +89,10 @@ def test_qk_norm_uses_the_wider_epsilon_and_the_affine_parameters():
     row = x[1, 0]
     expected = (row - row.mean()) / torch.sqrt(row.var(unbiased=False) + 1e-5) * weight + bias
     torch.testing.assert_close(
-        ops.qk_norm_rope(x, weight, bias, None)[1, 0], expected, rtol=1e-12, atol=1e-12
+        ops.kv_norm(x.repeat(1, 1, 2).flatten(1), 1, (weight, bias))[0][1, 0],
+        expected,
+        rtol=1e-12,
+        atol=1e-12,
     )
 
 
@@ -95,7 +101,7 @@ def test_rotation_is_complex_multiplication_by_the_grid_position(layout):
     segments = Segments.from_grids([(2, 3), (3, 2)])
     head_dim = 12
     x = _normal(12, 2, head_dim)
-    out = rotate(x, *rotary_table(segments, head_dim, layout, torch.float64))
+    out = ops.q_norm_rope(x, None, ops.rotary_table(segments, head_dim, layout, torch.float64))
     token = 0
     for height, width in segments.grids or ():
         for n in range(height * width):
@@ -112,11 +118,23 @@ def test_rotation_is_complex_multiplication_by_the_grid_position(layout):
             token += 1
 
 
+def test_q_k_and_v_of_self_attention_are_shifted_by_image_before_the_norm():
+    segments = Segments.from_grids([(1, 2), (2, 2)])
+    table = ops.rotary_table(segments, 8, "row_major", torch.float64)
+    qkv, shift = _normal(6, 48), _normal(2, 48, seed=1)
+    norms = (_normal(8, seed=2), _normal(8, seed=3)), (_normal(8, seed=4), _normal(8, seed=5))
+    received = ops.qkv_norm_rope(qkv, 2, *norms, table, shift, ops.plan_chunks(segments))
+    raw = (qkv + shift[[0, 0, 1, 1, 1, 1]]).reshape(6, 3, 2, 8).unbind(1)
+    expected = [ops.q_norm_rope(x, norm, table) for x, norm in zip(raw, norms, strict=False)] + [raw[2]]
+    torch.testing.assert_close(list(received), expected, rtol=1e-12, atol=1e-12)
+
+
 def test_row_major_self_attention_logits_depend_on_relative_position_only():
     segments = Segments.from_grids([(4, 4)])
-    table = rotary_table(segments, 8, "row_major", torch.float64)
+    table = ops.rotary_table(segments, 8, "row_major", torch.float64)
     q, k = _normal(1, 1, 8).expand(16, 1, 8), _normal(1, 1, 8, seed=1).expand(16, 1, 8)
-    logits = torch.einsum("qnh,knh->qk", rotate(q, *table), rotate(k, *table)).reshape(4, 4, 4, 4)
+    logits = torch.einsum("qnh,knh->qk", *(ops.q_norm_rope(x, None, table) for x in (q, k)))
+    logits = logits.reshape(4, 4, 4, 4)
     torch.testing.assert_close(logits[0, 0, 1, 2], logits[2, 1, 3, 3], rtol=1e-12, atol=1e-12)
     assert (logits[0, 0, 1, 2] - logits[0, 0, 2, 1]).abs() > 1e-6
 

@@ -19,7 +19,6 @@ import tim_kernels.tangent
 from tests.model.networks import class_config, derivative_along, random_network, random_pack, text_config
 from tim_ds.errors import ShapeError
 from tim_ds.model import ops
-from tim_ds.model.rope import rotary_table
 from tim_ds.objective.derivative import central_difference
 from tim_ds.objective.time_sampling import Times
 from tim_ds.objective.transport import OTFM
@@ -77,18 +76,39 @@ def test_rule_of_swiglu() -> None:
     check_rule(ops.swiglu, ops.swiglu_tangent, (6, 10), (6, 10))
 
 
+def normed(head_dim: int, seed: int) -> tuple[Tensor, Tensor]:
+    return normal(head_dim, seed=seed), normal(head_dim, seed=seed + 1)
+
+
 @pytest.mark.parametrize("has_norm", [True, False])
-@pytest.mark.parametrize("has_table", [True, False])
-def test_rule_of_the_head_norm_and_rotation(has_norm: bool, has_table: bool) -> None:
-    weight, bias = (normal(8, seed=9), normal(8, seed=8)) if has_norm else (None, None)
-    table = None
-    if has_table:
-        table = rotary_table(Segments.from_grids([(2, 3)]), 8, "row_major", torch.float64)
+def test_rule_of_the_head_norm_and_rotation(has_norm: bool) -> None:
+    norm = normed(8, 8) if has_norm else None
+    table = ops.rotary_table(Segments.from_grids([(2, 3)]), 8, "row_major", torch.float64)
     check_rule(
-        lambda x: ops.qk_norm_rope(x, weight, bias, table),
-        lambda x, dx: ops.qk_norm_rope_tangent(x, dx, weight, table),
+        lambda x: ops.q_norm_rope(x, norm, table),
+        lambda x, dx: ops.q_norm_rope_tangent(x, dx, norm, table),
         (6, 2, 8),
     )
+
+
+@pytest.mark.parametrize("has_shift", [True, False])
+@pytest.mark.parametrize("has_norm", [True, False])
+def test_rule_of_the_packed_projection(has_norm: bool, has_shift: bool) -> None:
+    segments = Segments.from_grids([(1, 3), (1, 1), (2, 1)])
+    chunks, ids = ops.plan_chunks(segments), segments.segment_ids
+    table = ops.rotary_table(segments, 8, "row_major", torch.float64)
+    norms = (normed(8, 30), normed(8, 32)) if has_norm else (None, None)
+
+    def value(x: Tensor, shift: Tensor | None = None) -> Tensor:
+        return torch.stack(ops.qkv_norm_rope(x, 2, *norms, table, shift, chunks))
+
+    def tangent(x: Tensor, shift: Tensor | None, dx: Tensor, d_shift: Tensor | None) -> Tensor:
+        return torch.stack(ops.qkv_norm_rope_tangent(x, dx, 2, *norms, table, shift, d_shift, ids))
+
+    if has_shift:
+        check_rule(value, tangent, (6, 48), (3, 48))
+    else:
+        check_rule(value, lambda x, dx: tangent(x, None, dx, None), (6, 48))
 
 
 @pytest.mark.parametrize("keys_move", [True, False])

@@ -206,6 +206,24 @@ def test_terms_compose_as_stated() -> None:
     )
 
 
+def test_divided_by_its_kind_an_image_keeps_its_share_of_the_gradient() -> None:
+    """Segment 0 trains r = t, segments 1 and 2 r < t: the two share one detached divisor, their mean."""
+    network = SmoothNetwork(8)
+    weight = WeightConfig(time_type="constant", adaptive_over="kind")
+    terms = loss(network, ObjectiveConfig(weight=weight))
+    per_image = terms.denoising_S + terms.directional_S
+    means = torch.stack([per_image[0], per_image[1:].mean(), per_image[1:].mean()])
+    torch.testing.assert_close(terms.adaptive_S, 1 / (means + 1e-5), rtol=1e-14, atol=0)
+    terms.total_S.sum().backward()
+    received = [p.grad.clone() for p in network.parameters() if p.grad is not None]
+    network.zero_grad()
+    (loss(network, ObjectiveConfig(weight=PLAIN)).total_S / (means + 1e-5)).sum().backward()
+    expected = [p.grad for p in network.parameters() if p.grad is not None]
+    assert len(received) == len(expected) > 4
+    for a, b in zip(received, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
 def test_the_gradient_is_that_of_the_main_call_against_a_fixed_target() -> None:
     network = SmoothNetwork(8)
     loss(network, ObjectiveConfig(weight=PLAIN, directional=False)).total_S.sum().backward()
@@ -327,6 +345,11 @@ def test_a_non_finite_loss_is_kept_and_named(value: float) -> None:
     terms = loss(broken(1, value), ObjectiveConfig())
     assert terms.total_S.isfinite().tolist() == [True, False, True]
     assert non_finite_samples(terms, ["a.tar:0", "a.tar:1", "b.tar:7"]) == ["a.tar:1"]
+
+
+def test_a_bad_image_is_named_alone_where_its_kind_shares_a_divisor() -> None:
+    config = ObjectiveConfig(weight=WeightConfig(adaptive_over="kind"))
+    assert non_finite_samples(loss(broken(1, math.nan), config), ["a", "b", "c"]) == ["b"]
 
 
 def test_finite_losses_name_nobody() -> None:

@@ -14,7 +14,7 @@ from tests.objective.networks import TRANSPORTS
 from tim_ds.errors import ConfigError, TimeDomainError
 from tim_ds.objective.config import ObjectiveConfig, TransportConfig, WeightConfig
 from tim_ds.objective.transport import VE
-from tim_ds.objective.weighting import adaptive_weight, check_warp_domain, time_weight
+from tim_ds.objective.weighting import adaptive_weight, check_warp_domain, mean_of_kind, time_weight
 
 GOLDEN = load_file(Path(__file__).parents[1] / "golden" / "golden_dev_c2i_rect_p2.safetensors")
 Type = Literal["constant", "reciprocal", "sqrt", "square", "soft_min_snr"]
@@ -92,3 +92,24 @@ def test_the_adaptive_weight_turns_the_gradient_into_that_of_the_logarithm() -> 
     loss = torch.tensor([0.3, 2.0], dtype=torch.float64, requires_grad=True)
     (adaptive_weight(loss) * loss).sum().backward()
     torch.testing.assert_close(loss.grad, 1 / (loss.detach() + 1e-5), rtol=1e-14, atol=0)
+
+
+def test_the_mean_of_a_kind_is_over_the_images_of_that_kind() -> None:
+    loss = torch.tensor([0.3, 2.0, 0.5, 4.0, 0.1], dtype=torch.float64)
+    is_diffusion = torch.tensor([True, False, True, False, True])
+    expected = torch.tensor([0.3, 3.0, 0.3, 3.0, 0.3], dtype=torch.float64)
+    torch.testing.assert_close(mean_of_kind(loss, is_diffusion), expected, rtol=1e-15, atol=0)
+    # A pack of one kind only, and one of a single image: no division by an empty count.
+    torch.testing.assert_close(mean_of_kind(loss[1::2], is_diffusion[1::2]), expected[1::2], rtol=0, atol=0)
+    torch.testing.assert_close(mean_of_kind(loss[:1], is_diffusion[:1]), loss[:1], rtol=0, atol=0)
+
+
+def test_a_loss_that_is_not_finite_stays_out_of_the_mean_of_its_kind() -> None:
+    loss = torch.tensor([0.25, math.nan, 0.75, math.inf, 1.0], dtype=torch.float64)
+    is_diffusion = torch.tensor([True, True, True, False, False])
+    assert mean_of_kind(loss, is_diffusion).tolist() == [0.5, 0.5, 0.5, 1.0, 1.0]
+
+
+def test_a_divisor_that_nothing_reads_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^objective\.weight\.adaptive_over: kind has no effect"):
+        WeightConfig(adaptive=False, adaptive_over="kind")

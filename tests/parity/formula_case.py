@@ -10,8 +10,9 @@ from torch import Tensor
 from tests.parity.compare import Report
 from tests.parity.golden import KINDS, GoldenFile, transport_config
 from tests.parity.network_case import ELEMENTWISE, REFERENCE_BUG
+from tim_ds.model import ops
 from tim_ds.model.embed import time_features
-from tim_ds.model.rope import rotary_table, token_positions
+from tim_ds.model.rope import token_positions
 from tim_ds.objective.config import GuidedTargetConfig, TransportConfig
 from tim_ds.objective.guidance_target import guided_diffusion_target
 from tim_ds.objective.time_sampling import Times
@@ -149,6 +150,6 @@ def _compare_positions(report: Report, table: str) -> None:
     segments = Segments.from_grids([(height, width)])
     positions = torch.stack(token_positions(segments, "reference"))
     report.compare(f"{table}/pos", positions, 0.0)
-    cos, sin = rotary_table(segments, head_dim, "reference", torch.float32)
+    cos, sin = ops.rotary_table(segments, head_dim, "reference", torch.float32).by_token()
     report.compare(f"{table}/cos", cos.repeat_interleave(2, dim=1), ELEMENTWISE)
     report.compare(f"{table}/sin", sin.repeat_interleave(2, dim=1), ELEMENTWISE)

@@ -47,6 +47,10 @@ PREVIEW = (
     "train.preview={every_steps: 2, prompts: [a cat, a dog before a cat], sizes: [4x6, 8x4], "
     "num_steps: [1, 3]}"
 )
+AVERAGES = (
+    "train.ema={use: main, averages: [{name: fast, decay: 0.5}, {name: main, decay: 0.9}, "
+    "{name: narrow, sigma_rel: 0.1}, {name: wide, sigma_rel: 0.25}], snapshots: {every_steps: 1}}"
+)
 # Short enough for a run that stops after its first step.
 ELSEWHERE = ("train.optimizer.warmup_steps=0",)
 GATHERS = {"count": 0, "elements": 0}
@@ -105,7 +109,7 @@ def build(
         world=world,
         units=UNITS,
     )
-    return engine, Ema(engine, decay=settings.train.ema_decay)
+    return engine, Ema(engine, settings.train.ema)
 
 
 def micro_batches(settings: Recipe, world: World, num_steps: int) -> list[Any]:
@@ -128,6 +132,7 @@ def train_every_stage(world: World, folder: Path, shards: Path, poisoned: Path) 
     variants: dict[str, tuple[int, tuple[str, ...], dict[str, Any]]] = {
         f"zero{stage}": (stage, (), {}) for stage in range(4)
     }
+    variants["zero3_averages"] = (3, (AVERAGES,), {})
     if world.size > 1:
         recomputed = "train.activation_checkpointing=true"
         variants["zero3_recomputed"] = (3, (recomputed,), {})
@@ -173,7 +178,9 @@ def begin_everywhere(world: World, folder: Path, shards: Path, poisoned: Path) -
                 zero = NODES["zero3_nodes"][1] if stage == 3 else {}
                 file = read_engine_file(shared_engine_file(world, folder, stage, **zero))
                 if stage == 3:
-                    split = Splitter(merge_config(file, settings.train, packs_per_step=4, world_size=world.size))
+                    split = Splitter(
+                        merge_config(file, settings.train, packs_per_step=4, world_size=world.size)
+                    )
                 root = build_root(settings, world.size, values=values, split=split)
                 engine, _ = build(world, settings, folder, stage, root, **zero)
                 found[f"{start} {precision} {stage}"] = masters(engine)
@@ -197,6 +204,7 @@ def hold_little(world: World, folder: Path, shards: Path, poisoned: Path) -> dic
         ("fresh", initial_values(network, 0)),
         ("exported", open_export(export)[1]),
     ):
+        gc.collect()
         before = bytes_alive()
         seen: list[int] = []
 
@@ -204,10 +212,9 @@ def hold_little(world: World, folder: Path, shards: Path, poisoned: Path) -> dic
             name: str, like: Tensor, make: Any = values, seen: list[int] = seen, before: int = before
         ) -> Tensor:
             value = make(name, like)
-            if len(seen) % 4 == 0 or value.nbytes == max(sizes):
-                seen.append(bytes_alive() - before)
-            else:
-                seen.append(0)
+            # Looking is slow: now and then, and always around the largest.
+            look = len(seen) % 50 == 0 or value.nbytes == max(sizes)
+            seen.append(bytes_alive() - before if look else 0)
             return value
 
         root = build_root(settings, world.size, values=watched, split=Splitter(merged))
@@ -218,7 +225,6 @@ def hold_little(world: World, folder: Path, shards: Path, poisoned: Path) -> dic
 
 def bytes_alive() -> int:
     """Memory of all tensors of the process that have some."""
-    gc.collect()
     storages = {}
     for thing in gc.get_objects():
         if type(thing) in (Tensor, torch.nn.Parameter) and thing.device.type == "cpu":
@@ -246,7 +252,7 @@ def weigh(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[str,
             "weights": [_held(p) for p in trained.values()],
             "float32 masters": [shard.master for shard in engine.shards],
             "AdamW averages": [value for state in states for value in state.values()],
-            "averaged weights": list(ema.values.values()),
+            "averaged weights": [value for average in ema.averages.values() for value in average.values()],
             "teacher": [_held(p) for p in frozen.values()],
         }
         storages = {kind: _storages(tensors) for kind, tensors in groups.items()}
@@ -285,7 +291,7 @@ def average_by_hand(world: World, folder: Path, shards: Path, poisoned: Path) ->
             assert take_step(engine, batches).applied
             ema.update(step)
             for name, value in masters(engine).items():
-                by_hand[name].lerp_(value, 1.0 - settings.train.ema_decay)
+                by_hand[name].lerp_(value, 1.0 - (settings.train.ema.used.decay or 0.0))
         moved = max(float((by_hand[name] - value).abs().max()) for name, value in masters(engine).items())
         error = max(float((by_hand[name] - value).abs().max()) for name, value in ema.full())
         found[f"zero{stage} {precision}"] = {
@@ -533,10 +539,12 @@ def refuse_other_runs(world: World, folder: Path, shards: Path, poisoned: Path) 
 def continue_elsewhere(world: World, folder: Path, shards: Path, poisoned: Path) -> list[str]:
     """Continue a run that another group of ranks began, under other ZeRO stages."""
     (task,) = folder.glob("*.task")
-    steps, stages = task.read_text().split(":")
+    steps, names = task.read_text().split(":")
+    engines = {**{f"zero{stage}": (stage, {}) for stage in range(4)}, **OFFLOADED, **NODES}
     messages = []
-    for steps_now, stage in zip(steps.split(), stages.split(), strict=True):
-        file = shared_engine_file(world, folder, int(stage))
+    for steps_now, name in zip(steps.split(), names.split(), strict=True):
+        stage, zero = engines[name]
+        file = shared_engine_file(world, folder, stage, **zero)
         messages.append(
             train(recipe(shards, *ELSEWHERE, f"train.steps={steps_now}"), folder / "run", file, world)
         )

@@ -88,7 +88,7 @@ def train_plainly(recipe: Recipe) -> PlainRun:
         run.grad_norms.append(float(norm))
         with torch.no_grad():
             for name, p in parameters.items():
-                ema[name] += (1 - config.ema_decay) * (p - ema[name])
+                ema[name] += (1 - (config.ema.used.decay or 0.0)) * (p - ema[name])
             if teacher is not None:
                 for name, p in teacher.named_parameters():
                     p.copy_(ema[name])

@@ -48,7 +48,9 @@ data:
 train:
   steps: 4
   log_every: 1
-  ema_decay: 0.9
+  ema:
+    averages:
+      - decay: 0.9
   optimizer: {{lr: 1e-2, warmup_steps: 2, grad_clip: 0.5}}
   checkpoint: {{every_steps: 100}}
 """

@@ -9,7 +9,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.trainer.conftest import Groups
 from tests.trainer.ranks import lines_without_clock
-from tim_ds.trainer.ema import decay_at
 
 CASES = ["zero0 fp32", "zero2 fp32", "zero3 fp32", "zero1 bf16", "zero3 bf16"]
 
@@ -32,9 +31,7 @@ def test_each_rank_averages_its_own_pieces_from_stage_1_on(groups: Groups, case:
         assert max(first["elements"], second["elements"]) < 0.6 * first["parameters"]
 
 
-@pytest.mark.parametrize(
-    "case", ["zero0", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_nodes"]
-)
+@pytest.mark.parametrize("case", ["zero0", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_nodes"])
 def test_sampling_from_the_average_leaves_no_trace_in_training(groups: Groups, case: str) -> None:
     for found in groups.results(2, "borrow_average"):
         assert found[case]["error"] == 0.0
@@ -57,10 +54,3 @@ def test_previews_are_drawn_and_change_nothing(groups: Groups, stage: int) -> No
     assert [event.step for event in board.Images("preview")] == [2, 4]
     early, late = (np.asarray(Image.open(path)) for path in sorted((run / "previews").iterdir()))
     assert early.shape == late.shape and (early != late).any()
-
-
-def test_warm_up_shortens_the_memory_of_the_first_steps() -> None:
-    found = [decay_at(n, 0.99, warmup=True) for n in (1, 2, 10)]
-    assert found == [2 / 11, 3 / 12, 11 / 20]
-    assert decay_at(10_000, 0.99, warmup=True) == 0.99
-    assert decay_at(1, 0.99, warmup=False) == 0.99

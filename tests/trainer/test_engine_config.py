@@ -60,16 +60,31 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
         "offload_optimizer.device: expected cpu or none",
     ),
-    ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offload_param: expected stage 3"),
+    (
+        {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+        "offload_param: expected stage 3",
+    ),
     ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "offload_optimizer: expected stage 1"),
     (
         {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
         "offload_optimizer.ratio: expected 1.0",
     ),
-    ({"zero_optimization": {"stage": 2, "zero_hpz_partition_size": 8}}, "zero_hpz_partition_size: expected stage 3"),
-    ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "zero_quantized_weights: expected false"),
-    ({"zero_optimization": {"stage": 3, "mics_shard_size": 8}}, "zero_optimization.mics_shard_size: unknown key"),
-    ({"zero_force_ds_cpu_optimizer": True}, "zero_force_ds_cpu_optimizer: chooses the optimiser of an offloaded"),
+    (
+        {"zero_optimization": {"stage": 2, "zero_hpz_partition_size": 8}},
+        "zero_hpz_partition_size: expected stage 3",
+    ),
+    (
+        {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}},
+        "zero_quantized_weights: expected false",
+    ),
+    (
+        {"zero_optimization": {"stage": 3, "mics_shard_size": 8}},
+        "zero_optimization.mics_shard_size: unknown key",
+    ),
+    (
+        {"zero_force_ds_cpu_optimizer": True},
+        "zero_force_ds_cpu_optimizer: chooses the optimiser of an offloaded",
+    ),
 ]
 
 

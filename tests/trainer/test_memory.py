@@ -1,4 +1,4 @@
-"""The estimate of memory against what is there: storages, what autograd keeps, and (on a GPU) the allocator."""
+"""The estimate of memory against what is there: storages, what autograd keeps, a GPU's allocator."""
 
 from __future__ import annotations
 
@@ -100,7 +100,10 @@ def test_the_command_says_whether_a_card_holds_the_run(capsys: pytest.CaptureFix
     small = ["data.tokens_per_pack=8192", "--card-gib", "24"]
     assert main([*arguments, *small]) == 0
     printed = capsys.readouterr().out
-    assert "a card of 24 GiB    fits" in printed and "864,978,080 trained parameters, 1 GPUs on 1 node" in printed
+    assert (
+        "a card of 24 GiB    fits" in printed
+        and "864,978,080 trained parameters, 1 GPUs on 1 node" in printed
+    )
     assert main([*arguments, "--card-gib", "8"]) == 1
     assert "does not fit" in capsys.readouterr().out
     assert main([*arguments, "data.packs_per_step=3", "--nodes", "2"]) == 2
@@ -114,7 +117,9 @@ def test_a_step_on_a_gpu_peaks_where_the_estimate_says(tmp_path: Path) -> None:
 
     (found,) = run_ranks(_peak_of_a_step, tmp_path, world_size=1, out=tmp_path / "out", timeout_s=600)
     for name, (peak, low, high) in found.items():
-        assert low <= peak <= high, f"{name}: {peak / GIB:.2f} GiB, expected {low / GIB:.2f} to {high / GIB:.2f}"
+        assert low <= peak <= high, (
+            f"{name}: {peak / GIB:.2f} GiB, expected {low / GIB:.2f} to {high / GIB:.2f}"
+        )
 
 
 def _peak_of_a_step(folder: Path) -> dict[str, tuple[int, int, int]]:
@@ -132,13 +137,16 @@ def _peak_of_a_step(folder: Path) -> dict[str, tuple[int, int, int]]:
         settings = recipe(
             shards, "model.hidden_size=1024", "model.depth=8", "model.num_heads=16", "train.precision=bf16"
         )
-        config = {**engine(name), "zero_optimization": {**json.loads(json.dumps(engine(name)))["zero_optimization"]}}
+        config = {
+            **engine(name),
+            "zero_optimization": {**json.loads(json.dumps(engine(name)))["zero_optimization"]},
+        }
         config["zero_optimization"]["reduce_bucket_size"] = 10_000_000
         torch.cuda.reset_peak_memory_stats()
         built = Engine(
             build_root(settings, 1), config, settings.train, packs_per_step=4, world=world, units=UNITS
         )
-        Ema(built, decay=0.9)
+        Ema(built, settings.train.ema)
         for batches in micro_batches(settings, world, 2):
             take_step(built, [batch.to(world.device) for batch in batches])
         predicted = estimate(settings, config, Ranks(1, 1))

@@ -145,7 +145,12 @@ class _Decoder:
             if key in known:
                 values[key] = self.value(hints[key], entry, _join(path, key), node.key_where[key])
             else:
-                self.unknown(key, list(known), path, node.key_where[key])
+                former: dict[str, str] = getattr(cls, "FORMER_KEYS", {})
+                if key in former:
+                    where = node.key_where[key]
+                    self.problem(_join(path, key), f"no longer a key; write {former[key]}", where)
+                else:
+                    self.unknown(key, list(known), path, node.key_where[key])
                 values[key] = _INVALID
         for name, field in known.items():
             if name not in node.entries and _is_required(field):

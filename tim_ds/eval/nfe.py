@@ -169,7 +169,7 @@ def run(
 
     finished = [
         replace(row, label=network.label)
-        for row in _read_rows(out / RESULTS_NAME)
+        for row in read_rows(out / RESULTS_NAME)
         for network in networks
         if row.identity == identity(network, row.num_steps)
     ]
@@ -357,7 +357,7 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def _read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[Row]:
     """Rows of an earlier run; those of another protocol are left out.
 
     Raises:

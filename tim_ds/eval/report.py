@@ -70,11 +70,11 @@ def table(evaluation: Evaluation) -> str:
             for row, s in zip(rows, scores, strict=True)
         ]
         floor = ("training scans", "", "", f"{scores[0].frechet_floor:.3f}", "", "", "", "", "")
-        parts.append(_markdown(header, [*body, floor]))
+        parts.append(markdown_table(header, [*body, floor]))
     seen = evaluation.sets[0]
     parts.append("Accuracy by digit asked for (sizes seen in training)\n")
     parts.append(
-        _markdown(
+        markdown_table(
             ("network", "steps", *NUMERALS),
             [
                 (row.label, str(row.num_steps), *map(_percent, _by_digit(row.scores[seen.name])))
@@ -227,7 +227,7 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f} %"
 
 
-def _markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     """A pipe table: first column to the left, the others to the right."""
     widths = [max(len(line[c]) for line in (header, *body)) for c in range(len(header))]
 

@@ -26,8 +26,8 @@ class BlockContext:
     """c: the vector that drives every AdaLN generator, float32 [S, D]."""
     interval_SD: Tensor
     """The raw interval embedding, for the distance-aware term, float32 [S, D]."""
-    table: tuple[Tensor, Tensor]
-    """Rotary cos and sin of every image token."""
+    table: ops.RotaryTable
+    """Rotary positions of the image tokens."""
     chunks: ops.ChunkPlan
     self_plan: ops.AttentionPlan
     text_LD: Tensor | None
@@ -60,16 +60,8 @@ class _Heads(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1))
 
     @staticmethod
-    def normed(x: Tensor, norm: nn.LayerNorm | None, table: tuple[Tensor, Tensor] | None) -> Tensor:
-        if norm is None:
-            return ops.qk_norm_rope(x, None, None, table)
-        return ops.qk_norm_rope(x, norm.weight, norm.bias, table)
-
-    @staticmethod
-    def normed_tangent(
-        x: Tensor, d_x: Tensor, norm: nn.LayerNorm | None, table: tuple[Tensor, Tensor] | None
-    ) -> Tensor:
-        return ops.qk_norm_rope_tangent(x, d_x, None if norm is None else norm.weight, table)
+    def affine(norm: nn.LayerNorm | None) -> ops.Affine | None:
+        return None if norm is None else (norm.weight, norm.bias)
 
 
 class SelfAttention(_Heads):
@@ -84,27 +76,40 @@ class SelfAttention(_Heads):
     def forward(self, h_TD: Tensor, context: BlockContext) -> Tensor:
         stream = context.active_stream
         qkv = self.qkv(h_TD, stream)
+        shift, side = None, None
         if self.qkv_d is not None:
             side = None if stream is None else stream.interval()
-            shift = context.segments.expand(self.qkv_d(context.interval_SD, side))
-            qkv = (qkv + shift).to(qkv.dtype)
-            if stream is not None and side is not None:
-                stream.value = (stream.value + stream.segments.expand(side.value)).to(qkv.dtype)
-        raw_q, raw_k, v = (self.split(x) for x in qkv.chunk(3, dim=-1))
-        q = self.normed(raw_q, self.q_norm, context.table)
-        k = self.normed(raw_k, self.k_norm, context.table)
+            shift = self.qkv_d(context.interval_SD, side)
+        norms = self.affine(self.q_norm), self.affine(self.k_norm)
+        q, k, v = ops.qkv_norm_rope(qkv, self.num_heads, *norms, context.table, shift, context.chunks)
         if stream is not None:
-            self._carry(stream, raw_q, raw_k, q, k, v)
+            d_shift = None if side is None else side.value
+            self._carry(stream, qkv, shift, d_shift, q, k, v)
         return self.proj(ops.attention(q, k, v, context.self_plan).flatten(-2), stream)
 
     def _carry(
-        self, stream: TangentStream, raw_q: Tensor, raw_k: Tensor, q: Tensor, k: Tensor, v: Tensor
+        self,
+        stream: TangentStream,
+        qkv: Tensor,
+        shift: Tensor | None,
+        d_shift: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
     ) -> None:
         """The stream's value, tangent of the packed q, k and v, becomes that of the attention's output."""
         rows = stream.rows
-        d_q, d_k, d_v = (self.split(x) for x in stream.value.chunk(3, dim=-1))
-        d_q = self.normed_tangent(rows.of(raw_q), d_q, self.q_norm, stream.table)
-        d_k = self.normed_tangent(rows.of(raw_k), d_k, self.k_norm, stream.table)
+        d_q, d_k, d_v = ops.qkv_norm_rope_tangent(
+            rows.of(qkv),
+            stream.value,
+            self.num_heads,
+            self.affine(self.q_norm),
+            self.affine(self.k_norm),
+            stream.table,
+            None if shift is None else stream.segment_rows.of(shift),
+            d_shift,
+            stream.segments.segment_ids,
+        )
         stream.value = ops.attention_tangent(
             rows.of(q), rows.of(k), rows.of(v), d_q, d_k, d_v, stream.self_plan
         ).flatten(-2)
@@ -121,9 +126,8 @@ class CrossAttention(_Heads):
     def forward(self, h_TD: Tensor, text_LD: Tensor, context: BlockContext) -> Tensor:
         stream = context.active_stream
         raw_q = self.split(self.q(h_TD, stream))
-        q = self.normed(raw_q, self.q_norm, context.table)
-        k, v = (self.split(x) for x in self.kv(text_LD).chunk(2, dim=-1))
-        k = self.normed(k, self.k_norm, None)
+        q = ops.q_norm_rope(raw_q, self.affine(self.q_norm), context.table)
+        k, v = ops.kv_norm(self.kv(text_LD), self.num_heads, self.affine(self.k_norm))
         assert context.cross_plan is not None, "a text network always plans its cross-attention"
         if stream is not None:
             self._carry(stream, raw_q, q, k, v)
@@ -133,7 +137,7 @@ class CrossAttention(_Heads):
         """The stream's value, tangent of q before its norm, becomes that of the attention's output."""
         assert stream.text_rows is not None and stream.cross_plan is not None, "a text network plans both"
         d_q = self.split(stream.value)
-        d_q = self.normed_tangent(stream.rows.of(raw_q), d_q, self.q_norm, stream.table)
+        d_q = ops.q_norm_rope_tangent(stream.rows.of(raw_q), d_q, self.affine(self.q_norm), stream.table)
         k, v = stream.text_rows.of(k), stream.text_rows.of(v)
         stream.value = ops.attention_tangent(
             stream.rows.of(q), k, v, d_q, None, None, stream.cross_plan

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -28,6 +29,7 @@ from tim_ds.model.weights import (
     load_weights_into,
     open_weights,
     read_weights,
+    stream_weights,
     write_aside,
     write_weights,
 )
@@ -52,6 +54,8 @@ class SourceConfig:
     """Of the imported file."""
     recipe_sha256: str | None = None
     """Of the run's resolved recipe (`tim_ds.config.recipe.recipe_hash`)."""
+    average: str | None = None
+    """Which average of the run's weights: the name it has in `train.ema`, or the width of a later one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,8 +89,34 @@ def write_export(
             `overwrite` is not set, or if it cannot be written.
     """
     folder = Path(folder)
-    weights, description = folder / WEIGHTS_FILE, folder / EXPORT_FILE
     check_weights(meta_network(export.model).state_dict(), state, source=str(folder))
+    with _described(folder, export, overwrite=overwrite) as weights:
+        write_weights(weights, state, {"format": "pt"})
+
+
+def stream_export(
+    folder: str | os.PathLike[str],
+    export: Export,
+    read: Callable[[str, Sequence[int]], Tensor],
+    *,
+    overwrite: bool = False,
+) -> None:
+    """As `write_export`, with float32 weights that are read one at a time by name and shape.
+
+    Raises:
+        CheckpointError: if the folder holds an export already and `overwrite` is not set, or if it cannot be
+            written.
+    """
+    shapes = {name: tuple(value.shape) for name, value in meta_network(export.model).state_dict().items()}
+    with _described(Path(folder), export, overwrite=overwrite) as weights:
+        tensors = ((name, read(name, shape)) for name, shape in shapes.items())
+        stream_weights(weights, shapes, tensors, {"format": "pt"})
+
+
+@contextmanager
+def _described(folder: Path, export: Export, *, overwrite: bool) -> Iterator[Path]:
+    """Gives the path to write the weights to; the description is written when they are."""
+    weights, description = folder / WEIGHTS_FILE, folder / EXPORT_FILE
     if not overwrite and (taken := [p.name for p in (weights, description) if p.exists()]):
         raise CheckpointError(f"{folder}: holds {' and '.join(taken)} already; choose another folder")
     text = json.dumps(dataclasses.asdict(export), indent=2) + "\n"
@@ -94,7 +124,7 @@ def write_export(
         description.unlink(missing_ok=True)
     except OSError as error:
         raise CheckpointError(f"{description}: cannot be replaced ({error.strerror})") from error
-    write_weights(weights, state, {"format": "pt"})
+    yield weights
     write_aside(description, len(text), lambda aside: aside.write_text(text))
 
 

@@ -4,27 +4,29 @@ The operations of `tim_kernels` choose between their Triton kernel and their pla
 choice can be forced (`tim_kernels.use_path`, TIM_KERNELS) and is logged once. The definitions work in any
 floating dtype, under autocast, with forward-mode derivatives; nothing here asks the device for a length.
 
-T image tokens, L text tokens, S segments, D model width, N heads, H head width.
+T image tokens, L text tokens, S segments, D model width, N heads, H head width, E = 2 D or 3 D.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
 import tim_kernels
-from tim_ds.errors import ShapeError
-from tim_ds.model.rope import rotate
+from tim_ds.errors import ConfigError
+from tim_ds.model.rope import token_positions
 from tim_ds.packed import Segments
-from tim_kernels import ChunkPlan
+from tim_kernels import AttentionPlan, ChunkPlan, RotaryTable
 
 LAYER_NORM_EPS = 1e-6
 """Of the norms without affine parameters; the authors' value."""
 QK_NORM_EPS = 1e-5
+
+Affine = tuple[Tensor, Tensor | None]
+"""Weight [H] and bias [H] of a per-head norm."""
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -106,36 +108,78 @@ def gated_residual_tangent(
     return tim_kernels.gated_residual_tangent(d_x_TD, branch_TD, d_branch_TD, gate_SD, d_gate_SD, segment_ids)
 
 
-def qk_norm_rope(
-    x_TNH: Tensor,
-    weight_H: Tensor | None,
-    bias_H: Tensor | None,
-    table: tuple[Tensor, Tensor] | None,
-) -> Tensor:
-    """Per-head LayerNorm with affine, then rotation; either may be absent. float32 within, x's dtype out."""
-    x = at_least_float32(x_TNH)
-    if weight_H is not None:
-        bias = None if bias_H is None else bias_H.to(x.dtype)
-        x = nnf.layer_norm(x, (x.shape[-1],), weight_H.to(x.dtype), bias, eps=QK_NORM_EPS)
-    if table is not None:
-        x = rotate(x, *table)
-    return x.to(x_TNH.dtype)
+def rotary_table(
+    segments: Segments, head_dim: int, layout: Literal["row_major", "reference"], dtype: torch.dtype
+) -> RotaryTable:
+    """By which angles every token of a pack turns its queries and keys. Built once a forward.
+
+    Args:
+        dtype: of the angles, float32 or wider: bfloat16 angles are off by 0.24 rad at 128 tokens a side.
+    Raises:
+        ShapeError: if the segments have no grid.
+    """
+    a, b = token_positions(segments, layout)
+    sides = max((side for grid in segments.grids or () for side in grid), default=0)
+    return RotaryTable.from_positions(a, b, sides, head_dim, dtype=dtype)
 
 
-def qk_norm_rope_tangent(
-    x_TNH: Tensor,
-    d_x_TNH: Tensor,
-    weight_H: Tensor | None,
-    table: tuple[Tensor, Tensor] | None,
-) -> Tensor:
-    """Tangent of `qk_norm_rope` at x, in the dtype of x. `table` is that of these tokens."""
-    with torch.no_grad():
-        d_x = at_least_float32(d_x_TNH)
-        if weight_H is not None:
-            d_x = tim_kernels.head_norm_tangent(x_TNH, d_x, weight_H, eps=QK_NORM_EPS)
-        if table is not None:
-            d_x = rotate(d_x, *table)
-        return d_x.to(x_TNH.dtype)
+def qkv_norm_rope(
+    qkv_TE: Tensor,
+    num_heads: int,
+    q_norm: Affine | None,
+    k_norm: Affine | None,
+    table: RotaryTable,
+    shift_SE: Tensor | None,
+    chunks: ChunkPlan,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v of self-attention from their packed projection: shift[s] is added to all three, then q and k
+    are normalised and rotated. float32 within, the dtype of qkv out: [T, N, H] each."""
+    return tim_kernels.qkv_norm_rope(
+        qkv_TE, num_heads, q_norm, k_norm, table, shift_SE=shift_SE, plan=chunks, eps=QK_NORM_EPS
+    )
+
+
+def q_norm_rope(q_TNH: Tensor, norm: Affine | None, table: RotaryTable) -> Tensor:
+    """The queries of cross-attention, normalised (if there is a norm) and rotated."""
+    weight, bias = norm or (None, None)
+    return tim_kernels.qk_norm_rope(q_TNH, weight, bias, table, eps=QK_NORM_EPS)
+
+
+def kv_norm(kv_LE: Tensor, num_heads: int, norm: Affine | None) -> tuple[Tensor, Tensor]:
+    """k, v of cross-attention from their packed projection: [L, N, H] each, k normalised."""
+    return tim_kernels.kv_norm_rope(kv_LE, num_heads, norm, eps=QK_NORM_EPS)
+
+
+@torch.no_grad()
+def qkv_norm_rope_tangent(
+    qkv_TE: Tensor,
+    d_qkv_TE: Tensor,
+    num_heads: int,
+    q_norm: Affine | None,
+    k_norm: Affine | None,
+    table: RotaryTable,
+    shift_SE: Tensor | None,
+    d_shift_SE: Tensor | None,
+    segment_ids: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tangents of the results of `qkv_norm_rope`, in the dtype of qkv; the table is that of these tokens."""
+    x, d_x = at_least_float32(qkv_TE), at_least_float32(d_qkv_TE)
+    if shift_SE is not None and d_shift_SE is not None:
+        x, d_x = (y + s.index_select(0, segment_ids) for y, s in ((x, shift_SE), (d_x, d_shift_SE)))
+    q, k, _ = (y.unflatten(-1, (num_heads, -1)) for y in x.chunk(3, dim=-1))
+    d_q, d_k, d_v = (y.unflatten(-1, (num_heads, -1)) for y in d_x.chunk(3, dim=-1))
+    d_q, d_k = q_norm_rope_tangent(q, d_q, q_norm, table), q_norm_rope_tangent(k, d_k, k_norm, table)
+    return d_q.to(qkv_TE.dtype), d_k.to(qkv_TE.dtype), d_v.to(qkv_TE.dtype)
+
+
+@torch.no_grad()
+def q_norm_rope_tangent(q_TNH: Tensor, d_q_TNH: Tensor, norm: Affine | None, table: RotaryTable) -> Tensor:
+    """Tangent of `q_norm_rope` at q, in the dtype of q; the table is that of these tokens."""
+    d_q = at_least_float32(d_q_TNH)
+    if norm is not None:
+        d_q = tim_kernels.head_norm_tangent(q_TNH, d_q, norm[0], eps=QK_NORM_EPS)
+    # The rotation is linear: its tangent is itself.
+    return tim_kernels.qk_norm_rope(d_q, None, None, table).to(q_TNH.dtype)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -153,90 +197,30 @@ def silu_tangent(x: Tensor, d_x: Tensor) -> Tensor:
     return tim_kernels.silu_tangent(x, d_x)
 
 
-@dataclass(frozen=True, eq=False)
-class _Group:
-    """Segments that run as one dense batch: equal query length, key lengths padded to `max_k`."""
-
-    num: int
-    length_q: int
-    max_k: int
-    mask: Tensor | None
-    """bool [num, 1, 1, max_k], True where a key is real; None when nothing is padded."""
-
-
-@dataclass(frozen=True, eq=False)
-class AttentionPlan:
-    """How the segments of a pack are grouped for dense attention. Built once a forward, on the host."""
-
-    groups: tuple[_Group, ...]
-    index_q: Tensor | None
-    """int64 [T]: query tokens in group order; None when they are in that order already."""
-    index_k: Tensor | None
-    """int64: key tokens in group order, padding repeats the segment's own first key."""
-    inverse_q: Tensor | None
-
-
 def plan_attention(queries: Segments, keys: Segments) -> AttentionPlan:
-    """Group segments of equal query length, so that a pack with few shapes costs few calls.
+    """Query segment s sees key segment s. Built once a forward, on the host."""
+    return AttentionPlan.from_lengths(
+        queries.lengths, keys.lengths, cu_seqlens_q=queries.cu_seqlens, cu_seqlens_k=keys.cu_seqlens
+    )
 
-    Keys of one group are padded to the longest. A padded slot repeats a key of its own segment and is masked,
-    so no value of another image can reach the result, not even a NaN.
+
+def prove_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    """Try this machine's attention kernels at start-up, so that no trial and no refusal falls into a step.
 
     Raises:
-        ShapeError: if the two packs hold different numbers of segments.
+        ConfigError: if none can be trusted, or not the one that TIM_ATTENTION_BACKEND asks for.
     """
-    if queries.num_segments != keys.num_segments:
-        raise ShapeError(
-            f"attention: {queries.num_segments} image segments but {keys.num_segments} key segments"
-        )
-    device = queries.cu_seqlens.device
-    members: dict[tuple[int, bool], list[int]] = defaultdict(list)
-    for i, (n_q, n_k) in enumerate(zip(queries.lengths, keys.lengths, strict=True)):
-        if n_q:
-            members[n_q, n_k == 0].append(i)
-    start_q, start_k = _starts(queries.lengths), _starts(keys.lengths)
-    groups, order_q, order_k = [], [], []
-    for (n_q, no_keys), chosen in members.items():
-        lengths_k = [keys.lengths[i] for i in chosen]
-        max_k = max(lengths_k)
-        mask = None
-        if min(lengths_k) < max_k:
-            mask = torch.arange(max_k) < torch.tensor(lengths_k)[:, None]
-            mask = mask[:, None, None, :].to(device, non_blocking=True)
-        for i in chosen:
-            order_q.extend(range(start_q[i], start_q[i] + n_q))
-            if not no_keys:
-                order_k.extend(range(start_k[i], start_k[i] + keys.lengths[i]))
-                order_k.extend([start_k[i]] * (max_k - keys.lengths[i]))
-        groups.append(_Group(len(chosen), n_q, max_k, mask))
-    index_q = _index(order_q, queries.num_tokens, device)
-    inverse = None if index_q is None else torch.argsort(torch.tensor(order_q)).to(device, non_blocking=True)
-    return AttentionPlan(tuple(groups), index_q, _index(order_k, keys.num_tokens, device), inverse)
+    tim_kernels.prove_attention_backends(device, dtype, head_dim)
+    x = torch.zeros(1, 1, head_dim, dtype=dtype, device=device)
+    try:
+        tim_kernels.varlen_attention(x, x, x, AttentionPlan.from_lengths((1,), (1,), device=device))
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(str(error)) from error
 
 
 def attention(q_TNH: Tensor, k_LNH: Tensor, v_LNH: Tensor, plan: AttentionPlan) -> Tensor:
     """softmax(q k / sqrt(H)) v within each segment: [T, N, H]. A segment without keys gives zeros."""
-    if plan.index_q is not None:
-        q_TNH = q_TNH.index_select(0, plan.index_q)
-    if plan.index_k is not None:
-        k_LNH, v_LNH = k_LNH.index_select(0, plan.index_k), v_LNH.index_select(0, plan.index_k)
-    outputs = []
-    at_q = at_k = 0
-    for g in plan.groups:
-        size_q, size_k = g.num * g.length_q, g.num * g.max_k
-        q = q_TNH[at_q : at_q + size_q]
-        if size_k == 0:
-            outputs.append(torch.zeros_like(q))
-        else:
-            q, k, v = (
-                x.unflatten(0, (g.num, -1)).transpose(1, 2)
-                for x in (q, k_LNH[at_k : at_k + size_k], v_LNH[at_k : at_k + size_k])
-            )
-            o = nnf.scaled_dot_product_attention(q, k, v, attn_mask=g.mask)
-            outputs.append(o.transpose(1, 2).flatten(0, 1))
-        at_q, at_k = at_q + size_q, at_k + size_k
-    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return out if plan.inverse_q is None else out.index_select(0, plan.inverse_q)
+    return tim_kernels.varlen_attention(q_TNH, k_LNH, v_LNH, plan)
 
 
 @torch.no_grad()
@@ -250,22 +234,43 @@ def attention_tangent(
     plan: AttentionPlan,
 ) -> Tensor:
     """Tangent of `attention` at these queries, keys and values; keys and values may stand still."""
-    ordered_q = [_in_order(x, plan.index_q) for x in (q_TNH, d_q_TNH)]
-    ordered_k = [None if x is None else _in_order(x, plan.index_k) for x in (k_LNH, v_LNH, d_k_LNH, d_v_LNH)]
-    outputs = []
+    if plan.filled is None:
+        return _filled_attention_tangent(q_TNH, k_LNH, v_LNH, d_q_TNH, d_k_LNH, d_v_LNH, plan)
+    index_q, index_k = plan.filled.index_q, plan.filled.index_k
+    q, d_q = (_in_order(x, index_q) for x in (q_TNH, d_q_TNH))
+    k, v = (_in_order(x, index_k) for x in (k_LNH, v_LNH))
+    d_k, d_v = (None if x is None else _in_order(x, index_k) for x in (d_k_LNH, d_v_LNH))
+    out = _filled_attention_tangent(q, k, v, d_q, d_k, d_v, plan.filled.plan)
+    # Without keys the result is zero wherever the query goes.
+    return out if index_q is None else torch.zeros_like(q_TNH).index_copy(0, index_q, out)
+
+
+def _filled_attention_tangent(
+    q_TNH: Tensor,
+    k_LNH: Tensor,
+    v_LNH: Tensor,
+    d_q_TNH: Tensor,
+    d_k_LNH: Tensor | None,
+    d_v_LNH: Tensor | None,
+    plan: AttentionPlan,
+) -> Tensor:
+    """Every segment has queries and keys."""
+    batches = plan.padded_groups
+    ordered_q = [_in_order(x, batches.index_q) for x in (q_TNH, d_q_TNH)]
+    ordered_k = [
+        None if x is None else _in_order(x, batches.index_k) for x in (k_LNH, v_LNH, d_k_LNH, d_v_LNH)
+    ]
+    outputs = [q_TNH[:0]]
     at_q = at_k = 0
-    for g in plan.groups:
+    for g in batches.groups:
         size_q, size_k = g.num * g.length_q, g.num * g.max_k
         q, d_q = (_batch(x[at_q : at_q + size_q], g.num) for x in ordered_q)
         k, v, d_k, d_v = (None if x is None else _batch(x[at_k : at_k + size_k], g.num) for x in ordered_k)
-        if k is None or v is None or size_k == 0:
-            out = torch.zeros_like(q)
-        else:
-            out = tim_kernels.dense_attention_tangent(q, k, v, d_q, d_k, d_v, g.mask)
+        assert k is not None and v is not None, "only their tangents may be absent"
+        out = tim_kernels.dense_attention_tangent(q, k, v, d_q, d_k, d_v, g.mask)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
         at_q, at_k = at_q + size_q, at_k + size_k
-    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return _in_order(out, plan.inverse_q)
+    return _in_order(torch.cat(outputs), batches.inverse_q)
 
 
 def _in_order(x: Tensor, index: Tensor | None) -> Tensor:
@@ -275,16 +280,3 @@ def _in_order(x: Tensor, index: Tensor | None) -> Tensor:
 def _batch(x: Tensor, num: int) -> Tensor:
     """Tokens of `num` equal segments [num * length, N, H] -> [num, N, length, H]."""
     return x.unflatten(0, (num, -1)).transpose(1, 2)
-
-
-def _starts(lengths: tuple[int, ...]) -> list[int]:
-    starts = [0]
-    for n in lengths:
-        starts.append(starts[-1] + n)
-    return starts
-
-
-def _index(order: list[int], total: int, device: torch.device) -> Tensor | None:
-    if len(order) == total and order == list(range(total)):
-        return None
-    return torch.tensor(order, dtype=torch.int64).to(device, non_blocking=True)

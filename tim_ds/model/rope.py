@@ -1,7 +1,6 @@
-"""Two-axis rotary positions for grids of any shape, one grid a segment.
+"""Two-axis positions for grids of any shape, one grid a segment: which place each token turns its heads by.
 
-T image tokens, H head width. Half of the head rotates with one grid axis, half with the other; pairs are
-interleaved: (v0, v1) -> (v0 cos - v1 sin, v1 cos + v0 sin).
+T image tokens. Half of a head rotates with one grid axis, half with the other (`ops.rotary_table`).
 """
 
 from __future__ import annotations
@@ -13,8 +12,6 @@ from torch import Tensor
 
 from tim_ds.errors import ShapeError
 from tim_ds.packed import Segments
-
-BASE = 10000.0
 
 
 def token_positions(segments: Segments, layout: Literal["row_major", "reference"]) -> tuple[Tensor, Tensor]:
@@ -35,26 +32,3 @@ def token_positions(segments: Segments, layout: Literal["row_major", "reference"
     height, width = segments.expand(size_S2).unbind(1)
     n = segments.token_rows * width + segments.token_cols
     return n % height, torch.div(n, height, rounding_mode="floor")
-
-
-def rotary_table(
-    segments: Segments, head_dim: int, layout: Literal["row_major", "reference"], dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotation of every token and pair: [T, head_dim / 2] each.
-
-    Angles are formed in `dtype`, float32 or wider: bfloat16 angles are off by 0.24 rad at 128 tokens a side.
-    """
-    quarter = head_dim // 4
-    k = torch.arange(quarter, dtype=torch.float64)
-    frequency = (BASE ** (-2.0 * k / (2 * quarter))).to(segments.cu_seqlens.device, dtype, non_blocking=True)
-    a, b = token_positions(segments, layout)
-    angle = torch.cat([a.to(dtype)[:, None] * frequency, b.to(dtype)[:, None] * frequency], dim=1)
-    return angle.cos(), angle.sin()
-
-
-def rotate(x_TNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the interleaved pairs of every head: [T, N, H] by cos, sin [T, H/2], in the table's dtype."""
-    x = x_TNH.to(cos.dtype).unflatten(-1, (-1, 2))
-    x0, x1 = x.unbind(-1)
-    c, s = cos[:, None, :], sin[:, None, :]
-    return torch.stack([x0 * c - x1 * s, x1 * c + x0 * s], dim=-1).flatten(-2)

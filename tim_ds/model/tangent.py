@@ -80,7 +80,7 @@ class TangentStream(Side):
     """dc of the moving segments, [S', D]."""
     interval_SD: Tensor
     """Tangent of their interval embedding, [S', D]."""
-    table: tuple[Tensor, Tensor]
+    table: ops.RotaryTable
     self_plan: ops.AttentionPlan
     text_rows: Rows | None
     """Their captions' tokens; None in a class-conditional network."""

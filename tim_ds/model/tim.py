@@ -18,7 +18,6 @@ from tim_ds.model.blocks import BlockContext, FinalLayer, TransitionBlock
 from tim_ds.model.config import ModelConfig
 from tim_ds.model.embed import CaptionEmbedder, LabelEmbedder, Linear, PatchEmbedder, TimeEmbedder
 from tim_ds.model.init import initialise
-from tim_ds.model.rope import rotary_table
 from tim_ds.model.tangent import Rows, Side, TangentStream
 from tim_ds.packed import ClassCondition, Condition, Direction, NetworkOutput, Segments, TextCondition
 
@@ -103,7 +102,7 @@ class TiM(nn.Module):
             segments=segments,
             modulation_SD=modulation_SD,
             interval_SD=interval_SD,
-            table=rotary_table(segments, self.config.head_dim, self.config.rope_layout, x_TD.dtype),
+            table=ops.rotary_table(segments, self.config.head_dim, self.config.rope_layout, x_TD.dtype),
             chunks=ops.plan_chunks(segments),
             self_plan=ops.plan_attention(segments, segments),
             text_LD=text_LD,
@@ -177,7 +176,7 @@ class TiM(nn.Module):
             residual_TD=residual_TD,
             modulation_SD=t.value + interval.value,
             interval_SD=interval.value,
-            table=rotary_table(moving, self.config.head_dim, self.config.rope_layout, residual_TD.dtype),
+            table=ops.rotary_table(moving, self.config.head_dim, self.config.rope_layout, residual_TD.dtype),
             self_plan=ops.plan_attention(moving, moving),
             text_rows=text_rows,
             cross_plan=cross_plan,

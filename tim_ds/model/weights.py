@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,41 @@ def write_weights(
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     needed = sum(value.nbytes for value in tensors.values())
     write_aside(path, needed, lambda aside: save_file(tensors, aside, dict(metadata or {})))
+
+
+def stream_weights(
+    path: str | os.PathLike[str],
+    shapes: Mapping[str, Sequence[int]],
+    tensors: Iterable[tuple[str, Tensor]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a float32 safetensors file tensor by tensor, so that one of them is in memory at a time.
+
+    Args:
+        shapes: of every tensor, in the order in which `tensors` gives them.
+    Raises:
+        CheckpointError: as `write_weights`.
+    """
+    entries: dict[str, object] = {"__metadata__": dict(metadata or {})}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 4 * math.prod(shape)
+        entries[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
+    header = json.dumps(entries).encode()
+    # The format wants the data aligned to eight bytes; spaces are allowed.
+    header += b" " * (-len(header) % 8)
+
+    def write(aside: Path) -> None:
+        with aside.open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            for (name, shape), (given, value) in zip(shapes.items(), tensors, strict=True):
+                if given != name or list(value.shape) != list(shape):
+                    raise CheckpointError(
+                        f"{path}: expected {name} {list(shape)}, received {given} {list(value.shape)}"
+                    )
+                file.write(value.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+
+    write_aside(Path(path), end, write)
 
 
 def write_aside(path: Path, needed_bytes: int, write: Callable[[Path], object]) -> None:

@@ -56,7 +56,17 @@ class WeightConfig:
     of_interval: bool = True
     """Whether the weight is a function of tau(t) - tau(r), or of tau(t) alone."""
     adaptive: bool = True
-    """Divide every image's loss by its own detached value (+ 1e-5), as the authors' code does."""
+    """Divide every image's loss by a detached loss (+ 1e-5), as the authors' code does."""
+    adaptive_over: Literal["image", "kind"] = "image"
+    """What the divisor is a mean over: the image itself (the authors' code), or the images of its kind,
+    diffusion (r = t) or transition (r < t), in the same pack."""
+
+    def __post_init__(self) -> None:
+        if self.adaptive_over != "image" and not self.adaptive:
+            raise ConfigError(
+                f"objective.weight.adaptive_over: {self.adaptive_over} has no effect while "
+                "objective.weight.adaptive is false; remove it, or set adaptive"
+            )
 
 
 # tan(t) needs t < pi/2, t / (1 - t) needs t <= 1.

@@ -19,7 +19,7 @@ from tim_ds.objective.config import ObjectiveConfig
 from tim_ds.objective.target import output_and_target
 from tim_ds.objective.time_sampling import Times
 from tim_ds.objective.transport import Transport
-from tim_ds.objective.weighting import adaptive_weight, check_warp_domain, time_weight
+from tim_ds.objective.weighting import adaptive_weight, check_warp_domain, mean_of_kind, time_weight
 from tim_ds.packed import Condition, Network, Segments
 
 # Smallest norm by which a cell's vector is divided. Differs from reference (1e-8): there the cosine of a
@@ -115,7 +115,10 @@ def transition_loss(
     is_diffusion_S = torch.tensor(times.is_diffusion).to(times.t_S.device, non_blocking=True)
     weight_S = time_weight(config.weight, times.t_S, times.r_S, is_diffusion_S, transport.sigma_data)
     loss_S = denoising_S + directional_S
-    adaptive_S = adaptive_weight(loss_S) if config.weight.adaptive else torch.ones_like(weight_S)
+    adaptive_S = torch.ones_like(weight_S)
+    if config.weight.adaptive:
+        of_kind = config.weight.adaptive_over == "kind"
+        adaptive_S = adaptive_weight(mean_of_kind(loss_S, is_diffusion_S) if of_kind else loss_S)
     total_S = weight_S * adaptive_S * loss_S + config.repa_weight * alignment_S
     return LossTerms(
         total_S, denoising_S.detach(), directional_S.detach(), alignment_S.detach(), weight_S, adaptive_S

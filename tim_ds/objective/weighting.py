@@ -76,3 +76,26 @@ def _warp(config: WeightConfig, t_S: Tensor) -> Tensor:
 def adaptive_weight(loss_S: Tensor) -> Tensor:
     """1 / (L + 1e-5) with L detached: the gradient becomes that of log L.   Source: the authors' code."""
     return 1 / (loss_S.detach() + ADAPTIVE_FLOOR)
+
+
+def mean_of_kind(loss_S: Tensor, is_diffusion_S: Tensor) -> Tensor:
+    """For every image the mean of `loss_S` over the images of its kind (diffusion or transition) in the pack.
+
+    As the adaptive weight's denominator it brings both kinds to one scale, and leaves the images of a kind
+    their proportions: one whose target is noisy is not turned down for it. The pack is what one network call
+    trains, whose images follow from the data, the seed and the step alone: the mean is the same on any number
+    of ranks and after a resume. Accumulated packs and those of other ranks do not enter, so the fewer images
+    a pack holds, the closer it comes to the image's own loss. Losses that are not finite are left out, so
+    that one bad image does not spread.
+
+    Shapes:
+        loss_S: [S].   is_diffusion_S: bool [S].
+    """
+    finite_S = loss_S.isfinite()
+    values_S = torch.where(finite_S, loss_S, torch.zeros_like(loss_S))
+    mean_S = torch.zeros_like(loss_S)
+    for kind_S in (is_diffusion_S, ~is_diffusion_S):
+        counted_S = (kind_S & finite_S).to(loss_S.dtype)
+        mean = (values_S * counted_S).sum() / counted_S.sum().clamp(min=1)
+        mean_S = torch.where(kind_S, mean, mean_S)
+    return mean_S

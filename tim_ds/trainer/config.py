@@ -6,8 +6,10 @@ Batch sizes, accumulation, clipping and precision live here, engine matters (ZeR
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from tim_ds.errors import ConfigError
 
@@ -57,6 +59,9 @@ class CheckpointConfig:
     """Newest complete checkpoints that are kept."""
     milestones: tuple[int, ...] = ()
     """Steps at which a checkpoint is written that is never deleted."""
+    strict: bool = False
+    """Stop when the newest checkpoint is damaged. Otherwise the run goes on from the one before it, with a
+    warning: it repeats the steps between, to the same bits, and the damaged one is kept beside."""
 
     def __post_init__(self) -> None:
         for name in ("every_steps", "keep"):
@@ -87,8 +92,107 @@ class PreviewConfig:
             raise ConfigError("train.preview.num_steps: required when train.preview.every_steps is above 0")
 
 
+WIDEST_SIGMA_REL = math.sqrt(1 / 12)
+"""sigma_rel of gamma = 0, where every step weighs the same."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AverageConfig:
+    """One running average of the weights; updated after every applied step n = 1, 2, ..."""
+
+    name: str = "ema"
+    decay: float | None = None
+    """Exponential: the average keeps this share of itself at every step."""
+    warmup: bool = False
+    """With `decay`: min(decay, (1 + n) / (10 + n)) at step n, to forget the start sooner."""
+    sigma_rel: float | None = None
+    """Power function: the weight of step i grows as i^gamma, and the width (standard deviation) of the
+    profile is this share of the steps so far, however long the run. 0.05 and 0.10 are usual."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][\w-]*", self.name, re.ASCII):
+            raise ConfigError(
+                f"name: expected letters, digits, dashes and underscores, received {self.name!r}"
+            )
+        if (self.decay is None) == (self.sigma_rel is None):
+            raise ConfigError(
+                "decay: expected one of decay (exponential) and sigma_rel (power function), received "
+                f"{'neither' if self.decay is None else 'both'}"
+            )
+        if self.decay is not None and not 0.0 <= self.decay < 1.0:
+            raise ConfigError(f"decay: expected 0 up to but not 1, received {self.decay}")
+        if self.sigma_rel is not None and not 0.0 < self.sigma_rel <= WIDEST_SIGMA_REL:
+            raise ConfigError(
+                f"sigma_rel: expected above 0 up to {WIDEST_SIGMA_REL:.4f} (an even mean of all steps), "
+                f"received {self.sigma_rel}"
+            )
+        if self.warmup and self.decay is None:
+            raise ConfigError("warmup: belongs to decay; a power function needs none, remove it")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SnapshotConfig:
+    """Copies of the power-function averages through the run, from which `python -m tim_ds.trainer.post_hoc`
+    makes the average of any other width."""
+
+    every_steps: int = 0
+    """0: no snapshots."""
+    keep: int = 64
+    """At most so many; of more, the one whose neighbours are nearest in relative time goes. At least 3."""
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 0:
+            raise ConfigError(
+                f"train.ema.snapshots.every_steps: expected 0 or more, received {self.every_steps}"
+            )
+        if self.keep < 3:
+            raise ConfigError(f"train.ema.snapshots.keep: expected at least 3, received {self.keep}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmaConfig:
+    """Averages of the weights, float32, sharded like the optimiser: four bytes a parameter each."""
+
+    averages: tuple[AverageConfig, ...] = (AverageConfig(decay=0.9999),)
+    use: str | None = None
+    """The average that previews, export, evaluation and guided targets use; null where there is only one."""
+    snapshots: SnapshotConfig = field(default_factory=SnapshotConfig)
+
+    def __post_init__(self) -> None:
+        names = [average.name for average in self.averages]
+        problems = []
+        if not names:
+            problems.append("train.ema.averages: expected at least one, received an empty list")
+        problems += [
+            f"train.ema.averages[{i}].name: {name!r} is the name of another average; names have to differ"
+            for i, name in enumerate(names)
+            if name in names[:i]
+        ]
+        if self.use is None and len(names) > 1:
+            problems.append(f"train.ema.use: required with several averages, one of {', '.join(names)}")
+        if self.use is not None and self.use not in names:
+            problems.append(f"train.ema.use: expected one of {', '.join(names)}, received {self.use!r}")
+        if self.snapshots.every_steps and all(average.sigma_rel is None for average in self.averages):
+            problems.append(
+                "train.ema.snapshots: needs an average with sigma_rel; two of them (0.05 and 0.10) give the "
+                "closest reconstructions"
+            )
+        if problems:
+            raise ConfigError("\n".join(problems))
+
+    @property
+    def used(self) -> AverageConfig:
+        """The average that `use` names."""
+        return next(a for a in self.averages if self.use in (None, a.name))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
+    FORMER_KEYS: ClassVar[dict[str, str]] = {
+        "ema_decay": "ema: {averages: [{decay: ...}]}",
+        "ema_warmup": "ema: {averages: [{decay: ..., warmup: true}]}",
+    }
+
     steps: int
     """Optimiser steps of the run."""
     seed: int = 0
@@ -96,10 +200,7 @@ class TrainConfig:
     """`bf16_autocast`: float32 parameters under autocast (the authors' numerics); `bf16`: bf16 weights with
     float32 masters."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    ema_decay: float = 0.9999
-    """Per applied optimiser step."""
-    ema_warmup: bool = False
-    """Use min(ema_decay, (1 + n) / (10 + n)) at step n, so that the average forgets its start sooner."""
+    ema: EmaConfig = field(default_factory=EmaConfig)
     activation_checkpointing: bool = False
     log_every: int = 10
     max_skipped_steps: int = 10
@@ -113,8 +214,6 @@ class TrainConfig:
                 raise ConfigError(f"train.{name}: expected at least 1, received {getattr(self, name)}")
         if self.seed < 0:
             raise ConfigError(f"train.seed: expected 0 or more, received {self.seed}")
-        if not 0.0 <= self.ema_decay < 1.0:
-            raise ConfigError(f"train.ema_decay: expected 0 up to but not 1, received {self.ema_decay}")
         if len(self.preview.prompts) != len(self.preview.sizes):
             raise ConfigError(
                 f"train.preview.sizes: expected one size a prompt ({len(self.preview.prompts)}), "

@@ -322,8 +322,8 @@ def merge_config(
     nodes_of = int(engine.get("zero_optimization", {}).get("zero_hpz_partition_size", 1))
     if nodes_of > 1 and world_size % nodes_of:
         raise ConfigError(
-            f"zero_optimization.zero_hpz_partition_size: expected a divisor of the number of ranks {world_size} "
-            f"(the GPUs of one node), received {nodes_of}"
+            "zero_optimization.zero_hpz_partition_size: expected a divisor of the number of ranks "
+            f"{world_size} (the GPUs of one node), received {nodes_of}"
         )
     config = {
         **engine,
@@ -375,13 +375,14 @@ class Splitter:
             return
         holder = nn.Module()
         holder.parameter = parameter
-        # Given a module that exists, this is no context: it splits the parameters of the module. A group of
-        # the ranks of a node is made once a process.
+        by_node = zero_settings(self._config).zero_hpz_partition_size > 1
+        # Given a module that exists, this is no context: it splits the parameters of the module. The group of
+        # the ranks of a node can be made once in a process.
         deepspeed.zero.Init(
             module=holder,
             config_dict_or_path=self._config,
             dtype=parameter.dtype,
-            zero_param_parallel_group=groups._get_zero_param_intra_parallel_group(),
+            zero_param_parallel_group=groups._get_zero_param_intra_parallel_group() if by_node else None,
         )
         self._first = parameter
 

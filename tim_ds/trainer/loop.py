@@ -67,7 +67,10 @@ class Loop:
 
     Args:
         teacher: frozen parameters that follow the average, by the name of the trained one; may be empty.
-        save: writes a checkpoint of the given progress; called by all ranks.
+        save: begins to write a checkpoint of the given progress; called by all ranks.
+        settle: looks after a checkpoint that is being written, every step; told to wait, until it is on the
+            disk. Called by all ranks.
+        snapshot: writes the averages that `post_hoc` combines; called by all ranks.
         preview: samples pictures at a step; called by all ranks, while the module has the averaged weights.
         log: on rank 0.
     """
@@ -80,6 +83,8 @@ class Loop:
     sums: Sums
     progress: Progress
     save: Callable[[Progress], None]
+    settle: Callable[[bool], None]
+    snapshot: Callable[[Progress], None]
     teacher: dict[str, nn.Parameter]
     preview: Callable[[int], None] | None = None
     log: MetricsLog | None = None
@@ -105,17 +110,22 @@ class Loop:
         with bar:
             for micro_batches in self._steps():
                 self._step(micro_batches)
+                self.settle(False)
                 step = self.progress.step
                 if step % config.log_every == 0 or step == config.steps:
                     self._report(bar)
                 if self.preview is not None and step % config.preview.every_steps == 0:
                     self._preview(step)
+                if self._is_snapshot_step(step):
+                    self.snapshot(self.progress)
                 exhausted = self.progress.consecutive_skips >= config.max_skipped_steps
                 if exhausted or self._is_checkpoint_step(step):
                     self.save(self.progress)
                 if exhausted:
+                    self.settle(True)
                     self._give_up()
                 bar.update()
+        self.settle(True)
         return self.progress
 
     def _steps(self) -> Iterator[Sequence[StepInputs]]:
@@ -194,6 +204,11 @@ class Loop:
         return (
             step == self.config.steps or step % checkpoint.every_steps == 0 or step in checkpoint.milestones
         )
+
+    def _is_snapshot_step(self, step: int) -> bool:
+        every = self.config.ema.snapshots.every_steps
+        applied = self.progress.applied_steps > 0
+        return every > 0 and applied and (step % every == 0 or step == self.config.steps)
 
     def _preview(self, step: int) -> None:
         assert self.preview is not None  # the caller looked

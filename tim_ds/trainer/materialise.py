@@ -48,5 +48,3 @@ def materialise(
             setattr(holder, name, parameter)
             if split is not None:
                 split(parameter)
-
-

@@ -1,10 +1,10 @@
 """Memory of a run before it runs: what a GPU, a host and a disk have to hold, from the recipe alone.
 
-    python -m tim_ds.trainer.memory RECIPE --ds FILE --gpus N [--nodes M] [--card-gib 24] [section.key=value ...]
+    python -m tim_ds.trainer.memory RECIPE --ds FILE --gpus N [--nodes M] [--card-gib 24] [section.key=value]
 
-Nothing is allocated and no GPU is needed. Weights, gradients, optimiser and averages follow from the shapes and
-from how ZeRO splits them; activations from what every operation of the network keeps for its backward, with
-the kernels of `tim_kernels` (the plain definitions, which run where there is no GPU, keep more).
+Nothing is allocated and no GPU is needed. Weights, gradients, optimiser and averages follow from the shapes
+and from how ZeRO splits them; activations from what every operation of the network keeps for its backward,
+with the kernels of `tim_kernels` (the plain definitions, which run where there is no GPU, keep more).
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def estimate(
 
 def average_copies(recipe: Recipe) -> int:
     """Averages of the weights that a run keeps."""
-    return 1
+    return len(recipe.train.ema.averages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,14 +230,6 @@ class _Split:
             optimizer_on_host=offloads(engine, "offload_optimizer"),
         )
 
-    @property
-    def has_masters(self) -> bool:
-        """Whether masters are tensors of their own, and not the weights themselves."""
-        if self.stage == 0:
-            return False
-        moved = self.weights_on_host or self.optimizer_on_host
-        return self.stage < 3 or self.weight_bytes != _FLOAT32 or moved
-
 
 def _placed(name: str, size: int, on_host: bool, note: str, spread: float = 0.0) -> Part:
     return Part(name, 0 if on_host else size, size if on_host else 0, note, spread)
@@ -252,11 +244,10 @@ def _states(recipe: Recipe, split: _Split, copies: int) -> Iterator[Part]:
         split.weights_on_host,
         f"{8 * split.weight_bytes} bits, {shared if split.stage == 3 else 'whole on every rank'}",
     )
-    if split.has_masters:
+    if split.stage:
+        # Of float32 weights too: DeepSpeed compares a device with its name, and copies (0.19.8, measured).
         yield _placed("float32 masters", _FLOAT32 * split.own, split.optimizer_on_host, shared)
-    yield _placed(
-        "AdamW averages", _FLOAT32 * len(STATE_KEYS) * split.own, split.optimizer_on_host, shared
-    )
+    yield _placed("AdamW averages", _FLOAT32 * len(STATE_KEYS) * split.own, split.optimizer_on_host, shared)
     yield _placed(
         "averaged weights",
         _FLOAT32 * copies * split.real,
@@ -417,7 +408,9 @@ def _activations(recipe: Recipe, pack: _Pack, network: TiM) -> Iterator[Part]:
     yield Part("backward of one block", pack.tokens * (c * 4 * M + 2 * _FLOAT32 * D), 0, "", 0.3)
     passing = 2 * _FLOAT32 * D + c * (D + 3 * M)
     if pack.moving and recipe.objective.derivative == "dde":
-        yield Part("derivative", round(2 * pack.moving * pack.tokens * passing), 0, "two sides, no graph", 0.3)
+        yield Part(
+            "derivative", round(2 * pack.moving * pack.tokens * passing), 0, "two sides, no graph", 0.3
+        )
     elif pack.moving and recipe.objective.derivative == "paired":
         # Tangents are taken in float32.
         wide = 3 * _FLOAT32 * D + _FLOAT32 * (D + 3 * M)
@@ -426,12 +419,10 @@ def _activations(recipe: Recipe, pack: _Pack, network: TiM) -> Iterator[Part]:
         yield Part("derivative", round(3 * pack.moving * pack.tokens * passing), 0, "forward mode", 0.5)
 
 
-def _others(
-    recipe: Recipe, pack: _Pack, split: _Split, encoder_bytes: int, copies: int
-) -> Iterator[Part]:
+def _others(recipe: Recipe, pack: _Pack, split: _Split, encoder_bytes: int, copies: int) -> Iterator[Part]:
     model = recipe.model
-    # Clean tokens, noise, the point on the path, output, target, their difference and its square, and the same
-    # for the directional term; captions.
+    # Clean tokens, noise, the point on the path, output, target, their difference and its square, and the
+    # same for the directional term; captions.
     batch = _FLOAT32 * (12 * pack.tokens * model.token_channels + pack.text * (model.text_dim or 0))
     yield Part("batch and loss", batch, 0, "", 0.3)
     if encoder_bytes:
@@ -439,7 +430,9 @@ def _others(
     yield Part("CUDA, NCCL, workspaces", RUNTIME_BYTES, 0, "assumed", 0.4)
     yield Part("process", 0, PROCESS_HOST_BYTES, "assumed")
     if recipe.data.workers:
-        yield Part("loader", 0, recipe.data.workers * WORKER_HOST_BYTES, f"{recipe.data.workers} workers, assumed")
+        yield Part(
+            "loader", 0, recipe.data.workers * WORKER_HOST_BYTES, f"{recipe.data.workers} workers, assumed"
+        )
     pieces = split.real if split.stage else split.own
     yield Part(
         "snapshot of a checkpoint",
@@ -458,8 +451,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ds", required=True, type=Path, help="engine file: ds_configs/*.json")
     parser.add_argument("--gpus", required=True, type=int, metavar="N", help="GPUs of a node")
     parser.add_argument("--nodes", type=int, default=1, metavar="M")
-    parser.add_argument("--card-gib", type=float, metavar="GIB", help="say whether a GPU of this size holds it")
-    parser.add_argument("--image-tokens", type=int, metavar="T", help="tokens of one image (of 1024 pixels a side)")
+    parser.add_argument(
+        "--card-gib", type=float, metavar="GIB", help="say whether a GPU of this size holds it"
+    )
+    parser.add_argument(
+        "--image-tokens", type=int, metavar="T", help="tokens of one image (of 1024 pixels a side)"
+    )
     parser.add_argument("--encoders-gib", type=float, default=0.0, help="frozen encoders on the GPU")
     options = parser.parse_intermixed_args(arguments)
     paths, overrides = split_arguments(options.recipe)

@@ -20,8 +20,12 @@ logger = logging.getLogger(__name__)
 PREVIEWS = "previews"
 
 
-def describe_export(recipe: Recipe, step: int, recipe_sha256: str) -> Export:
-    """What weights of this run are, for sampling and for those who get them."""
+def describe_export(recipe: Recipe, step: int, recipe_sha256: str, *, average: str | None = None) -> Export:
+    """What weights of this run are, for sampling and for those who get them.
+
+    Args:
+        average: which average they are; by default the one that the recipe uses.
+    """
     return Export(
         model=recipe.model,
         transport=recipe.objective.transport,
@@ -29,7 +33,12 @@ def describe_export(recipe: Recipe, step: int, recipe_sha256: str) -> Export:
         autoencoder=recipe.data.autoencoder,
         text_encoder=recipe.data.text_encoder,
         step=step,
-        source=SourceConfig(kind="run", name=recipe.name, recipe_sha256=recipe_sha256),
+        source=SourceConfig(
+            kind="run",
+            name=recipe.name,
+            recipe_sha256=recipe_sha256,
+            average=average or recipe.train.ema.used.name,
+        ),
     )
 
 

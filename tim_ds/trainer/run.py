@@ -36,6 +36,7 @@ from tim_ds.errors import CheckpointError, ConfigError, TimError
 from tim_ds.model.blocks import FinalLayer, TransitionBlock
 from tim_ds.model.export_folder import EXPORT_FILE, write_export
 from tim_ds.model.init import initial_values
+from tim_ds.model.ops import prove_attention
 from tim_ds.model.tim import TiM
 from tim_ds.trainer.checkpoint import (
     SPARE_BYTES,
@@ -45,7 +46,7 @@ from tim_ds.trainer.checkpoint import (
     free_bytes,
     write_flushed,
 )
-from tim_ds.trainer.ema import Ema
+from tim_ds.trainer.ema import Ema, piece_kind
 from tim_ds.trainer.engine import (
     STATE_KEYS,
     Engine,
@@ -61,6 +62,7 @@ from tim_ds.trainer.loop import Loop, Progress
 from tim_ds.trainer.materialise import Split, Values, materialise
 from tim_ds.trainer.metrics import MetricsLog, Sums
 from tim_ds.trainer.preview import Previews, describe_export
+from tim_ds.trainer.snapshots import SNAPSHOTS, Snapshots
 from tim_ds.trainer.step import TransitionStep
 from tim_ds.trainer.world import World
 
@@ -89,6 +91,7 @@ MAY_CHANGE = (
     "train.activation_checkpointing",
     "train.checkpoint",
     "train.preview",
+    "train.ema.snapshots",
 )
 
 
@@ -137,6 +140,7 @@ def train(
             world,
             keep=recipe.train.checkpoint.keep,
             milestones=recipe.train.checkpoint.milestones,
+            strict=recipe.train.checkpoint.strict,
         )
         checkpoint = folder.newest()
         if checkpoint is not None:
@@ -173,6 +177,8 @@ def _run(
         ),
         (DataError,),
     )
+    dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
+    world.together(partial(prove_attention, world.device, dtype, recipe.model.head_dim), (ConfigError,))
     merged = merge_config(
         engine_config, config, packs_per_step=recipe.data.packs_per_step, world_size=world.size
     )
@@ -180,8 +186,8 @@ def _run(
     engine = Engine(
         root, engine_config, config, packs_per_step=recipe.data.packs_per_step, world=world, units=UNITS
     )
-    _check_room(run_dir, engine, world)
-    ema = Ema(engine, decay=config.ema_decay, warmup=config.ema_warmup)
+    _check_room(run_dir, engine, world, len(config.ema.averages))
+    ema = Ema(engine, config.ema)
     sums = Sums(root.transport, world.device)
     progress = Progress()
     if checkpoint is not None:
@@ -208,7 +214,7 @@ def _run(
     def save(progress: Progress) -> None:
         if log is not None:
             log.flush()
-        folder.save(
+        folder.start(
             progress.step,
             state_pieces(engine, ema),
             sums.state(),
@@ -224,6 +230,13 @@ def _run(
             },
         )
 
+    snapshots = Snapshots(run_dir / SNAPSHOTS, world, config.ema.snapshots)
+    snapshots.drop_after(progress.step)
+
+    def snapshot(progress: Progress) -> None:
+        manifest = {"progress": asdict(progress), "recipe": to_dict(recipe), "versions": versions()}
+        snapshots.save(progress.step, ema, manifest)
+
     loop = Loop(
         config=config,
         engine=engine,
@@ -233,12 +246,17 @@ def _run(
         sums=sums,
         progress=progress,
         save=save,
+        settle=lambda wait: folder.settle(wait=wait),
+        snapshot=snapshot,
         teacher=teacher,
         preview=preview,
         log=log,
     )
     try:
         progress = loop.run()
+    except BaseException:
+        folder.leave()
+        raise
     finally:
         if log is not None:
             log.close()
@@ -284,22 +302,23 @@ def teacher_parameters(root: TransitionStep) -> dict[str, nn.Parameter]:
 
 
 def state_pieces(engine: Engine, ema: Ema) -> Iterator[Piece]:
-    """What a checkpoint holds of this rank: masters, AdamW's averages and the EMA."""
+    """What a checkpoint holds of this rank: masters, AdamW's averages and the EMAs."""
     if engine.zero_stage == 0 and not engine.world.is_main:
         # Every rank has everything.
         return
     for shard in engine.shards:
         yield Piece("master", shard.name, shard.start, shard.master)
-        yield Piece("ema", shard.name, shard.start, ema.values[shard.name])
         for kind, value in engine.optimizer_state(shard).items():
             yield Piece(kind, shard.name, shard.start, value)
+    yield from ema.pieces()
 
 
 def restore(checkpoint: Checkpoint, engine: Engine, ema: Ema, sums: Sums) -> Progress:
     """Put a checkpoint's state into engine, average and sums, whatever ranks and stage wrote it."""
     for shard in engine.shards:
         checkpoint.fill("master", shard.name, shard.start, shard.master)
-        checkpoint.fill("ema", shard.name, shard.start, ema.values[shard.name])
+        for name, values in ema.averages.items():
+            checkpoint.fill(piece_kind(name), shard.name, shard.start, values[shard.name])
         state = engine.optimizer_state(shard)
         for kind in STATE_KEYS:
             checkpoint.fill(kind, shard.name, shard.start, state[kind])
@@ -322,6 +341,12 @@ def check_same_run(checkpoint: Checkpoint, recipe: Recipe, data: DataFacts) -> N
         CheckpointError: listing every setting that differs.
     """
     there, here = _flat(checkpoint.manifest["recipe"]), _flat(to_dict(recipe))
+    if "train.ema_decay" in there:
+        raise CheckpointError(
+            f"{checkpoint.path}: written when a run kept one average (train.ema_decay); this version, with "
+            "train.ema, does not continue it. Its exported weights load as ever; to train on, use the "
+            f"version that wrote it (tim_ds {checkpoint.manifest['versions']['tim_ds']}), or another folder"
+        )
     free = [*MAY_CHANGE]
     if recipe.train.optimizer.schedule != "constant":
         # The length of the run shapes the rate of every step.
@@ -424,10 +449,11 @@ def _check_parts(recipe: Recipe, engine_config: Mapping[str, Any], data: DataFac
         raise ConfigError("\n".join(problems))
 
 
-def _check_room(run_dir: Path, engine: Engine, world: World) -> None:
+def _check_room(run_dir: Path, engine: Engine, world: World, num_averages: int) -> None:
     """Raises CheckpointError, before any work, if the disk cannot hold a checkpoint and the export."""
     numel = sum(torch.Size(shape).numel() for shape in engine.parameter_shapes.values())
-    needed = 4 * numel * (len(STATE_KEYS) + 2 + 1) + SPARE_BYTES
+    # Masters and averages, and the export.
+    needed = 4 * numel * (len(STATE_KEYS) + 1 + num_averages + 1) + SPARE_BYTES
     free = world.from_main(free_bytes(run_dir))
     if free < needed:
         world.raise_everywhere(
