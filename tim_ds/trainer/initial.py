@@ -17,9 +17,10 @@ from data_pipeline.config import AutoencoderConfig, TextEncoderConfig
 from tim_ds.config.recipe import Recipe
 from tim_ds.errors import CheckpointError, ConfigError
 from tim_ds.model.config import ModelConfig
-from tim_ds.model.weights import load_weights_into
+from tim_ds.model.weights import check_weights
 from tim_ds.objective.config import TransportConfig
 from tim_ds.sources import MANIFEST, read_source
+from tim_ds.trainer.materialise import Values
 
 logger = logging.getLogger(__name__)
 
@@ -126,23 +127,29 @@ def _other_habits(initial: InitialWeights, recipe: Recipe) -> Iterator[str]:
         )
 
 
-def load_initial(network: nn.Module, initial: InitialWeights) -> None:
-    """Copy the weights into a freshly built network. A projector that they lack stays as it was drawn.
+def values_from(initial: InitialWeights, network: nn.Module, fresh: Values) -> Values:
+    """First values of the parameters of `network`: those of `initial`, and fresh ones for a projector that it
+    lacks.
 
+    Args:
+        network: without adapters; it may be on the meta device.
+        fresh: makes the fresh values.
     Raises:
         CheckpointError: if names or shapes differ in anything but the projector.
     """
     own = network.state_dict()
     state = {
-        name: value for name, value in initial.state.items() if name in own or not name.startswith(PROJECTOR)
+        name: value
+        for name, value in initial.state.items()
+        if not name.startswith(PROJECTOR) or (name in own and own[name].shape == value.shape)
     }
-    fresh = [name for name in own if name.startswith(PROJECTOR) and not _fits(state, name, own[name])]
-    for name in fresh:
-        state[name] = own[name]
-    if fresh:
+    drawn = {name for name in own if name.startswith(PROJECTOR) and name not in state}
+    if drawn:
         logger.info("the projector is trained from a fresh start: %s has none of this shape", initial.source)
-    load_weights_into(network, state, source=initial.source)
+    expected = {name: value for name, value in own.items() if name not in drawn}
+    check_weights(expected, state, source=initial.source)
 
+    def value(name: str, like: Tensor) -> Tensor:
+        return fresh(name, like) if name in drawn else state[name].detach().to(like.dtype, copy=True)
 
-def _fits(state: dict[str, Tensor], name: str, value: Tensor) -> bool:
-    return name in state and state[name].shape == value.shape
+    return value

@@ -67,7 +67,9 @@ class Loop:
 
     Args:
         teacher: frozen parameters that follow the average, by the name of the trained one; may be empty.
-        save: writes a checkpoint of the given progress; called by all ranks.
+        save: begins to write a checkpoint of the given progress; called by all ranks.
+        settle: looks after a checkpoint that is being written, every step; told to wait, until it is on the
+            disk. Called by all ranks.
         snapshot: writes the averages that `post_hoc` combines; called by all ranks.
         preview: samples pictures at a step; called by all ranks, while the module has the averaged weights.
         log: on rank 0.
@@ -81,6 +83,7 @@ class Loop:
     sums: Sums
     progress: Progress
     save: Callable[[Progress], None]
+    settle: Callable[[bool], None]
     snapshot: Callable[[Progress], None]
     teacher: dict[str, nn.Parameter]
     preview: Callable[[int], None] | None = None
@@ -107,6 +110,7 @@ class Loop:
         with bar:
             for micro_batches in self._steps():
                 self._step(micro_batches)
+                self.settle(False)
                 step = self.progress.step
                 if step % config.log_every == 0 or step == config.steps:
                     self._report(bar)
@@ -118,8 +122,10 @@ class Loop:
                 if exhausted or self._is_checkpoint_step(step):
                     self.save(self.progress)
                 if exhausted:
+                    self.settle(True)
                     self._give_up()
                 bar.update()
+        self.settle(True)
         return self.progress
 
     def _steps(self) -> Iterator[Sequence[StepInputs]]:
