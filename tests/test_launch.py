@@ -81,7 +81,7 @@ class TestSample:
         [
             (["--size", "9x8"], "nearest that fit: 8x8 or 12x8"),
             (["--size", "8x8", "--steps", "0"], "num_steps: expected at least 1, received 0"),
-            (["--size", "8x8", "--size", "8x8"], "--size: expected 1 or 1, one a prompt, received 2"),
+            (["--size", "8x8", "--size", "8x8"], "--size: expected 1, one a prompt, received 2"),
             (["--size", "8x8", "--num", "0"], "--num: expected at least 1, received 0"),
             (["--size", "8x8", "--cfg", "nan"], "sampler.cfg_scale: expected 0 or more, received nan"),
             (["--size", "8x8", "--device", "abacus"], "device: abacus: not usable here: "),
@@ -146,7 +146,7 @@ class TestSample:
         words = ["--export", str(export), "--prompt", "a", "--size", "8x8", "--out", str(tmp_path)]
         (tmp_path / "grid.png").write_bytes(b"mine")
         assert sample(words) == 1
-        assert "holds pictures, which are not overwritten" in capsys.readouterr().err
+        assert "grid.png: not a picture that can be read" in capsys.readouterr().err
         assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
         assert (tmp_path / "grid.png").read_bytes() == b"mine"
 

@@ -152,6 +152,35 @@ def test_guidance_moves_away_from_the_empty_caption(pipe: TiMPipeline) -> None:
     assert (plain != empty).any()
 
 
+def test_the_names_of_diffusers_mean_the_same(pipe: TiMPipeline) -> None:
+    known = pipe("a six", "16x8", num_steps=3, cfg_scale=2.0, seeds=11)
+    generator = torch.Generator().manual_seed(11)
+    other = pipe("a six", height=16, width=8, num_inference_steps=3, guidance_scale=2.0, generator=generator)
+    np.testing.assert_array_equal(known.images[0], other.images[0])
+    assert known.settings == other.settings and known.seeds == other.seeds == (11,)
+    several = [torch.Generator().manual_seed(seed) for seed in (11, 3)]
+    assert pipe(["a six"] * 2, (16, 8), generator=several).seeds == (11, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "sizes: expected either sizes, or both height and width"),
+        ({"height": 8}, "sizes: expected either sizes, or both height and width"),
+        ({"sizes": "8x8", "width": 8}, "sizes: expected either sizes, or both height and width"),
+        (
+            {"sizes": "8x8", "num_steps": 2, "num_inference_steps": 2},
+            "num_inference_steps: the same as num_s",
+        ),
+        ({"sizes": "8x8", "cfg_scale": 2, "guidance_scale": 2}, "guidance_scale: the same as cfg_scale"),
+        ({"sizes": "8x8", "seeds": 0, "generator": torch.Generator()}, "generator: the same as seeds"),
+    ],
+)
+def test_one_thing_under_two_names_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        TiMPipeline(Forbidden(), export_of())("a", **arguments)
+
+
 def test_defaults_are_the_exports(pipe: TiMPipeline) -> None:
     export = export_of(mode="diffusion", num_steps=5)
     diffusion = TiMPipeline(network_of(export), export)

@@ -1,7 +1,7 @@
 """Prompts to pictures: `TiMPipeline.from_pretrained(folder)(prompts, sizes)`, as diffusers users know it.
 
-pipe = TiMPipeline.from_pretrained("runs/handwriting_tim/export")
-output = pipe("a three above a seven", "16x8", num_steps=4, seeds=7)
+pipe = TiMPipeline.from_pretrained("runs/handwriting_tim").to("cpu")
+output = pipe("a three above a seven", height=16, width=8, num_inference_steps=4, seeds=7)
 output.save("pictures")
 """
 
@@ -27,19 +27,21 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data_pipeline.encoders.autoencoder import Autoencoder, build_autoencoder
+from data_pipeline.encoders.autoencoder import Autoencoder, build_autoencoder, decode_bytes
 from data_pipeline.encoders.text import TextEncoder, build_text_encoder
 from tim_ds import __version__
 from tim_ds.config.recipe import parse_size
 from tim_ds.errors import RequestError
-from tim_ds.model.export_folder import WEIGHTS_FILE, Export, load_network
+from tim_ds.model.export_folder import Export, meta_network
+from tim_ds.model.memory import available_bytes, gib, sampling_bytes
 from tim_ds.model.ops import prove_attention
-from tim_ds.model.weights import write_aside
+from tim_ds.model.weights import load_weights_into, write_aside
 from tim_ds.objective.transport import build_transport
 from tim_ds.packed import ClassCondition, Condition, Segments, TextCondition, unpatchify
 from tim_ds.sampler.config import SamplerConfig
 from tim_ds.sampler.rng import initial_noise
 from tim_ds.sampler.transition import sample
+from tim_ds.sources import read_source
 
 Size = tuple[int, int]
 """(height, width) in pixels."""
@@ -91,13 +93,32 @@ class PipelineOutput:
         """
         folder = Path(folder)
         paths = [
-            folder / f"{i:04d}_{_slug(prompt)}_seed{seed}.png"
+            folder / f"{file_stem(i, prompt, seed)}.png"
             for i, (prompt, seed) in enumerate(zip(self.prompts, self.seeds, strict=True))
         ]
         refuse_existing(paths)
         for i, path in enumerate(paths):
             write_png(path, self.images[i], self.picture_settings(i))
         return paths
+
+
+@dataclass(frozen=True)
+class Request:
+    """A call whose every part was checked: `TiMPipeline.request` makes one, `TiMPipeline.run` draws it."""
+
+    prompts: tuple[PromptLike, ...]
+    sizes: tuple[Size, ...]
+    seeds: tuple[int, ...]
+    config: SamplerConfig
+
+    def part(self, numbers: Sequence[int]) -> Request:
+        """The pictures of these numbers alone."""
+        return Request(
+            tuple(self.prompts[i] for i in numbers),
+            tuple(self.sizes[i] for i in numbers),
+            tuple(self.seeds[i] for i in numbers),
+            self.config,
+        )
 
 
 class TiMPipeline:
@@ -136,23 +157,31 @@ class TiMPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        cls, source: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
     ) -> TiMPipeline:
-        """The pipeline of an export folder (`RUN/export`, written by training).
+        """The pipeline of trained weights, in evaluation mode.
 
+        Args:
+            source: an export folder, the folder of a run (its export, or while it trains its newest
+                checkpoint), a checkpoint folder (its averaged weights), or a weight file that the authors
+                released. See `tim_ds.sources`.
         Raises:
-            CheckpointError: if the folder is incomplete or holds weights of another network.
+            CheckpointError: if the source is incomplete or holds weights of another network.
             RequestError: for a device that is not there, and as `TiMPipeline`.
         """
         _check_device(device)
-        network, export = load_network(folder, device=device, dtype=dtype)
-        return cls(network, export, weights_sha256=sha256(Path(folder) / WEIGHTS_FILE)).to(device)
+        found = read_source(source)
+        network = meta_network(found.export.model).to(dtype).to_empty(device=device)
+        load_weights_into(network, found.state, source=str(source))
+        return cls(network.eval(), found.export, weights_sha256=found.sha256).to(device)
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> TiMPipeline:
-        """Move the network (and an autoencoder with weights, which keeps its precision); returns self."""
+        """Move the network (and encoders with weights, which keep their precision); returns self."""
+        _check_device(device)
         self.network.to(device=device, dtype=dtype)
-        if hasattr(self.autoencoder, "to"):
-            self.autoencoder.to(device)  # type: ignore[attr-defined]  # only autoencoders with weights have it
+        for part in (self.autoencoder, self.text_encoder):
+            if hasattr(part, "to"):
+                part.to(device)  # type: ignore[union-attr]  # only encoders with weights have it
         prove_attention(self.device, self.dtype, self.export.model.head_dim)
         return self
 
@@ -172,14 +201,19 @@ class TiMPipeline:
     def __call__(
         self,
         prompts: PromptLike | Sequence[PromptLike],
-        sizes: str | Size | Sequence[str | Size],
+        sizes: str | Size | Sequence[str | Size] | None = None,
         *,
+        height: int | None = None,
+        width: int | None = None,
         num_steps: int | None = None,
         cfg_scale: float | None = None,
         cfg_interval: tuple[float, float] | None = None,
         stochasticity: float | None = None,
         mode: Literal["transition", "diffusion"] | None = None,
-        seeds: int | Sequence[int] = 0,
+        seeds: int | Sequence[int] | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         progress: bool | tqdm = False,
     ) -> PipelineOutput:
         """Sample one picture a prompt. Everything is checked before any work is done.
@@ -189,66 +223,137 @@ class TiMPipeline:
         Args:
             prompts: captions, or class labels for a class-conditional network.
             sizes: (height, width) or "HEIGHTxWIDTH" in pixels; one for all prompts, or one each.
+            height, width: one size for all prompts, instead of `sizes`.
             num_steps, cfg_scale, cfg_interval, stochasticity, mode: None takes that of `export.sampler`.
-            seeds: one each, or the first of consecutive ones.
+            seeds: one each, or the first of consecutive ones; 0 by default.
+            num_inference_steps, guidance_scale: other names of `num_steps` and `cfg_scale`.
+            generator: instead of `seeds`; of each, the seed that it was given is used, not its state.
             progress: show a bar, one tick a picture and step; or a bar that is counted up.
         Raises:
-            RequestError: no prompts, a size that does not fit, counts that differ, a label out of range.
+            RequestError: no prompts, a size that does not fit or is too large for the device, counts that
+                differ, a label out of range, the same thing given under two names.
             ConfigError: a sampler setting out of its range.
             NonFiniteError: if a picture stops being finite on the way.
         """
-        start = time.perf_counter()
+        if sizes is None and height is not None and width is not None:
+            sizes = (height, width)
+        elif sizes is None or height is not None or width is not None:
+            raise RequestError("sizes: expected either sizes, or both height and width")
+        if generator is not None:
+            seeds = _only_one("generator", "seeds", _seeds_of(generator), seeds)
+        return self.run(
+            self.request(
+                prompts,
+                sizes,
+                num_steps=_only_one("num_inference_steps", "num_steps", num_inference_steps, num_steps),
+                cfg_scale=_only_one("guidance_scale", "cfg_scale", guidance_scale, cfg_scale),
+                cfg_interval=cfg_interval,
+                stochasticity=stochasticity,
+                mode=mode,
+                seeds=0 if seeds is None else seeds,
+            ),
+            progress,
+        )
+
+    def request(
+        self,
+        prompts: PromptLike | Sequence[PromptLike],
+        sizes: str | Size | Sequence[str | Size],
+        *,
+        seeds: int | Sequence[int] = 0,
+        **sampler: Any,
+    ) -> Request:
+        """Check a call, memory included, without doing any of its work.
+
+        Args:
+            sampler: fields of `SamplerConfig`; None and what is left out take those of `export.sampler`.
+        Raises:
+            RequestError, ConfigError: as `__call__`.
+        """
         prompt_list = self._check_prompts(prompts)
         size_list = self._check_sizes(sizes, len(prompt_list))
         seed_list = _check_seeds(seeds, len(prompt_list))
-        given = {
-            "num_steps": num_steps,
-            "cfg_scale": cfg_scale,
-            "cfg_interval": cfg_interval,
-            "stochasticity": stochasticity,
-            "mode": mode,
-        }
-        config = self._check_sampler({name: value for name, value in given.items() if value is not None})
+        config = self._check_sampler({name: value for name, value in sampler.items() if value is not None})
+        self._check_memory(size_list, config)
+        return Request(tuple(prompt_list), tuple(size_list), tuple(seed_list), config)
 
-        grids = [(h // self.size_multiple, w // self.size_multiple) for h, w in size_list]
+    def run(self, request: Request, progress: bool | tqdm = False) -> PipelineOutput:
+        """Draw the pictures of a request.
+
+        Raises:
+            NonFiniteError: if a picture stops being finite on the way.
+        """
+        start = time.perf_counter()
+        grids = self._grids(request.sizes)
         images: list[NDArray[np.uint8]] = []
         nfe = 0
-        total = len(prompt_list) * config.num_steps
+        total = len(request.prompts) * request.config.num_steps
         own_bar = tqdm(total=total, unit="step", desc="sample", leave=False, disable=progress is not True)
         bar = progress if isinstance(progress, tqdm) else own_bar
         with own_bar:
-            for part in self._batches(grids, guided=config.cfg_scale != 1.0):
+            for numbers in self.batches(request):
+                part = request.part(numbers)
                 latents, nfe = self._sample(
-                    [prompt_list[i] for i in part],
-                    [grids[i] for i in part],
-                    [seed_list[i] for i in part],
-                    config,
-                    bar,
+                    part.prompts, [grids[i] for i in numbers], part.seeds, part.config, bar
                 )
                 images.extend(self._decode(latent) for latent in latents)
         return PipelineOutput(
             images=images,
-            prompts=tuple(prompt_list),
-            seeds=tuple(seed_list),
+            prompts=request.prompts,
+            seeds=request.seeds,
             nfe=nfe,
             seconds=time.perf_counter() - start,
-            settings={
-                "model": self.export.source.name,
-                "step": self.export.step,
-                "recipe_sha256": self.export.source.recipe_sha256,
-                "weights_sha256": self.weights_sha256,
-                "transport": self.transport.name,
-                "num_steps": config.num_steps,
-                "nfe": nfe,
-                "mode": config.mode,
-                "cfg_scale": config.cfg_scale,
-                "cfg_interval": list(config.cfg_interval),
-                "cfg_upper": config.cfg_upper,
-                "stochasticity": config.stochasticity,
-                "schedule_dtype": config.schedule_dtype,
-                "version": __version__,
-            },
+            settings={**self.settings(request.config), "nfe": nfe, "version": __version__},
         )
+
+    def settings(self, config: SamplerConfig) -> dict[str, Any]:
+        """What decides a picture besides its prompt, size and seed."""
+        autoencoder, text_encoder = self.export.autoencoder, self.export.text_encoder
+        return {
+            "model": self.export.source.name,
+            "step": self.export.step,
+            "recipe_sha256": self.export.source.recipe_sha256,
+            "weights_sha256": self.weights_sha256,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "autoencoder": None if autoencoder is None else autoencoder.path or autoencoder.kind,
+            "text_encoder": None if text_encoder is None else text_encoder.path or text_encoder.kind,
+            "transport": self.transport.name,
+            "num_steps": config.num_steps,
+            "mode": config.mode,
+            "cfg_scale": config.cfg_scale,
+            "cfg_interval": list(config.cfg_interval),
+            "cfg_upper": config.cfg_upper,
+            "stochasticity": config.stochasticity,
+            "schedule_dtype": config.schedule_dtype,
+        }
+
+    def batches(self, request: Request) -> Iterator[range]:
+        """Consecutive pictures whose tokens fit `tokens_per_batch`."""
+        factor = 2 if request.config.cfg_scale != 1.0 else 1
+        start, tokens = 0, 0
+        for i, (h, w) in enumerate(self._grids(request.sizes)):
+            cost = h * w * factor
+            if i > start and tokens + cost > self.tokens_per_batch:
+                yield range(start, i)
+                start, tokens = i, 0
+            tokens += cost
+        yield range(start, len(request.sizes))
+
+    def fitting_tokens(self) -> int:
+        """The largest power of two that `tokens_per_batch` can be by the memory estimate; at least 4096."""
+        available = available_bytes(self.device)
+        tokens = 4096
+        while available is not None and tokens < 2**20:
+            if sampling_bytes(self.export.model, 2 * tokens) > 0.8 * available:
+                break
+            tokens *= 2
+        return tokens
+
+    def needed_bytes(self, size: Size, config: SamplerConfig) -> int:
+        """Estimate of the peak for one picture: sampling it or decoding it, whichever takes more."""
+        [(h, w)] = self._grids([size])
+        tokens = h * w * (2 if config.cfg_scale != 1.0 else 1)
+        return max(sampling_bytes(self.export.model, tokens), decode_bytes(self.autoencoder, *size))
 
     def _check_parts(self) -> None:
         model = self.export.model
@@ -287,7 +392,7 @@ class TiMPipeline:
         else:
             found = list(sizes)
         if len(found) != count:
-            raise RequestError(f"sizes: expected 1 or {count}, one a prompt, received {len(found)}")
+            raise RequestError(f"sizes: expected {_one_or(count)}, one a prompt, received {len(found)}")
         return [self._check_size(i, size) for i, size in enumerate(found)]
 
     def _check_size(self, i: int, size: Any) -> Size:
@@ -329,16 +434,36 @@ class TiMPipeline:
             )
         return config
 
-    def _batches(self, grids: Sequence[tuple[int, int]], *, guided: bool) -> Iterator[range]:
-        """Consecutive pictures whose tokens fit the budget."""
-        start, tokens = 0, 0
-        for i, (h, w) in enumerate(grids):
-            cost = h * w * (2 if guided else 1)
-            if i > start and tokens + cost > self.tokens_per_batch:
-                yield range(start, i)
-                start, tokens = i, 0
-            tokens += cost
-        yield range(start, len(grids))
+    def _check_memory(self, sizes: Sequence[Size], config: SamplerConfig) -> None:
+        """Raises RequestError if the estimate for the largest picture is beyond what the device has left."""
+        i, largest = max(enumerate(sizes), key=lambda entry: entry[1][0] * entry[1][1])
+        needed, available = self.needed_bytes(largest, config), available_bytes(self.device)
+        if available is None or needed <= available:
+            return
+        height, width = largest
+        raise RequestError(
+            f"sizes[{i}]: {height}x{width}: sampling and decoding it takes about {gib(needed)} at its peak, "
+            f"{gib(available)} are left on {self.device}; {self._what_fits(available, config)}"
+        )
+
+    def _what_fits(self, available: int, config: SamplerConfig) -> str:
+        unit = self.size_multiple
+        fits, beyond = 0, 1
+        while self.needed_bytes((beyond * unit, beyond * unit), config) <= available:
+            fits, beyond = beyond, 2 * beyond
+        while beyond - fits > 1:
+            middle = (fits + beyond) // 2
+            if self.needed_bytes((middle * unit, middle * unit), config) <= available:
+                fits = middle
+            else:
+                beyond = middle
+        if not fits:
+            return "no size fits; free memory, or choose another device"
+        return f"squares fit up to {fits * unit}x{fits * unit}, other shapes up to as many pixels"
+
+    def _grids(self, sizes: Sequence[Size]) -> list[tuple[int, int]]:
+        """(height, width) in tokens."""
+        return [(h // self.size_multiple, w // self.size_multiple) for h, w in sizes]
 
     def _sample(
         self,
@@ -486,6 +611,19 @@ def _text_encoder(export: Export) -> TextEncoder:
         raise RequestError(f"export: {error}") from error
 
 
+def _only_one(alias: str, name: str, first: Any, second: Any) -> Any:
+    """The one of two names that was given."""
+    if first is not None and second is not None:
+        raise RequestError(f"{alias}: the same as {name}, which is given too; expected one of them")
+    return second if first is None else first
+
+
+def _seeds_of(generator: torch.Generator | Sequence[torch.Generator]) -> int | list[int]:
+    if isinstance(generator, torch.Generator):
+        return generator.initial_seed()
+    return [one.initial_seed() for one in generator]
+
+
 def _check_seeds(seeds: int | Sequence[int], count: int) -> list[int]:
     found = (
         [int(seeds) + i for i in range(count)]
@@ -493,11 +631,15 @@ def _check_seeds(seeds: int | Sequence[int], count: int) -> list[int]:
         else [int(seed) for seed in seeds]
     )
     if len(found) != count:
-        raise RequestError(f"seeds: expected 1 or {count}, one a prompt, received {len(found)}")
+        raise RequestError(f"seeds: expected {_one_or(count)}, one a prompt, received {len(found)}")
     for i, seed in enumerate(found):
         if not 0 <= seed < 2**63:
             raise RequestError(f"seeds[{i}]: expected 0 to 2^63 - 1, received {seed}")
     return found
+
+
+def _one_or(count: int) -> str:
+    return "1" if count == 1 else f"1 or {count}"
 
 
 def _nearest(height: int, width: int, unit: int) -> str:
@@ -510,6 +652,11 @@ def _nearest(height: int, width: int, unit: int) -> str:
     fitting = [(h, w) for h in around(height) for w in around(width)]
     fitting.sort(key=lambda size: (abs(size[0] - height) + abs(size[1] - width), size))
     return " or ".join(f"{h}x{w}" for h, w in fitting[:2])
+
+
+def file_stem(number: int, prompt: PromptLike, seed: int) -> str:
+    """What a picture's file is called, without its ending: number, prompt and seed."""
+    return f"{number:04d}_{_slug(prompt)}_seed{seed}"
 
 
 def _slug(prompt: PromptLike) -> str:

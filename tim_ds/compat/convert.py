@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from tim_ds.compat.authors import AUTHORS_SWITCHES, RELEASED, detect_model, released_config
 from tim_ds.errors import CheckpointError
@@ -25,6 +26,24 @@ def import_weights(
         CheckpointError: if the file is not exactly that model's (the projector may be absent), or the
             folder holds an export already.
     """
+    export, state = read_released(file, model=model)
+    try:
+        write_export(folder, export, state)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: import as {export.source.name}: {error}") from error
+    return export
+
+
+def read_released(
+    file: str | os.PathLike[str], *, model: str | None = None
+) -> tuple[Export, dict[str, Tensor]]:
+    """A released weight file and what it is, with all of AUTHORS_SWITCHES set. Its keys are not checked yet.
+
+    Args:
+        model: name in `RELEASED`; by default told from the shapes.
+    Raises:
+        CheckpointError: if the file cannot be read or its shapes fit no released model.
+    """
     state = read_weights(file)
     try:
         name = model if model is not None else detect_model(state)
@@ -41,11 +60,7 @@ def import_weights(
         step=0,
         source=SourceConfig(kind="authors", name=name, file=Path(file).name, sha256=_sha256(Path(file))),
     )
-    try:
-        write_export(folder, export, state)
-    except CheckpointError as error:
-        raise CheckpointError(f"{file}: import as {name}: {error}") from error
-    return export
+    return export, state
 
 
 def export_weights(folder: str | os.PathLike[str], file: str | os.PathLike[str]) -> Export:

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_pipeline.errors import DataError
+from data_pipeline.handwriting_words import NewName
 from tim_ds.errors import RequestError, TimError
-from tim_ds.eval import nfe, report
+from tim_ds.eval import nfe, report, words
+from tim_ds.eval.benchmark_cli import BENCHMARKS
 from tim_ds.pipeline import refuse_unwritable
 
 
@@ -67,12 +69,56 @@ def _nfe(options: argparse.Namespace) -> None:
         print(f"written: {path}")
 
 
+def _add_words(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("export", type=Path, nargs="+", help="export folders, such as before and after")
+    parser.add_argument("--rename", required=True, metavar="NUMERAL=WORD", help="the new word: five=quint")
+    parser.add_argument("--data", type=Path, required=True, help="handwriting data set of the first training")
+    parser.add_argument("--pictures", type=int, default=200, help="of each kind (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=4, help="sampling steps (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of prompts and noise (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
+
+
+def _words(options: argparse.Namespace) -> None:
+    """A digit's new name and the old words, on handwriting."""
+    name = NewName.parse(options.rename)
+    rows = [
+        (
+            str(export),
+            words.score(
+                export,
+                options.data,
+                name,
+                count=options.pictures,
+                num_steps=options.steps,
+                seed=options.seed,
+                device=options.device,
+            ),
+        )
+        for export in options.export
+    ]
+    print(words.table(name, rows))
+
+
 class _Evaluation(NamedTuple):
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], None]
+    example: str
 
 
-EVALUATIONS = {"nfe": _Evaluation(_add_nfe, _nfe)}
+EVALUATIONS = {
+    "nfe": _Evaluation(
+        _add_nfe,
+        _nfe,
+        "runs/handwriting_tim/export --data runs/handwriting --out runs/handwriting_nfe",
+    ),
+    "words": _Evaluation(
+        _add_words,
+        _words,
+        "runs/handwriting_tim/export runs/renamed/export --rename five=quint --data runs/handwriting",
+    ),
+    **{name: _Evaluation(*benchmark) for name, benchmark in BENCHMARKS.items()},
+}
 """The subcommands."""
 
 
@@ -82,7 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="evaluation", required=True, metavar="EVALUATION")
     for name, evaluation in EVALUATIONS.items():
         summary = evaluation.run.__doc__
-        evaluation.add_arguments(commands.add_parser(name, help=summary, description=summary))
+        example = f"example: python launch/evaluate.py {name} {evaluation.example}"
+        evaluation.add_arguments(commands.add_parser(name, help=summary, description=summary, epilog=example))
     options = parser.parse_args(arguments)
     try:
         EVALUATIONS[options.evaluation].run(options)
