@@ -3,8 +3,7 @@
     python -m tests.trainer.save_cost --folder /data/scratch [--share 0.25]
 
 One rank's state of the 865M model (float32 master, two averages of AdamW, one averaged copy), or a share of
-it, is saved twice: the second save finds its host memory already there, as every save of a run but the first
-does.
+it, is saved twice: the second save finds its host memory there, as every save of a run but the first does.
 """
 
 from __future__ import annotations

@@ -95,6 +95,19 @@ def test_recomputed_activations_guidance_and_encoders_are_counted() -> None:
     assert 2 * smaller == estimate(recipe, zero2, ranks).part("block inputs").device
 
 
+def test_adapters_are_what_trains_and_the_network_beneath_stands_still() -> None:
+    targets = "targets: [attn.qkv, mlp.fc2]"
+    recipe = load_recipe(
+        XL, ["train.init_from=weights", f"train.adapter={{rank: 8, alpha: 8.0, {targets}}}", "train.ema={}"]
+    )
+    found = estimate(recipe, engine("zero1"), Ranks(1, 1))
+    # qkv maps 1152 to 3456, fc2 3072 to 1152.
+    assert found.parameters == 28 * 8 * (1152 + 3456 + 3072 + 1152)
+    assert found.part("frozen weights").device == 4 * 864_978_080 == found.export_bytes
+    assert found.part("AdamW averages").device == 8 * found.parameters
+    assert found.checkpoint_bytes == 16 * found.parameters
+
+
 def test_the_command_says_whether_a_card_holds_the_run(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [str(XL), "--ds", str(ROOT / "ds_configs" / "zero2_offload.json"), "--gpus", "1"]
     small = ["data.tokens_per_pack=8192", "--card-gib", "24"]

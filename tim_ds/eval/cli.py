@@ -12,6 +12,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.handwriting_words import NewName
 from tim_ds.errors import RequestError, TimError
 from tim_ds.eval import nfe, report, words
+from tim_ds.eval.benchmark_cli import BENCHMARKS
 from tim_ds.pipeline import refuse_unwritable
 
 
@@ -102,9 +103,22 @@ def _words(options: argparse.Namespace) -> None:
 class _Evaluation(NamedTuple):
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], None]
+    example: str
 
 
-EVALUATIONS = {"nfe": _Evaluation(_add_nfe, _nfe), "words": _Evaluation(_add_words, _words)}
+EVALUATIONS = {
+    "nfe": _Evaluation(
+        _add_nfe,
+        _nfe,
+        "runs/handwriting_tim/export --data runs/handwriting --out runs/handwriting_nfe",
+    ),
+    "words": _Evaluation(
+        _add_words,
+        _words,
+        "runs/handwriting_tim/export runs/renamed/export --rename five=quint --data runs/handwriting",
+    ),
+    **{name: _Evaluation(*benchmark) for name, benchmark in BENCHMARKS.items()},
+}
 """The subcommands."""
 
 
@@ -114,7 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="evaluation", required=True, metavar="EVALUATION")
     for name, evaluation in EVALUATIONS.items():
         summary = evaluation.run.__doc__
-        evaluation.add_arguments(commands.add_parser(name, help=summary, description=summary))
+        example = f"example: python launch/evaluate.py {name} {evaluation.example}"
+        evaluation.add_arguments(commands.add_parser(name, help=summary, description=summary, epilog=example))
     options = parser.parse_args(arguments)
     try:
         EVALUATIONS[options.evaluation].run(options)

@@ -250,6 +250,9 @@ class TrainConfig:
     ema: EmaConfig = field(default_factory=EmaConfig)
     activation_checkpointing: bool = False
     log_every: int = 10
+    peak_tflops: float | None = None
+    """Peak of one device in dense TFLOP/s at this precision, for the model's utilisation; null: known by the
+    device's name, and where it is not, no utilisation is given."""
     max_skipped_steps: int = 10
     """Consecutive non-finite steps after which the run ends, with a checkpoint."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -263,6 +266,8 @@ class TrainConfig:
             raise ConfigError(
                 "train.init_from: required with train.adapter: adapters change weights that are trained"
             )
+        if self.peak_tflops is not None and self.peak_tflops <= 0:
+            raise ConfigError(f"train.peak_tflops: expected null or above 0, received {self.peak_tflops}")
         if self.seed < 0:
             raise ConfigError(f"train.seed: expected 0 or more, received {self.seed}")
         if len(self.preview.prompts) != len(self.preview.sizes):

@@ -43,6 +43,8 @@ class StepInputs:
     epoch: int
     step: int
     features_TZ: Tensor | None = None
+    num_replaced: int = 0
+    """Images that stand in for damaged samples."""
 
     @property
     def num_images(self) -> int:
@@ -113,6 +115,7 @@ class Prepare:
             epoch=batch.epoch,
             step=batch.step,
             features_TZ=batch.features_TZ,
+            num_replaced=batch.num_replaced,
         )
 
     def _times(self, batch: PackedBatch) -> Times:

@@ -163,12 +163,13 @@ def estimate(
         engine_config, recipe.train, packs_per_step=recipe.data.packs_per_step, world_size=world.size
     )
     network = meta_network(recipe.model)
-    sizes = [parameter.numel() for parameter in network.parameters()]
+    sizes = trained_sizes(recipe, network)
+    frozen = _numel(network) if recipe.train.adapter is not None else 0
     split = _Split.of(recipe, engine_config, world, sizes)
     pack = _Pack.of(recipe, image_tokens)
     copies = average_copies(recipe)
     parts = [
-        *_states(recipe, split, copies),
+        *_states(recipe, split, copies, frozen, world),
         *_buffers(recipe, engine_config, world, split, network),
         *_activations(recipe, pack, network),
         *_others(recipe, pack, split, encoder_bytes, copies),
@@ -179,8 +180,21 @@ def estimate(
         parameters=total,
         parts=tuple(part for part in parts if part.device or part.host),
         checkpoint_bytes=_FLOAT32 * total * (1 + len(STATE_KEYS) + copies),
-        export_bytes=_FLOAT32 * total,
+        export_bytes=_FLOAT32 * (frozen or total),
     )
+
+
+def trained_sizes(recipe: Recipe, network: TiM) -> list[int]:
+    """Elements of every trained parameter: of the network, or of the adapters on it."""
+    adapter = recipe.train.adapter
+    if adapter is None:
+        return [parameter.numel() for parameter in network.parameters()]
+    return [
+        adapter.rank * features
+        for block in network.blocks
+        for target in adapter.targets
+        for features in reversed(block.get_submodule(target).weight.shape)  # type: ignore[union-attr]
+    ]
 
 
 def average_copies(recipe: Recipe) -> int:
@@ -235,7 +249,7 @@ def _placed(name: str, size: int, on_host: bool, note: str, spread: float = 0.0)
     return Part(name, 0 if on_host else size, size if on_host else 0, note, spread)
 
 
-def _states(recipe: Recipe, split: _Split, copies: int) -> Iterator[Part]:
+def _states(recipe: Recipe, split: _Split, copies: int, frozen: int, world: Ranks) -> Iterator[Part]:
     shared = f"split, stage {split.stage}" if split.stage else "whole on every rank"
     held = split.own if split.stage == 3 else split.whole
     yield _placed(
@@ -244,6 +258,11 @@ def _states(recipe: Recipe, split: _Split, copies: int) -> Iterator[Part]:
         split.weights_on_host,
         f"{8 * split.weight_bytes} bits, {shared if split.stage == 3 else 'whole on every rank'}",
     )
+    rest = math.ceil(frozen / world.size) if split.stage == 3 else frozen
+    if rest:
+        yield _placed(
+            "frozen weights", split.weight_bytes * rest, split.weights_on_host, "beneath the adapters"
+        )
     if split.stage:
         # Of float32 weights too: DeepSpeed compares a device with its name, and copies (0.19.8, measured).
         yield _placed("float32 masters", _FLOAT32 * split.own, split.optimizer_on_host, shared)
@@ -264,7 +283,10 @@ def _states(recipe: Recipe, split: _Split, copies: int) -> Iterator[Part]:
         yield _placed("gradients for the step", _FLOAT32 * split.own, split.optimizer_on_host, shared)
     if recipe.objective.guided_target is not None:
         yield _placed(
-            "teacher", split.weight_bytes * held, split.weights_on_host, "frozen, follows the average"
+            "teacher",
+            split.weight_bytes * (held + rest),
+            split.weights_on_host,
+            "frozen, follows the average",
         )
 
 

@@ -68,7 +68,7 @@ def write_rank_file(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
         file.write(head)
         for value in tensors.values():
             # Both calls leave Python's lock to others.
-            content = memoryview(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+            content = memoryview(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
             for start in range(0, len(content), BLOCK_BYTES):
                 block = content[start : start + BLOCK_BYTES]
                 checksum = zlib.crc32(block, checksum)

@@ -47,6 +47,7 @@ from tim_ds.trainer.checkpoint import (
     free_bytes,
     write_flushed,
 )
+from tim_ds.trainer.config import TrainConfig
 from tim_ds.trainer.ema import Ema, piece_kind
 from tim_ds.trainer.engine import (
     STATE_KEYS,
@@ -58,12 +59,14 @@ from tim_ds.trainer.engine import (
     stop_world,
     zero_stage,
 )
-from tim_ds.trainer.initial import InitialWeights, check_initial, read_initial, values_from
+from tim_ds.trainer.flops import flops_of, peak_flops
+from tim_ds.trainer.initial import InitialWeights, check_initial, read_initial, values_of
 from tim_ds.trainer.inputs import Prepare
 from tim_ds.trainer.loop import Loop, Progress
 from tim_ds.trainer.lora import adapter_values, add_adapters, merged, write_adapter
 from tim_ds.trainer.materialise import Split, Values, materialise
 from tim_ds.trainer.metrics import MetricsLog, Sums
+from tim_ds.trainer.phases import PhaseClock
 from tim_ds.trainer.preview import Previews, describe_export
 from tim_ds.trainer.snapshots import SNAPSHOTS, Snapshots
 from tim_ds.trainer.step import TransitionStep
@@ -93,6 +96,7 @@ MAY_CHANGE = (
     "train.init_from",
     "train.steps",
     "train.log_every",
+    "train.peak_tflops",
     "train.max_skipped_steps",
     "train.activation_checkpointing",
     "train.checkpoint",
@@ -189,11 +193,11 @@ def _run(
     encoders = world.from_main(loader.encoders if world.is_main else {})
     if checkpoint is not None:
         check_same_encoders(checkpoint.manifest.get("encoders", {}), encoders, str(checkpoint.path))
-    settings = merge_config(
+    initial = world.together(partial(_initial, recipe, checkpoint), (TimError,))
+    merged_config = merge_config(
         engine_config, config, packs_per_step=recipe.data.packs_per_step, world_size=world.size
     )
-    initial = world.together(partial(_initial, recipe, checkpoint), (TimError,))
-    split = Splitter(settings) if zero_stage(settings) == 3 else None
+    split = Splitter(merged_config) if zero_stage(merged_config) == 3 else None
     root = build_root(recipe, world.size, initial, split=split)
     # Kept by an adapter alone, which goes with these weights and no others.
     initial_digest = None if initial is None else initial.digest
@@ -203,7 +207,13 @@ def _run(
     )
     _check_room(run_dir, engine, world, len(config.ema.averages))
     ema = Ema(engine, config.ema)
-    sums = Sums(root.transport, world.device)
+    count = partial(
+        flops_of,
+        config=recipe.model,
+        objective=recipe.objective,
+        checkpointing=config.activation_checkpointing,
+    )
+    sums = Sums(root.transport, world.device, count)
     progress = Progress()
     if checkpoint is not None:
         progress = restore(checkpoint, engine, ema, sums)
@@ -217,7 +227,13 @@ def _run(
         run_dir.mkdir(parents=True, exist_ok=True)
         write_flushed(run_dir / "recipe.yaml", dump(recipe))
         write_flushed(run_dir / "engine.json", json.dumps(engine.config, indent=2) + "\n")
-        log = MetricsLog(run_dir, tokens_per_pack=recipe.data.tokens_per_pack, start_step=progress.step)
+        log = MetricsLog(
+            run_dir,
+            tokens_per_pack=recipe.data.tokens_per_pack,
+            start_step=progress.step,
+            num_devices=world.size,
+            peak_flops=device_peak(config, world),
+        )
 
     preview = None
     if config.preview.every_steps:
@@ -247,6 +263,7 @@ def _run(
             },
         )
 
+    clock, forward_phase = build_clock(recipe, root, world)
     snapshots = Snapshots(run_dir / SNAPSHOTS, world, config.ema.snapshots)
     snapshots.drop_after(progress.step)
 
@@ -265,6 +282,8 @@ def _run(
         save=save,
         settle=lambda wait: folder.settle(wait=wait),
         snapshot=snapshot,
+        clock=clock,
+        forward_phase=forward_phase,
         teacher=teacher,
         preview=preview,
         log=log,
@@ -308,20 +327,20 @@ def build_root(
     values: Values | None = None,
     split: Split | None = None,
 ) -> TransitionStep:
-    """The root module with its first weights, the same on every rank, at every stage.
+    """The root module with its first weights, the same on every rank at every stage, and adapters.
 
     Args:
-        initial: weights to start from, in place of fresh ones.
-        values: of the network's parameters by name; None: freshly initialised from the recipe's seed.
+        initial: weights to start from; None: freshly initialised from the recipe's seed.
+        values: of the network's parameters by name, in place of both.
         split: splits every parameter among the ranks as soon as it has its value.
     """
-    # For whatever asks a generator without saying so; weights and data do not.
+    # For whatever asks a generator without saying so; weights, adapters and data do not.
     torch.manual_seed(recipe.train.seed)
     with torch.device("meta"):
         network = TiM(recipe.model, checkpoint_blocks=recipe.train.activation_checkpointing)
     values = values or initial_values(network, recipe.train.seed)
     if initial is not None:
-        values = values_from(initial, network, values)
+        values = values_of(initial, network, values)
     if recipe.train.adapter is not None:
         with torch.device("meta"):
             add_adapters(network, recipe.train.adapter)
@@ -340,6 +359,27 @@ def build_root(
         world_size=world_size,
         teacher=teacher,
     )
+
+
+def build_clock(recipe: Recipe, root: TransitionStep, world: World) -> tuple[PhaseClock, str]:
+    """The clock of a run, and what the phase around the forward is called."""
+    clock = PhaseClock(world.device)
+    objective = recipe.objective
+    carried = objective.derivative == "paired" and objective.diffusion_share < 1.0
+    forward_phase = "forward_and_derivative" if carried else "forward"
+    clock.watch(root.network, "derivative", inside=forward_phase)
+    if root.teacher is not None:
+        clock.watch(root.teacher, "teacher", inside=forward_phase)
+    return clock, forward_phase
+
+
+def device_peak(config: TrainConfig, world: World) -> float | None:
+    """Peak of this rank's device in FLOP/s, where it is known."""
+    if config.peak_tflops is not None:
+        return 1e12 * config.peak_tflops
+    if world.device.type != "cuda":
+        return None
+    return peak_flops(torch.cuda.get_device_name(world.device), config.precision)
 
 
 def teacher_parameters(root: TransitionStep) -> dict[str, nn.Parameter]:
