@@ -15,7 +15,7 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -59,9 +59,9 @@ from tim_ds.trainer.engine import (
     stop_world,
     zero_stage,
 )
-from tim_ds.trainer.flops import flops_of, peak_flops
+from tim_ds.trainer.flops import StepFlops, flops_of, peak_flops
 from tim_ds.trainer.initial import InitialWeights, check_initial, read_initial, values_of
-from tim_ds.trainer.inputs import Prepare
+from tim_ds.trainer.inputs import Prepare, StepInputs
 from tim_ds.trainer.loop import Loop, Progress
 from tim_ds.trainer.lora import adapter_values, add_adapters, merged, write_adapter
 from tim_ds.trainer.materialise import Split, Values, materialise
@@ -207,13 +207,7 @@ def _run(
     )
     _check_room(run_dir, engine, world, len(config.ema.averages))
     ema = Ema(engine, config.ema)
-    count = partial(
-        flops_of,
-        config=recipe.model,
-        objective=recipe.objective,
-        checkpointing=config.activation_checkpointing,
-    )
-    sums = Sums(root.transport, world.device, count)
+    sums = Sums(root.transport, world.device, build_count(recipe))
     progress = Progress()
     if checkpoint is not None:
         progress = restore(checkpoint, engine, ema, sums)
@@ -264,6 +258,7 @@ def _run(
         )
 
     clock, forward_phase = build_clock(recipe, root, world)
+    loader.watch_encoders(partial(clock.phase, "encoders"))
     snapshots = Snapshots(run_dir / SNAPSHOTS, world, config.ema.snapshots)
     snapshots.drop_after(progress.step)
 
@@ -371,6 +366,18 @@ def build_clock(recipe: Recipe, root: TransitionStep, world: World) -> tuple[Pha
     if root.teacher is not None:
         clock.watch(root.teacher, "teacher", inside=forward_phase)
     return clock, forward_phase
+
+
+def build_count(recipe: Recipe) -> Callable[[StepInputs], StepFlops] | None:
+    """Counts the operations of a micro-step; None for adapters: frozen weights have another backward."""
+    if recipe.train.adapter is not None:
+        return None
+    return partial(
+        flops_of,
+        config=recipe.model,
+        objective=recipe.objective,
+        checkpointing=recipe.train.activation_checkpointing,
+    )
 
 
 def device_peak(config: TrainConfig, world: World) -> float | None:
