@@ -45,7 +45,7 @@ def main() -> None:
         folder.settle(wait=True)
         written = time.perf_counter() - start
         print(
-            f"save {step}: the step waits {held:.2f} s ({busy:.2f} s of its core); on the disk after {written:.2f} s"
+            f"save {step}: the step waits {held:.2f} s ({busy:.2f} s of its core), the disk {written:.2f} s"
         )
     start = time.perf_counter()
     found = folder.newest()
