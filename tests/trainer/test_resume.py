@@ -80,19 +80,27 @@ KILLS = 20
 
 @pytest.mark.slow
 def test_killed_at_twenty_random_moments_a_run_ends_equal_to_the_bit(tmp_path: Path, shards: Path) -> None:
-    settings = ("train.steps=60", "train.log_every=7", "train.checkpoint.every_steps=2")
+    settings = ("train.steps=40", "train.log_every=7", "train.checkpoint.every_steps=2")
     engine = engine_file(tmp_path, 1)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     (at_steps,) = run_ranks(
-        train_counted, math.inf, whole, engine, shards, *settings, world_size=1, out=tmp_path / "out"
+        train_counted,
+        math.inf,
+        whole,
+        engine,
+        shards,
+        *settings,
+        world_size=1,
+        out=tmp_path / "out",
+        timeout_s=600,
     )
-    assert len(at_steps) == 60
-    first, a_step = at_steps[0], (at_steps[-1] - at_steps[0]) / 59
+    assert len(at_steps) == 40
+    first, a_step = at_steps[0], (at_steps[-1] - at_steps[0]) / 39
     moments = random.Random(0)
     reached, interrupted_saves = [], 0
     for number in range(KILLS):
-        # From the start of the process into its sixth step: two or three saves lie within.
-        last = moments.uniform(1, first + 6 * a_step)
+        # From the start of the process into its fifth step: two saves lie within.
+        last = moments.uniform(1, first + 5 * a_step)
         out = tmp_path / f"out{number}"
         out.mkdir()
         process = start_rank(train_counted, (last, broken, engine, shards, *settings), 0, 1, free_port(), out)
@@ -103,11 +111,11 @@ def test_killed_at_twenty_random_moments_a_run_ends_equal_to_the_bit(tmp_path: P
         reached.append(find_checkpoints(folder)[0].step if folder.is_dir() else 0)
     print(f"{KILLS} kills, newest checkpoint after each: {reached}; {interrupted_saves} saves interrupted")
     assert reached == sorted(reached), "a kill lost a checkpoint"
-    assert reached[-1] > 10 and interrupted_saves > 0
+    assert reached[-1] >= 6 and interrupted_saves > 0
     run_ranks(train_counted, math.inf, broken, engine, shards, *settings, world_size=1, out=tmp_path / "last")
     assert lines_without_clock(broken) == lines_without_clock(whole)
     assert files_of(broken / "export") == files_of(whole / "export")
-    last_one = Path("checkpoints") / "step_000000060"
+    last_one = Path("checkpoints") / "step_000000040"
     assert files_of(broken / last_one) == files_of(whole / last_one)
 
 

@@ -623,9 +623,11 @@ def _adamw(module: nn.Module, config: OptimizerConfig, *, by_deepspeed: bool) ->
     """AdamW of PyTorch, whose fused form runs on either device, or DeepSpeed's own for the host."""
     trained = [p for p in module.parameters() if p.requires_grad]
     if by_deepspeed:
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
+        from deepspeed.ops import adam
 
-        return DeepSpeedCPUAdam(
+        # Its signature lacks types, and its defaults are taken for them.
+        compiled: Any = adam.DeepSpeedCPUAdam
+        return compiled(
             trained, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
         )
     return torch.optim.AdamW(

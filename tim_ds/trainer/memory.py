@@ -332,7 +332,7 @@ def _buffers(
             )
     if recipe.train.precision == "bf16_autocast":
         cast = sum(
-            layer.weight.numel()
+            int(layer.in_features) * int(layer.out_features)  # type: ignore[arg-type]
             for layer in network.modules()
             if hasattr(layer, "in_features") and not isinstance(layer, PreciseLinear)
         )
