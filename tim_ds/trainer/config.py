@@ -59,6 +59,9 @@ class CheckpointConfig:
     """Newest complete checkpoints that are kept."""
     milestones: tuple[int, ...] = ()
     """Steps at which a checkpoint is written that is never deleted."""
+    strict: bool = False
+    """Stop when the newest checkpoint is damaged. Otherwise the run goes on from the one before it, with a
+    warning: it repeats the steps between, to the same bits, and the damaged one is kept beside."""
 
     def __post_init__(self) -> None:
         for name in ("every_steps", "keep"):

@@ -67,7 +67,9 @@ class Loop:
 
     Args:
         teacher: frozen parameters that follow the average, by the name of the trained one; may be empty.
-        save: writes a checkpoint of the given progress; called by all ranks.
+        save: begins to write a checkpoint of the given progress; called by all ranks.
+        settle: looks after a checkpoint that is being written, every step; told to wait, until it is on the
+            disk. Called by all ranks.
         snapshot: writes the averages that `post_hoc` combines; called by all ranks.
         clock: times the phases of a step; `forward_phase` is the name of the forward, with all that it holds.
         preview: samples pictures at a step; called by all ranks, while the module has the averaged weights.
@@ -82,6 +84,7 @@ class Loop:
     sums: Sums
     progress: Progress
     save: Callable[[Progress], None]
+    settle: Callable[[bool], None]
     snapshot: Callable[[Progress], None]
     teacher: dict[str, nn.Parameter]
     clock: PhaseClock
@@ -110,6 +113,7 @@ class Loop:
         with bar:
             for micro_batches in self._steps():
                 self._step(micro_batches)
+                self.settle(False)
                 step = self.progress.step
                 if step % config.log_every == 0 or step == config.steps:
                     self._report(bar)
@@ -124,8 +128,10 @@ class Loop:
                     with self.clock.phase("save"):
                         self.save(self.progress)
                 if exhausted:
+                    self.settle(True)
                     self._give_up()
                 bar.update()
+        self.settle(True)
         return self.progress
 
     def _steps(self) -> Iterator[Sequence[StepInputs]]:
