@@ -69,7 +69,8 @@ class Loop:
         teacher: frozen parameters that follow the average, by the name of the trained one; may be empty.
         save: writes a checkpoint of the given progress; called by all ranks.
         snapshot: writes the averages that `post_hoc` combines; called by all ranks.
-        preview: samples pictures at a step; called by all ranks, while the module has the averaged weights.
+        preview, evaluate: sample pictures at a step; called by all ranks, while the module has the averaged
+            weights.
         log: on rank 0.
     """
 
@@ -84,6 +85,7 @@ class Loop:
     snapshot: Callable[[Progress], None]
     teacher: dict[str, nn.Parameter]
     preview: Callable[[int], None] | None = None
+    evaluate: Callable[[int], None] | None = None
     log: MetricsLog | None = None
     _lr: float = 0.0
     _last_refusal: str = ""
@@ -111,7 +113,9 @@ class Loop:
                 if step % config.log_every == 0 or step == config.steps:
                     self._report(bar)
                 if self.preview is not None and step % config.preview.every_steps == 0:
-                    self._preview(step)
+                    self._on_average(self.preview, step)
+                if self.evaluate is not None and step % config.evaluation.every_steps == 0:
+                    self._on_average(self.evaluate, step)
                 if self._is_snapshot_step(step):
                     self.snapshot(self.progress)
                 exhausted = self.progress.consecutive_skips >= config.max_skipped_steps
@@ -204,7 +208,6 @@ class Loop:
         applied = self.progress.applied_steps > 0
         return every > 0 and applied and (step % every == 0 or step == self.config.steps)
 
-    def _preview(self, step: int) -> None:
-        assert self.preview is not None  # the caller looked
+    def _on_average(self, action: Callable[[int], None], step: int) -> None:
         with self.ema.applied(), torch.no_grad():
-            self.preview(step)
+            action(step)

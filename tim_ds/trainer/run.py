@@ -55,6 +55,7 @@ from tim_ds.trainer.engine import (
     stop_world,
     zero_stage,
 )
+from tim_ds.trainer.evaluation import Evaluations
 from tim_ds.trainer.inputs import Prepare
 from tim_ds.trainer.loop import Loop, Progress
 from tim_ds.trainer.metrics import MetricsLog, Sums
@@ -88,6 +89,7 @@ MAY_CHANGE = (
     "train.activation_checkpointing",
     "train.checkpoint",
     "train.preview",
+    "train.evaluation",
     "train.ema.snapshots",
 )
 
@@ -203,6 +205,12 @@ def _run(
         preview = world.together(
             partial(Previews, recipe, export_now, root.network, run_dir, world, log), (TimError,)
         )
+    evaluate = None
+    if config.evaluation.every_steps:
+        export_now = describe_export(recipe, progress.step, recipe_hash(recipe))
+        evaluate = world.together(
+            partial(Evaluations, recipe, export_now, root.network, world, log), (TimError, DataError)
+        )
 
     def save(progress: Progress) -> None:
         if log is not None:
@@ -242,6 +250,7 @@ def _run(
         snapshot=snapshot,
         teacher=teacher,
         preview=preview,
+        evaluate=evaluate,
         log=log,
     )
     try:
