@@ -38,10 +38,13 @@ clean:
 
 # torch goes first, in a line of its own: that line decides between the CPU and a CUDA build. Any package that asks
 # for torch before it would fetch the default build, which is several gigabytes of CUDA libraries.
+# The metric libraries of the extra `eval` come without what they ask for: that is torchvision, whose build on PyPI
+# does not import beside a CPU torch and then breaks transformers. The tests need nothing of it.
 # An environment that was interrupted half-way has no stamp and is completed here.
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(TORCH)
 	$(BIN)/python -c "import triton" 2> /dev/null || $(BIN)/python -m pip install $(TRITON)
 	$(BIN)/python -m pip install -e ".[dev]"
+	$(BIN)/python -m pip install --no-deps "torch-fidelity>=0.4" "clean-fid>=0.1.35"
 	touch $@

@@ -19,6 +19,7 @@ class PackedBatch:
             (row in patch, col in patch, channel).
         text_LE: float32 [L, E], captions end to end (None for class data).
         labels_S: int64 [S] (None for text data).
+        features_TZ: [T, Z] of an image encoder, in its dtype (None without one).
     """
 
     latents_TC: Tensor
@@ -40,6 +41,7 @@ class PackedBatch:
     """Whether the caption or label of each image was replaced by the null one."""
     num_replaced: int = 0
     """Images that stand in for damaged samples."""
+    features_TZ: Tensor | None = None
 
     def __post_init__(self) -> None:
         tokens = sum(h * w for h, w in self.grids)
@@ -47,6 +49,8 @@ class PackedBatch:
             raise ValueError(f"grids hold {tokens} tokens, latents_TC has {self.latents_TC.shape[0]}")
         if (self.text_LE is None) == (self.labels_S is None):
             raise ValueError("a batch carries either text or labels")
+        if self.features_TZ is not None and self.features_TZ.shape[0] != tokens:
+            raise ValueError(f"grids hold {tokens} tokens, features_TZ has {self.features_TZ.shape[0]}")
         if self.text_LE is not None and self.text_LE.shape[0] != sum(self.text_lengths or ()):
             raise ValueError("text_lengths do not add up to the rows of text_LE")
         if not len(self.grids) == len(self.sample_ids) == len(self.keys) == len(self.dropped_S):
@@ -63,4 +67,5 @@ class PackedBatch:
             latents_TC=self.latents_TC.pin_memory(),
             text_LE=pinned(self.text_LE),
             labels_S=pinned(self.labels_S),
+            features_TZ=pinned(self.features_TZ),
         )

@@ -49,6 +49,29 @@ class TextEncoderConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ImageEncoderConfig:
+    """Pictures to one feature a token: the target of feature alignment (REPA)."""
+
+    kind: Literal["patches", "dino", "radio"]
+    """`dino`: DINOv2 (with or without registers) or DINOv3; `radio`: RADIO in transformers' own class;
+    `patches`: fixed random projections of the pixels around a token, without weights."""
+    path: str | None = None
+    """Folder or hub name of the weights (dino, radio)."""
+    width: int = 64
+    """patches only: width of a feature."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of the weights (dino, radio)."""
+
+    def __post_init__(self) -> None:
+        if self.kind != "patches" and not self.path:
+            raise ValueError(f"data.image_encoder.path: required for kind {self.kind}")
+        if self.kind == "patches" and self.path:
+            raise ValueError("data.image_encoder.path: kind 'patches' has no weights; remove it")
+        if self.width < 1:
+            raise ValueError(f"data.image_encoder.width: expected at least 1, received {self.width}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     shards: str
     """Folder, or URL that fsspec reads, of the tar shards and their index."""
@@ -59,6 +82,11 @@ class DataConfig:
     autoencoder: AutoencoderConfig
     text_encoder: TextEncoderConfig | None = None
     """Null for class-conditional data."""
+    image_encoder: ImageEncoderConfig | None = None
+    """Runs while training, on the pictures; `objective.repa_weight` reads its features."""
+    encode_online: bool = False
+    """Whether autoencoder or text encoder run while training: true for shards that hold pictures, token ids
+    or captions, false for shards that hold latents and states."""
     caption_dropout: float = 0.1
     """Share of images whose caption (or label) is replaced by the null one, for guidance."""
     workers: int = 0

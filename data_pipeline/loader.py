@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar, cast
@@ -23,10 +25,11 @@ from torch.utils.data import DataLoader, Dataset
 from data_pipeline.batch import PackedBatch
 from data_pipeline.config import DataConfig
 from data_pipeline.draws import generator, uniforms
+from data_pipeline.encoders.identity import latent_shape
 from data_pipeline.errors import DataError
 from data_pipeline.index import Index, load_index
-from data_pipeline.online import OnlineReader
-from data_pipeline.packing import Plan
+from data_pipeline.online import FrozenEncoders, OnlineReader, RawSample
+from data_pipeline.packing import Plan, StepPlan
 from data_pipeline.reader import ShardReader, StoredSample, image_tokens
 from data_pipeline.schema import MANIFEST_NAME, NULL_NAME, check_states
 from data_pipeline.storage import open_storage
@@ -98,6 +101,17 @@ class _Item(NamedTuple):
     """Returned, not raised: so it arrives as it is, not wrapped in a worker's traceback."""
 
 
+@dataclass(frozen=True, eq=False)
+class _Unencoded:
+    """A pack as a worker read it, before the frozen encoders of the training process."""
+
+    planned: StepPlan
+    step: int
+    planned_ids: tuple[int, ...]
+    chosen: tuple[int, ...]
+    samples: list[RawSample]
+
+
 class StepLoader(Generic[T]):
     """Iterates over optimiser steps: each item is the list of this rank's micro-batches, in order.
 
@@ -109,6 +123,8 @@ class StepLoader(Generic[T]):
         self, packs: _Packs[T], *, start_step: int, num_steps: int, workers: int, packs_per_rank: int
     ) -> None:
         self._packs = packs
+        # Workers read; encoding is left to this process. Without workers all of it happens here anyway.
+        self._read_packs = packs.without_encoders() if workers else packs
         self.start_step = start_step
         self.num_steps = num_steps
         self._workers = workers
@@ -122,6 +138,11 @@ class StepLoader(Generic[T]):
     @property
     def index(self) -> Index:
         return self._packs.index
+
+    @property
+    def encoders(self) -> dict[str, dict[str, Any]]:
+        """Kind, path and revision of the frozen encoders that run while training; empty without any."""
+        return self._packs.encoders.describe() if self._packs.encoders is not None else {}
 
     @property
     def steps_per_epoch(self) -> int:
@@ -142,7 +163,7 @@ class StepLoader(Generic[T]):
         # Its own generator: the loader must not advance the global one of a training process.
         source: Iterator[_Item] = iter(
             DataLoader(
-                self._packs,
+                self._read_packs,
                 batch_size=None,
                 sampler=items,
                 num_workers=self._workers,
@@ -159,11 +180,14 @@ class StepLoader(Generic[T]):
             del source
 
     def _take(self, item: _Item) -> T:
-        """The micro-batch of an item, its damage counted and logged.
+        """The micro-batch of an item, encoded if a worker left that to do, its damage counted and logged.
 
         Raises:
             DataError: that of the item, or if this rank has met too much damage.
         """
+        if isinstance(item.value, _Unencoded):
+            encoded = self._packs.encoded(item.value)
+            item = encoded._replace(damaged=(*item.damaged, *encoded.damaged))
         self._damage.num_read += item.num_images
         for sample_id, message in item.damaged:
             if sample_id not in self._damage:
@@ -190,9 +214,11 @@ class _Packs(Dataset["_Item"], Generic[T]):
         null_states: Tensor | None,
         cache_bytes: int,
         finish: Callable[[PackedBatch], T] | None,
-        reader: ShardReader | None = None,
+        encoders: FrozenEncoders | None = None,
+        pixel_channels: int = 3,
     ) -> None:
         self.index = index
+        self.encoders = encoders
         self.plan = plan
         self.rank = rank
         self._patch_size = patch_size
@@ -201,11 +227,21 @@ class _Packs(Dataset["_Item"], Generic[T]):
         self._caption_dropout = caption_dropout
         self._null_states = null_states
         self._finish = finish
-        self._reader = reader or ShardReader(index)
+        self._is_encoded = encoders is None
+        self._reader = ShardReader(index) if encoders is None else OnlineReader(index, pixel_channels)
         self._cache: dict[int, StoredSample] = {}
         self._cache_room = cache_bytes
         self._damage = _Damage(f"a process of rank {rank}")
         self._news: list[tuple[int, str]] = []
+
+    def without_encoders(self) -> _Packs[T]:
+        """What workers are given: it reads everything and encodes nothing. Itself without encoders."""
+        if self.encoders is None:
+            return self
+        reading = copy(self)
+        reading.encoders, reading._finish = None, None
+        reading._cache, reading._damage, reading._news = {}, _Damage(f"a process of rank {self.rank}"), []
+        return reading
 
     def __getitem__(self, number: int) -> _Item:
         step, position = divmod(number, self.plan.packs_per_step // self._world_size)
@@ -215,16 +251,42 @@ class _Packs(Dataset["_Item"], Generic[T]):
             samples, chosen = self._load(sample_ids, planned.epoch)
         except DataError as error:
             return _Item(None, len(sample_ids), self._take_news(), error)
-        batch = self._assemble(
-            chosen,
-            samples,
-            epoch=planned.epoch,
-            step=step,
-            images_in_step=planned.num_images,
-            num_replaced=sum(a != b for a, b in zip(sample_ids, chosen, strict=True)),
-        )
-        value = self._finish(batch) if self._finish is not None else batch
-        return _Item(value, len(sample_ids), self._take_news(), None)
+        return self._item(planned, step, sample_ids, chosen, samples)
+
+    def encoded(self, pack: _Unencoded) -> _Item:
+        """The pack that a worker read, encoded here."""
+        raw = dict(zip(pack.chosen, pack.samples, strict=True))
+        try:
+            samples, chosen = self._load(pack.chosen, pack.planned.epoch, raw)
+        except DataError as error:
+            return _Item(None, len(pack.chosen), self._take_news(), error)
+        item = self._item(pack.planned, pack.step, pack.planned_ids, chosen, samples)
+        pin = getattr(item.value, "pin_memory", None)
+        return item._replace(value=pin()) if pin is not None and torch.cuda.is_available() else item
+
+    def _item(
+        self,
+        planned: StepPlan,
+        step: int,
+        planned_ids: tuple[int, ...],
+        chosen: tuple[int, ...],
+        samples: list[Any],
+    ) -> _Item:
+        value: Any
+        if not self._is_encoded and self.encoders is None:
+            value = _Unencoded(planned, step, planned_ids, chosen, samples)
+        else:
+            value = self._assemble(
+                chosen,
+                samples,
+                epoch=planned.epoch,
+                step=step,
+                images_in_step=planned.num_images,
+                num_replaced=sum(a != b for a, b in zip(planned_ids, chosen, strict=True)),
+            )
+            if self._finish is not None:
+                value = self._finish(value)
+        return _Item(value, len(planned_ids), self._take_news(), None)
 
     def _take_news(self) -> tuple[tuple[int, str], ...]:
         news, self._news = tuple(self._news), []
@@ -254,8 +316,9 @@ class _Packs(Dataset["_Item"], Generic[T]):
             stored = self.index.columns["label"][ids].astype(np.int64)
             labels = torch.from_numpy(np.where(dropped, self.index.num_classes, stored))
         grids = tuple(self.index.grid(i, self._patch_size) for i in sample_ids)
+        flips = self._draw("flip", epoch, ids)
         return PackedBatch(
-            latents_TC=self._tokens(samples, grids, self._draw("flip", epoch, ids)),
+            latents_TC=self._tokens(samples, grids, flips),
             grids=grids,
             text_LE=None if texts is None else torch.cat(texts).to(torch.float32),
             text_lengths=None if texts is None else tuple(text.shape[0] for text in texts),
@@ -267,6 +330,7 @@ class _Packs(Dataset["_Item"], Generic[T]):
             images_in_step=images_in_step,
             dropped_S=tuple(dropped.tolist()),
             num_replaced=num_replaced,
+            features_TZ=_features(samples, flips),
         )
 
     def _draw(self, stream: str, epoch: int, ids: np.ndarray) -> np.ndarray:
@@ -283,13 +347,15 @@ class _Packs(Dataset["_Item"], Generic[T]):
             place.copy_(image_tokens(latent, self._patch_size))
         return tokens
 
-    def _load(self, sample_ids: tuple[int, ...], epoch: int) -> tuple[list[StoredSample], tuple[int, ...]]:
-        """The samples, damaged ones replaced, and the ids of what was loaded."""
-        found = self._read(sample_ids)
+    def _load(
+        self, sample_ids: tuple[int, ...], epoch: int, raw: Mapping[int, RawSample] | None = None
+    ) -> tuple[list[Any], tuple[int, ...]]:
+        """The samples, damaged ones replaced, and the ids of what was loaded. `raw` is not read again."""
+        found = self._read(sample_ids, raw or {})
         chosen = tuple(i if i in found else self._replace(i, epoch, found) for i in sample_ids)
         return [found[i] for i in chosen], chosen
 
-    def _replace(self, sample_id: int, epoch: int, found: dict[int, StoredSample]) -> int:
+    def _replace(self, sample_id: int, epoch: int, found: dict[int, Any]) -> int:
         """A readable sample in place of a damaged one, added to `found`.
 
         Of the same size where there is one, else of the next smaller: so the pack keeps its budget, and the
@@ -305,32 +371,57 @@ class _Packs(Dataset["_Item"], Generic[T]):
                 if candidate == sample_id or tried == MAX_REPLACEMENTS:
                     continue
                 tried += 1
-                found.update(self._read((candidate,)))
+                found.update(self._read((candidate,), {}))
                 if candidate in found:
                     return candidate
         raise DataError(
             f"{self._damage[sample_id]}; none of {tried} samples of its size or smaller could replace it"
         )
 
-    def _read(self, sample_ids: tuple[int, ...]) -> dict[int, StoredSample]:
+    def _read(self, sample_ids: tuple[int, ...], raw: Mapping[int, RawSample]) -> dict[int, Any]:
         """The samples that are readable; a damaged one is counted, and not tried again.
 
         Raises:
             DataError: if this process has met too much damage.
         """
-        found = {i: self._cache[i] for i in sample_ids if i in self._cache}
+        found: dict[int, Any] = {i: self._cache[i] for i in sample_ids if i in self._cache}
         wanted = [i for i in sample_ids if i not in found and i not in self._damage]
         self._damage.num_read += len(wanted)
-        for sample_id, sample in zip(wanted, self._reader.read_all(wanted), strict=True):
+        for sample_id, sample in zip(wanted, self._read_wanted(wanted, raw), strict=True):
             if isinstance(sample, DataError):
                 self._news.append((sample_id, str(sample)))
                 self._damage.add(sample_id, str(sample))
                 continue
             found[sample_id] = sample
-            if sample.num_bytes <= self._cache_room:
+            if isinstance(sample, StoredSample) and sample.num_bytes <= self._cache_room:
                 self._cache_room -= sample.num_bytes
                 self._cache[sample_id] = sample
         return found
+
+    def _read_wanted(
+        self, wanted: Sequence[int], given: Mapping[int, RawSample]
+    ) -> Sequence[StoredSample | RawSample | DataError]:
+        if not isinstance(self._reader, OnlineReader):
+            return self._reader.read_all(wanted)
+        fresh = [i for i in wanted if i not in given]
+        read: dict[int, RawSample | DataError] = dict(given)
+        read.update(zip(fresh, self._reader.read_raw(fresh), strict=True))
+        if self.encoders is None:
+            return [read[i] for i in wanted]
+        good = {i: sample for i in wanted if isinstance(sample := read[i], RawSample)}
+        encoded = self.encoders.encode(list(good.values()), [self.index.name(i) for i in good])
+        whole = dict(zip(good, encoded, strict=True))
+        return [whole[i] if i in whole else cast(DataError, read[i]) for i in wanted]
+
+
+def _features(samples: Sequence[StoredSample], flips: np.ndarray) -> Tensor | None:
+    """Features of all tokens, of the mirror image where that is used; None without an image encoder."""
+    chosen = [
+        sample.flipped_features if sample.flipped is not None and flip < 0.5 else sample.features
+        for sample, flip in zip(samples, flips, strict=True)
+    ]
+    present = [features for features in chosen if features is not None]
+    return torch.cat(present) if present else None
 
 
 def _caption(sample: StoredSample, draw: float) -> Tensor:
@@ -392,6 +483,29 @@ def check_encoders(config: DataConfig, index: Index) -> None:
         )
 
 
+def _cache_bytes(config: DataConfig, encoders: FrozenEncoders | None) -> int:
+    if encoders is not None and config.text_encoder is not None and config.text_encoder.padding == "constant":
+        # The number of padding states is that of a batch: kept, it would depend on what was read before.
+        return 0
+    # What this process encodes is kept whoever reads it: encoding costs more than reading.
+    return CACHE_BYTES if config.workers == 0 or encoders is not None else 0
+
+
+def _check_what_is_encoded(config: DataConfig, index: Index) -> None:
+    """Raises DataError if the recipe does not say what these shards leave to do."""
+    if index.online and not config.encode_online:
+        raise DataError(
+            f"data.encode_online: false, but the shards in {config.shards} leave "
+            f"{' and '.join(index.online)} to be encoded while training; set it to true, or prepare latents "
+            f"and states"
+        )
+    if config.encode_online and not index.online:
+        raise DataError(
+            f"data.encode_online: true, but the shards in {config.shards} hold latents"
+            f"{' and states' if index.has_text else ''} already; set it to false"
+        )
+
+
 def load_null_states(folder: Path | str, width: int) -> Tensor:
     """States of the empty caption, float32 [n, E].
 
@@ -425,6 +539,7 @@ def build_loader(
     start_step: int = 0,
     num_steps: int,
     finish: Callable[[PackedBatch], T] | None = None,
+    device: torch.device | None = None,
 ) -> StepLoader[T]:
     """Loader of steps `start_step` up to `start_step + num_steps`, for one rank.
 
@@ -436,7 +551,9 @@ def build_loader(
         start_step: first optimiser step: resume is this number.
         num_steps: how many steps follow.
         finish: applied to every batch, in the worker when there are workers; then it must be picklable where
-            processes are spawned. Without it the loader yields `PackedBatch`.
+            processes are spawned. Without it the loader yields `PackedBatch`. Where encoders run while
+            training, it is applied in this process.
+        device: where encoders run, for shards that leave something to encode; the CPU by default.
 
     Raises:
         DataError: if shards, index, budget, ranks and patch size do not fit together.
@@ -458,6 +575,10 @@ def build_loader(
             f"data.text_encoder: the shards in {config.shards} hold {holds}, the recipe says {asks}"
         )
     check_encoders(config, index)
+    _check_what_is_encoded(config, index)
+    encoders = None
+    if index.online or config.image_encoder is not None:
+        encoders = FrozenEncoders(index, config, patch_size=patch_size, device=device or torch.device("cpu"))
     plan = Plan(
         index.groups(patch_size),
         tokens_per_pack=config.tokens_per_pack,
@@ -473,9 +594,10 @@ def build_loader(
         seed=seed,
         caption_dropout=config.caption_dropout,
         null_states=load_null_states(config.shards, index.text_width) if index.has_text else None,
-        cache_bytes=CACHE_BYTES if config.workers == 0 else 0,
+        cache_bytes=_cache_bytes(config, encoders),
         finish=finish,
-        reader=OnlineReader(index, config) if index.online else None,
+        encoders=encoders,
+        pixel_channels=latent_shape(config.autoencoder).pixel_channels if encoders is not None else 3,
     )
     return StepLoader(
         packs,

@@ -1,12 +1,15 @@
-"""Samples whose picture or caption is encoded while training: read, encoded, and then like any other.
+"""Samples whose picture or caption is encoded while training, and features of pictures for alignment.
 
-It costs the encoders' memory and time at every reading, in the training process, and saves the place of their
-output on disk. Small sets are encoded once: the loader keeps what it has read.
+Reading and decoding happen wherever the loader reads, in workers too: `OnlineReader`. The frozen networks
+run in the training process, on its device: `FrozenEncoders`. They belong to the loader, so neither DeepSpeed
+nor a checkpoint ever sees them. A run on shards of latents and states makes neither of the two, and loads
+neither transformers nor diffusers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +20,8 @@ from torch import Tensor
 from data_pipeline import schema
 from data_pipeline.config import DataConfig
 from data_pipeline.encoders.autoencoder import Autoencoder, build_autoencoder
+from data_pipeline.encoders.identity import latent_shape, revision, text_width
+from data_pipeline.encoders.image import ImageEncoder, build_image_encoder, feature_width
 from data_pipeline.encoders.text import TextEncoder, build_text_encoder
 from data_pipeline.errors import DataError
 from data_pipeline.index import Index
@@ -26,151 +31,257 @@ from data_pipeline.resolution import Fit
 from data_pipeline.storage import Storage
 
 BATCH_PIXELS = 1 << 22
-"""Pixels of one batch of the autoencoder: four pictures of one megapixel."""
+"""Pixels of one batch of the autoencoder or the image encoder: four pictures of one megapixel."""
 
 CAPTION_BATCH = 32
 
 
+@dataclass(frozen=True, eq=False)
+class RawSample:
+    """One sample as it was read: what is stored is decoded, what is left to encode is not encoded.
+
+    Shapes:
+        latent, flipped: [C, h, w].   pixels: uint8 [1 or 3, H, W].   each of states: [n, E].
+    """
+
+    latent: Tensor | None
+    flipped: Tensor | None
+    pixels: Tensor | None
+    """The picture, where the shards hold it and no latent."""
+    states: tuple[Tensor, ...]
+    texts: tuple[Any, ...]
+    """Token ids (int32 [n] each) or captions, where the shards hold them and no states."""
+    label: int | None
+
+
 class OnlineReader(ShardReader):
-    """A reader that encodes what it reads. Weights are loaded at the first reading, on the current device."""
+    """Reads samples whose encoding is left to `FrozenEncoders`. Workers may have it, forked or spawned."""
 
-    def __init__(self, index: Index, config: DataConfig, storage: Storage | None = None) -> None:
-        if config.workers:
-            raise DataError(
-                f"data.workers: expected 0, received {config.workers}: the shards in {config.shards} leave "
-                f"{' and '.join(index.online)} to be encoded in the training process. Prepare latents and "
-                f"states to read them with workers"
-            )
+    def __init__(self, index: Index, pixel_channels: int, storage: Storage | None = None) -> None:
         super().__init__(index, storage)
-        self._config = config
+        self._pixel_channels = pixel_channels
 
-    @cached_property
-    def _autoencoder(self) -> Autoencoder:
-        autoencoder = _placed(build_autoencoder(self._config.autoencoder))
-        if autoencoder.channels != self.index.channels:
-            raise DataError(
-                f"data.autoencoder: gives latents of {autoencoder.channels} channels, the shards in "
-                f"{self.index.folder} were prepared for {self.index.channels}"
-            )
-        return autoencoder
+    def read_raw(self, sample_ids: Sequence[int]) -> list[RawSample | DataError]:
+        """The samples, each with its checksum and shapes checked, or the error of its reading."""
+        return self._each(self._raw_or_error, sample_ids)
 
-    @cached_property
-    def _text_encoder(self) -> TextEncoder:
-        config = self._config.text_encoder
-        assert config is not None
-        encoder = _placed(build_text_encoder(config))
-        if encoder.width != self.index.text_width:
-            raise DataError(
-                f"data.text_encoder: gives states of width {encoder.width}, the shards in "
-                f"{self.index.folder} were prepared for {self.index.text_width}"
-            )
-        return encoder
+    def _raw_or_error(self, sample_id: int) -> RawSample | DataError:
+        try:
+            return self._raw(sample_id)
+        except DataError as error:
+            return error
 
-    def read(self, sample_id: int) -> StoredSample:
-        """Sample `sample_id`, encoded.
-
-        Raises:
-            DataError: naming shard and key, if anything about it is wrong.
-        """
-        found = self.read_all([sample_id])[0]
-        if isinstance(found, DataError):
-            raise found
-        return found
-
-    def read_all(self, sample_ids: Sequence[int]) -> list[StoredSample | DataError]:
-        """`read` of each sample, or the error it raised. Pictures of one size and captions share batches."""
-        found: list[StoredSample | DataError | None] = [None] * len(sample_ids)
-        latents: dict[int, Tensor] = {}
-        flipped: dict[int, Tensor] = {}
-        pixels: dict[int, Tensor] = {}
-        texts: dict[int, Sequence[Any]] = {}
-        stored: dict[int, tuple[Tensor, ...]] = {}
-        for place, sample_id in enumerate(sample_ids):
-            try:
-                span = self._span(sample_id)
-                if "picture" in self.index.online:
-                    pixels[place] = self._pixels(span, sample_id)
-                else:
-                    self._stored_latents(span, sample_id, place, latents, flipped)
-                if self.index.has_text:
-                    self._collect_text(span, sample_id, place, texts, stored)
-            except DataError as error:
-                found[place] = error
-        good = [place for place, error in enumerate(found) if error is None]
-        latents.update(self._encode_pixels({place: pixels[place] for place in good if place in pixels}))
-        stored.update(self._encode_texts({place: texts[place] for place in good if place in texts}))
-        for place in good:
-            sample_id = sample_ids[place]
-            captions = stored.get(place, ())
-            label = None if captions else int(self.index.columns["label"][sample_id])
-            sample = StoredSample(
-                latents[place], captions[0] if captions else None, label, flipped.get(place), captions[1:]
-            )
-            tensors = (sample.latent, *captions)
-            if all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
-                found[place] = sample
-            else:
-                found[place] = DataError(f"{self.index.name(sample_id)}: the encoders give NaN or infinity")
-        return [item for item in found if item is not None]
+    def _raw(self, sample_id: int) -> RawSample:
+        columns, online = self.index.columns, self.index.online
+        span = self._span(sample_id)
+        latent = flipped = pixels = None
+        if "picture" in online:
+            pixels = self._pixels(span, sample_id)
+        else:
+            height, width = int(columns["height"][sample_id]), int(columns["width"][sample_id])
+            expected = (self.index.channels, height, width)
+            tensors = self._tensors(span, sample_id, "latent")
+            latent = self._checked(tensors, "latent", expected, sample_id)
+            flipped = self._checked(tensors, "flipped", expected, sample_id) if "flipped" in tensors else None
+        if not self.index.has_text:
+            return RawSample(latent, flipped, pixels, (), (), int(columns["label"][sample_id]))
+        where = self.index.name(sample_id)
+        data = self._member(span, sample_id, "text")
+        states: tuple[Tensor, ...] = ()
+        texts: tuple[Any, ...] = ()
+        if "ids" in online:
+            texts = schema.take_variants(schema.decode_tensors(data, where), "ids", where)
+        elif "caption" in online:
+            meta = schema.decode_meta(self._member(span, sample_id, "meta"), where)
+            texts = (schema.decode_caption(data, where), *meta.get("captions", [])[1:])
+        else:
+            states = schema.take_variants(schema.decode_tensors(data, where), "states", where)
+        return RawSample(latent, flipped, pixels, states, texts, None)
 
     def _pixels(self, span: bytes, sample_id: int) -> Tensor:
         where = self.index.name(sample_id)
         meta = schema.decode_meta(self._member(span, sample_id, "meta"), where)
         image = decode_picture(self._member(span, sample_id, "latent"), meta, where)
-        return to_pixels(image, self._autoencoder.pixel_channels)
+        return to_pixels(image, self._pixel_channels)
 
-    def _stored_latents(
-        self,
-        span: bytes,
-        sample_id: int,
-        place: int,
-        latents: dict[int, Tensor],
-        flipped: dict[int, Tensor],
-    ) -> None:
-        columns = self.index.columns
-        expected = (self.index.channels, int(columns["height"][sample_id]), int(columns["width"][sample_id]))
-        tensors = self._tensors(span, sample_id, "latent")
-        latents[place] = self._checked(tensors, "latent", expected, sample_id)
-        if "flipped" in tensors:
-            flipped[place] = self._checked(tensors, "flipped", expected, sample_id)
 
-    def _collect_text(
-        self,
-        span: bytes,
-        sample_id: int,
-        place: int,
-        texts: dict[int, Sequence[Any]],
-        stored: dict[int, tuple[Tensor, ...]],
-    ) -> None:
-        where = self.index.name(sample_id)
-        data = self._member(span, sample_id, "text")
-        if "ids" in self.index.online:
-            texts[place] = schema.take_variants(schema.decode_tensors(data, where), "ids", where)
-        elif "caption" in self.index.online:
-            meta = schema.decode_meta(self._member(span, sample_id, "meta"), where)
-            texts[place] = [schema.decode_caption(data, where), *meta.get("captions", [])[1:]]
-        else:
-            stored[place] = schema.take_variants(schema.decode_tensors(data, where), "states", where)
+class FrozenEncoders:
+    """The networks that a run uses and does not train, in the training process, each in its own dtype.
 
-    def _encode_pixels(self, pixels: dict[int, Tensor]) -> dict[int, Tensor]:
+    Weights are loaded at the first use. Pictures of one size, and captions, share batches within a call: one
+    call a pack, whose content does not depend on the number of ranks. What a batch holds alters a result by
+    rounding alone: float32 for autoencoders, bfloat16 for language models.
+
+    Args:
+        patch_size: latent cells a side of a token.
+        device: where the weights live and run.
+    Raises:
+        DataError: if an encoder does not make what the shards were planned for, or has nothing to encode.
+    """
+
+    def __init__(self, index: Index, config: DataConfig, *, patch_size: int, device: torch.device) -> None:
+        self._index = index
+        self._config = config
+        self._patch_size = patch_size
+        self._device = device
+        self._check()
+
+    def _check(self) -> None:
+        index, config = self._index, self._config
+        shape = latent_shape(config.autoencoder)
+        if shape.channels != index.channels:
+            raise DataError(
+                f"data.autoencoder: gives latents of {shape.channels} channels, the shards in "
+                f"{index.folder} were prepared for {index.channels}"
+            )
+        if "picture" in index.online:
+            reader = ShardReader(index)
+            planned = reader.read_meta(0).get("latent", {}).get("stride")
+            reader.close()
+            if planned != shape.stride:
+                raise DataError(
+                    f"data.autoencoder: a cell is {shape.stride} pixels a side, the pictures in "
+                    f"{index.folder} were prepared for {planned}; their sizes are multiples of that"
+                )
+        if self._reads_captions and config.text_encoder is not None:
+            width = text_width(config.text_encoder)
+            if width != index.text_width:
+                raise DataError(
+                    f"data.text_encoder: gives states of width {width}, the shards in "
+                    f"{index.folder} were prepared for {index.text_width}"
+                )
+        if config.image_encoder is not None:
+            feature_width(config.image_encoder)
+            if "picture" not in index.online and config.autoencoder.kind != "pixels":
+                raise DataError(
+                    f"data.image_encoder: reads pictures, the shards in {index.folder} hold latents of "
+                    f"{config.autoencoder.kind}; prepare them with --pictures png or original"
+                )
+
+    @property
+    def _reads_captions(self) -> bool:
+        return "ids" in self._index.online or "caption" in self._index.online
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """Kind, path and revision of each encoder that runs, for the record."""
+        config, parts = self._config, {}
+        if "picture" in self._index.online:
+            parts["autoencoder"] = config.autoencoder
+        if self._reads_captions:
+            parts["text_encoder"] = config.text_encoder
+        if config.image_encoder is not None:
+            parts["image_encoder"] = config.image_encoder
+        return {
+            name: {"kind": part.kind, "path": part.path, "revision": revision(part.path)}
+            for name, part in parts.items()
+            if part is not None
+        }
+
+    @cached_property
+    def _autoencoder(self) -> Autoencoder:
+        return self._placed(build_autoencoder(self._config.autoencoder))
+
+    @cached_property
+    def _text_encoder(self) -> TextEncoder:
+        config = self._config.text_encoder
+        assert config is not None  # the loader checks that text data have one
+        return self._placed(build_text_encoder(config))
+
+    @cached_property
+    def _image_encoder(self) -> ImageEncoder:
+        config = self._config.image_encoder
+        assert config is not None  # asked for only where there is one
+        return self._placed(build_image_encoder(config))
+
+    def _placed(self, encoder: Any) -> Any:
+        return encoder.to(self._device) if hasattr(encoder, "to") else encoder
+
+    def encode(self, samples: Sequence[RawSample], names: Sequence[str]) -> list[StoredSample | DataError]:
+        """The samples as a reader of latents and states would give them, with features where they are wanted.
+
+        Args:
+            names: of the samples, for messages.
+        Returns:
+            For each sample, or an error in place of one whose encoding is not finite.
+        """
+        # Nothing here reads or moves a global random state: the encoders draw nothing.
+        pictures = {n: raw.pixels for n, raw in enumerate(samples) if raw.pixels is not None}
+        latents = self._in_batches(pictures, self._latents)
+        captions = self._texts(samples)
+        features: dict[int, Tensor] = {}
+        mirrored: dict[int, Tensor] = {}
+        if self._config.image_encoder is not None:
+            features = self._features({n: raw.latent for n, raw in enumerate(samples)}, pictures)
+            mirrored = self._features({n: raw.flipped for n, raw in enumerate(samples)}, {})
+        found: list[StoredSample | DataError] = []
+        for n, raw in enumerate(samples):
+            latent = latents[n] if raw.latent is None else raw.latent
+            states = raw.states or captions.get(n, ())
+            made = [latents[n]] if n in latents else []
+            made += [*captions.get(n, ()), *(part[n] for part in (features, mirrored) if n in part)]
+            if not all(bool(torch.isfinite(tensor).all()) for tensor in made):
+                found.append(DataError(f"{names[n]}: the encoders give NaN or infinity"))
+                continue
+            found.append(
+                StoredSample(
+                    latent,
+                    states[0] if states else None,
+                    raw.label,
+                    raw.flipped,
+                    tuple(states[1:]),
+                    features.get(n),
+                    mirrored.get(n),
+                )
+            )
+        return found
+
+    def _in_batches(
+        self, pictures: dict[int, Tensor], encode: Callable[[Tensor], Tensor]
+    ) -> dict[int, Tensor]:
+        """`encode` of every uint8 [C, H, W], those of one size in common batches [B, C, H, W] of [-1, 1]."""
         by_size: dict[tuple[int, ...], list[int]] = {}
-        for place, tensor in pixels.items():
+        for place, tensor in pictures.items():
             by_size.setdefault(tuple(tensor.shape), []).append(place)
-        latents: dict[int, Tensor] = {}
+        results: dict[int, Tensor] = {}
         for (_, height, width), places in by_size.items():
             count = max(1, BATCH_PIXELS // (height * width))
             for start in range(0, len(places), count):
                 batch = places[start : start + count]
-                together = torch.stack([pixels[place] for place in batch]).to(_device())
-                encoded = self._autoencoder.encode(normalise(together)).float().cpu()
-                latents.update(zip(batch, encoded, strict=True))
-        return latents
+                together = torch.stack([pictures[place] for place in batch]).to(self._device)
+                pixels = together if together.is_floating_point() else normalise(together)
+                results.update(zip(batch, encode(pixels).cpu(), strict=True))
+        return results
 
-    def _encode_texts(self, texts: dict[int, Sequence[Any]]) -> dict[int, tuple[Tensor, ...]]:
+    def _latents(self, pixels: Tensor) -> Tensor:
+        return self._autoencoder.encode(pixels).float()
+
+    def _features(self, latents: dict[int, Tensor | None], pictures: dict[int, Tensor]) -> dict[int, Tensor]:
+        """[h * w, Z] of each picture; a latent of `pixels` is one, exactly."""
+        decoded = {
+            n: self._autoencoder.decode(latent[None].float())[0]
+            for n, latent in latents.items()
+            if latent is not None
+        }
+        unit = self._patch_size * latent_shape(self._config.autoencoder).stride
+        config = self._config.image_encoder
+        assert config is not None  # the caller looked
+
+        def encode(pixels: Tensor) -> Tensor:
+            grid = (pixels.shape[2] // unit, pixels.shape[3] // unit)
+            features = self._image_encoder.features(pixels, grid)
+            # No more digits than the weights have: they are moved and kept.
+            return (
+                features.bfloat16() if config.kind != "patches" and config.dtype == "bfloat16" else features
+            )
+
+        return self._in_batches({**decoded, **pictures}, encode)
+
+    def _texts(self, samples: Sequence[RawSample]) -> dict[int, tuple[Tensor, ...]]:
+        texts = {n: raw.texts for n, raw in enumerate(samples) if raw.texts}
         if not texts:
             return {}
         encoder: Any = self._text_encoder
-        encode = encoder.encode_ids if "ids" in self.index.online else encoder.encode
+        encode = encoder.encode_ids if "ids" in self._index.online else encoder.encode
         flat = [text for captions in texts.values() for text in captions]
         order = sorted(range(len(flat)), key=lambda n: (len(flat[n]), n))
         states: dict[int, Tensor] = {}
@@ -179,14 +290,6 @@ class OnlineReader(ShardReader):
             states.update(zip(batch, encode([flat[n] for n in batch]), strict=True))
         numbers = iter(range(len(flat)))
         return {place: tuple(states[next(numbers)] for _ in captions) for place, captions in texts.items()}
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _placed(encoder: Any) -> Any:
-    return encoder.to(_device()) if hasattr(encoder, "to") else encoder
 
 
 def decode_picture(data: bytes, meta: dict[str, Any], where: str) -> Image.Image:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -17,6 +17,8 @@ from data_pipeline import schema
 from data_pipeline.errors import DataError
 from data_pipeline.index import Index
 from data_pipeline.storage import Remote, Storage, open_storage
+
+T = TypeVar("T")
 
 REMOTE_READS = 16
 """Requests under way at once, where a read waits for a network."""
@@ -34,10 +36,21 @@ class StoredSample:
     """Latent of the mirror image, where the shards hold it."""
     more_states: tuple[Tensor, ...] = ()
     """Of further captions, where the shards hold them."""
+    features: Tensor | None = None
+    """[tokens, Z] of an image encoder that runs while training."""
+    flipped_features: Tensor | None = None
+    """The same of the mirror image."""
 
     @property
     def num_bytes(self) -> int:
-        tensors = (self.latent, self.flipped, self.states, *self.more_states)
+        tensors = (
+            self.latent,
+            self.flipped,
+            self.states,
+            *self.more_states,
+            self.features,
+            self.flipped_features,
+        )
         return sum(t.nbytes for t in tensors if t is not None)
 
 
@@ -60,10 +73,13 @@ class ShardReader:
 
     def read_all(self, sample_ids: Sequence[int]) -> list[StoredSample | DataError]:
         """`read` of each sample, or the error it raised. From a URL, several are fetched at once."""
+        return self._each(self._read_or_error, sample_ids)
+
+    def _each(self, read: Callable[[int], T], sample_ids: Sequence[int]) -> list[T]:
         if not isinstance(self._storage, Remote) or len(sample_ids) < 2:
-            return [self._read_or_error(i) for i in sample_ids]
+            return [read(i) for i in sample_ids]
         with ThreadPoolExecutor(min(REMOTE_READS, len(sample_ids))) as threads:
-            return list(threads.map(self._read_or_error, sample_ids))
+            return list(threads.map(read, sample_ids))
 
     def _read_or_error(self, sample_id: int) -> StoredSample | DataError:
         try:

@@ -70,7 +70,7 @@ def test_a_shown_command_is_taken(
     monkeypatch.setattr(sample, "_sample", understood)
     monkeypatch.setattr(compat, "import_weights", understood)
     monkeypatch.setattr(compat, "export_weights", understood)
-    for name, evaluation in list(cli.EVALUATIONS.items()):
+    for name, evaluation in cli.EVALUATIONS.items():
         monkeypatch.setitem(cli.EVALUATIONS, name, evaluation._replace(run=understood))
     words = [word.replace("RECIPE", "launch/recipes/t2i_xl.yaml") for word in words]
     if program == "tim_ds.config.check":

@@ -33,6 +33,10 @@ def refusal(*overrides: str, of=recipe) -> str:
     return str(caught.value)
 
 
+PATCHES = ("data.image_encoder={kind: patches, width: 16}",)
+ALIGNED = ("objective.repa_weight=0.5", "model.z_dim=64", "model.encoder_depth=1")
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipe_is_right_and_named_like_its_file(path: Path):
     assert load_recipe(path).name == path.stem
@@ -121,7 +125,23 @@ def test_the_two_handwriting_recipes_train_the_same_network_on_the_same_data_and
         (["objective.repa_weight=0.5"], "model.z_dim: required when objective.repa_weight is above 0"),
         (
             ["objective.repa_weight=0.5", "model.z_dim=8", "model.encoder_depth=1"],
-            "objective.repa_weight: no image encoder can be configured yet",
+            "data.image_encoder: required when objective.repa_weight is above 0",
+        ),
+        (
+            ["data.image_encoder={kind: patches, width: 8}"],
+            "data.image_encoder: objective.repa_weight is 0, so nothing reads its features",
+        ),
+        (
+            ["objective.repa_weight=0.5", "model.z_dim=8", "model.encoder_depth=1", *PATCHES],
+            "model.z_dim: expected 16, the width of data.image_encoder, received 8",
+        ),
+        (
+            ["data.image_encoder={kind: dino, path: x, width: 8}", *ALIGNED],
+            "data.image_encoder.width: belongs to kind 'patches', not to dino",
+        ),
+        (
+            ["data.image_encoder={kind: patches, dtype: float32}", *ALIGNED],
+            "data.image_encoder.dtype: kind 'patches' has no weights",
         ),
         (
             ["objective.guided_target={start: 2, end: 3}"],

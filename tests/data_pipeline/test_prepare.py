@@ -1,6 +1,5 @@
 """From every kind of source to shards that the loader reads; killed, resumed, spread over processes."""
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -64,6 +63,7 @@ def load_all(out: Path, autoencoder: AutoencoderConfig, text: TextEncoderConfig 
         autoencoder=autoencoder,
         text_encoder=text,
         caption_dropout=0.0,
+        encode_online=bool(load_index(out).online),
     )
     probe = build_loader(config, patch_size=1, num_steps=0)
     steps = build_loader(config, patch_size=1, num_steps=probe.steps_per_epoch)
@@ -602,6 +602,7 @@ def loaded(out: Path, text: TextEncoderConfig | None = None) -> dict[int, tuple[
         autoencoder=AutoencoderConfig(kind="pixels", factor=4),
         text_encoder=text or TextEncoderConfig(kind="words", width=8),
         caption_dropout=0.0,
+        encode_online=bool(load_index(out).online),
     )
     probe = build_loader(config, patch_size=1, num_steps=0)
     found = {}
@@ -634,23 +635,6 @@ def test_ids_and_captions_are_encoded_to_the_states_of_a_direct_preparation(form
         assert report["text_tokens"] == int(index.columns["text_length"].sum())
         # Ids are smaller than states by the width; the report says by how much.
         assert "as 16-bit states" in capsys.readouterr().out
-
-
-def test_what_is_encoded_while_training_needs_the_right_encoder_and_no_workers(models, tmp_path):
-    source = source_folders.folder(tmp_path / "source", 6)
-    options = ["--autoencoder", "pixels", "--factor", "2", *WORDS, "--text", "caption", "--pictures", "png"]
-    assert run(source, tmp_path / "out", *options) == 0
-    assert load_index(tmp_path / "out").online == ("picture", "caption")
-    config = DataConfig(
-        shards=str(tmp_path / "out"),
-        tokens_per_pack=4096,
-        packs_per_step=1,
-        autoencoder=AutoencoderConfig(kind="pixels", factor=2),
-        text_encoder=TextEncoderConfig(kind="words", width=8),
-    )
-    assert len(list(build_loader(config, patch_size=1, num_steps=2))) == 2
-    with pytest.raises(DataError, match=r"data\.workers: expected 0, received 2.*picture and caption"):
-        build_loader(dataclasses.replace(config, workers=2), patch_size=1, num_steps=1)
 
 
 def test_shards_that_differ_in_what_is_still_to_be_encoded_are_refused(tmp_path):

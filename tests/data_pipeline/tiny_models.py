@@ -94,3 +94,27 @@ def save_t5(folder: Path) -> None:
     config.decoder_start_token_id = 0
     T5ForConditionalGeneration(config).save_pretrained(folder)
     save_tokenizer(folder, "$A <eos>")
+
+
+def save_vision(folder: Path) -> None:
+    """Vision transformers of width 16 and patches of 4 pixels: `dinov2`, `dinov3` and `radio`."""
+    from transformers import (
+        Dinov2Config,
+        Dinov2Model,
+        DINOv3ViTConfig,
+        DINOv3ViTModel,
+        RadioConfig,
+        RadioModel,
+    )
+
+    torch.manual_seed(0)
+    common: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "patch_size": 4,
+        "image_size": 32,
+    }
+    Dinov2Model(Dinov2Config(**common, mlp_ratio=2)).save_pretrained(folder / "dinov2")
+    DINOv3ViTModel(DINOv3ViTConfig(**common, intermediate_size=32)).save_pretrained(folder / "dinov3")
+    RadioModel(RadioConfig(**common, mlp_ratio=2.0, max_img_size=64)).save_pretrained(folder / "radio")

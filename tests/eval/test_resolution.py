@@ -13,9 +13,11 @@ from PIL import Image
 
 from data_pipeline.handwriting import Settings as DataSettings
 from data_pipeline.handwriting import build, parse
+from tests.eval.tiny_scorers import save_clip
 from tests.networks import export_of, write_tiny_export
 from tim_ds.errors import RequestError
 from tim_ds.eval import cli, resolution
+from tim_ds.eval.clip import Clip
 from tim_ds.pipeline import TiMPipeline, read_settings
 
 
@@ -123,6 +125,19 @@ class TestPrompts:
             assert len(means) == 2 and row["scores"]["brightness"] == pytest.approx(np.mean(means))
         assert "brightness" in (out / "table.md").read_text() and (out / "resolution.png").exists()
 
+    def test_the_clip_score_is_the_mean_cosine(self, tmp_path: Path) -> None:
+        folder = save_clip(tmp_path / "clip")
+        scorer = resolution.load_scorer(f"clip={folder}", "cpu")
+        rng = np.random.default_rng(0)
+        pictures = [rng.integers(0, 256, (32, 48, c), dtype=np.uint8) for c in (3, 1)]
+        clip = Clip.from_pretrained(str(folder))
+        images = [Image.fromarray(np.repeat(p, 3, axis=2) if p.shape[2] == 1 else p) for p in pictures]
+        cosines = (clip.encode_pictures(images) * clip.encode_captions(["a three", "a one"])).sum(dim=1)
+        found = scorer.score(["a three", "a one"], pictures)["clip_score"]
+        # Captions of one call are padded together: float32.
+        assert found == pytest.approx(100 * float(cosines.mean()), abs=1e-3)
+        assert scorer.identity()["weights"] == str(folder)
+
     def test_without_a_scorer_time_and_memory_are_measured(
         self, export: Path, prompts: Path, tmp_path: Path
     ) -> None:
@@ -148,7 +163,7 @@ class TestPrompts:
             (["--sizes", "4000000x4000000"], "squares fit up to"),
             (
                 ["--sizes", "8x8", "--scorer", "no.such:thing"],
-                "--scorer no.such:thing: expected package.module",
+                "--scorer no.such:thing: expected clip=FOLDER",
             ),
             (["--sizes", "8x8", "--steps", "4,4"], "--steps: expected different numbers"),
         ],

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 import tim_kernels
 from tests.model.networks import class_config, random_network, random_pack, text_config
+from tim_ds.model.ops import transition_loss_terms
+from tim_ds.objective.config import ObjectiveConfig, WeightConfig
+from tim_ds.objective.loss import LossTerms, transition_loss
+from tim_ds.objective.time_sampling import Times
+from tim_ds.objective.transport import OTFM
 
 SEAM_OPS = ("modulated_layer_norm", "gated_residual", "qk_norm_rope", "swiglu")
 
@@ -32,14 +39,16 @@ def _run(config, path: str, device: torch.device) -> tuple[torch.Tensor, dict[st
 
 
 @pytest.mark.parametrize(
-    "config", [text_config(depth=2), class_config(depth=2, hidden_size=40)], ids=["text", "class"]
+    "config",
+    [text_config(depth=1, encoder_depth=1), class_config(depth=1, encoder_depth=1, hidden_size=40)],
+    ids=["text", "class"],
 )
 def test_network_on_kernels_equals_the_network_on_their_definitions(config, device):
     value, gradients = _run(config, "triton", device)
     value_twin, gradients_twin = _run(config, "torch", device)
     # float32; the kernels sum rows and segments in another order.
     assert (value - value_twin).abs().max() < 1e-5 * value_twin.abs().max()
-    assert gradients.keys() == gradients_twin.keys() and len(gradients) > 30
+    assert gradients.keys() == gradients_twin.keys() and len(gradients) > 25
     for name, gradient in gradients.items():
         scale = gradients_twin[name].abs().max()
         # k_norm's bias shifts all logits of a query alike: its gradient is zero but for rounding.
@@ -53,3 +62,44 @@ def test_on_the_cpu_the_definitions_run_unless_the_kernels_are_asked_for():
     with torch.no_grad():
         random_network(config, dtype=torch.float32)(*random_pack(config, dtype=torch.float32))
     assert _taken() == _expected("torch")
+
+
+@pytest.mark.parametrize("path", ["triton", "torch"])
+@pytest.mark.parametrize("derivative", ["paired", "dde"])
+@pytest.mark.parametrize("directional", [True, False], ids=["dir", "nodir"])
+@pytest.mark.parametrize("adaptive", [True, False], ids=["adaptive", "plain"])
+def test_the_loss_op_gives_the_objectives_own_terms_and_gradient(
+    path, derivative, directional, adaptive, device
+):
+    """Every weight acts on the terms of an image, so none is beyond the op."""
+    config = class_config(depth=1, encoder_depth=1)
+    network = random_network(config, dtype=torch.float32).to(device)
+    x, t, r, segments, condition = random_pack(config, dtype=torch.float32)
+    x, segments, condition = x.to(device), segments.to(device), condition.to(device)
+    times = Times.from_tensors(OTFM(), t, torch.where(torch.arange(5) % 2 == 0, r, t)).to(device)
+    objective = ObjectiveConfig(
+        derivative=derivative, directional=directional, weight=WeightConfig(adaptive=adaptive)
+    )
+
+    def run(**given: Any) -> tuple[LossTerms, torch.Tensor]:
+        z = torch.randn(x.shape, generator=torch.Generator().manual_seed(3)).to(device)
+        network.zero_grad()
+        terms = transition_loss(
+            network, OTFM(), objective, x, z, times, segments, condition,
+            latent_channels=config.in_channels, **given,
+        )  # fmt: skip
+        terms.total_S.sum().backward()
+        gradient = network.final_layer.linear.weight.grad
+        assert gradient is not None
+        return LossTerms(*(term.detach() for term in terms)), gradient
+
+    with tim_kernels.use_path("torch"):
+        expected, expected_gradient = run()
+        with tim_kernels.use_path(path, "transition_loss"):
+            received, gradient = run(terms_of_images=transition_loss_terms)
+    assert tim_kernels.path_taken("transition_loss") == path
+    # float32 means of some hundred numbers, summed in another order.
+    for name, value in received._asdict().items():
+        torch.testing.assert_close(value, getattr(expected, name), rtol=2e-6, atol=1e-7, msg=name)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-6)
+    assert bool(received.directional_S.any()) == directional

@@ -180,15 +180,12 @@ def test_the_twin_is_the_objectives_target_and_loss(name, guided):
     t_T1, r_T1 = segments.expand(t_S)[:, None], segments.expand(r_S)[:, None]
     target = transport.target(x, z, t_T1, r_T1, dF_dt, diffusion_target=base if guided else None)
     denoising = segments.mean((F - target).square().mean(-1))
-    directional = segments.mean(objective_loss._cell_misalignment(F, target, 4))
-
-    coefficients = TargetCoefficients(
-        transport.alpha_hat(t_S),
-        transport.sigma_hat(t_S),
-        transport.B_over_dB(t_S, r_S),
-        transport.d_alpha_hat(t_S),
-        transport.d_sigma_hat(t_S),
+    cosine = torch.nn.functional.cosine_similarity(
+        F.reshape(9, 4, 4), target.reshape(9, 4, 4), dim=-1, eps=objective_loss.COSINE_FLOOR
     )
+    directional = segments.mean((1 - cosine).mean(-1))
+
+    coefficients = TargetCoefficients(*transport.target_coefficients(t_S, r_S))
     with use_path("torch"):
         terms = transition_loss(
             F,

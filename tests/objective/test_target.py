@@ -8,7 +8,7 @@ import torch
 from tests.objective.networks import TRANSPORTS, CarryingNetwork, SmoothNetwork, random_times
 from tim_ds.objective.config import GuidedTargetConfig, ObjectiveConfig
 from tim_ds.objective.derivative import central_difference
-from tim_ds.objective.target import output_and_target, transition_target
+from tim_ds.objective.target import output_and_parts, transition_target
 from tim_ds.objective.time_sampling import Times
 from tim_ds.packed import ClassCondition, Segments
 
@@ -24,6 +24,14 @@ def pack(r: list[float]):
     times = Times.from_tensors(transport, torch.tensor(T).double(), torch.tensor(r).double())
     x_t = transport.interpolate(x, z, segments.expand(times.t_S)[:, None])
     return transport, x, z, x_t, times, segments, ClassCondition(torch.arange(4))
+
+
+def output_and_target(network, transport, config, x, z, x_t, times, segments, condition, **extra):
+    output, parts = output_and_parts(
+        network, transport, config, x, z, x_t, times, segments, condition, **extra
+    )
+    coefficients = transport.target_coefficients(times.t_S, times.r_S).by_token(segments)
+    return output, coefficients.target(x, z, *parts)
 
 
 def test_only_segments_with_r_below_t_enter_the_derivative() -> None:

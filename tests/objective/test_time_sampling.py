@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.objective.networks import TRANSPORTS
-from tim_ds.errors import ShapeError, TimeDomainError
+from tim_ds.errors import ConfigError, ShapeError, TimeDomainError
 from tim_ds.objective.config import ObjectiveConfig
 from tim_ds.objective.time_sampling import Times, draw_times
 
@@ -53,6 +53,28 @@ def test_t_is_the_larger_and_r_the_smaller_draw() -> None:
     moving = ~torch.tensor(times.is_diffusion)
     assert 200 < moving.sum() < 300
     assert torch.equal(times.r_S[moving], both.amin(1)[moving])
+
+
+@pytest.mark.parametrize("name", ["ot_fm", "vp"])
+def test_a_diffusion_image_can_train_the_first_draw(name: str) -> None:
+    """Nothing else changes: kinds, the times of the others, and r = t."""
+    transport = TRANSPORTS[name]
+    normals, uniforms = draws(500)
+    larger, first = (
+        draw_times(transport, ObjectiveConfig(diffusion_time=which), normals, uniforms, dtype=torch.float64)
+        for which in ("larger", "first")
+    )
+    diffusion = torch.tensor(first.is_diffusion)
+    both = transport.draw_t(normals, uniforms[:, :2])
+    assert first.is_diffusion == larger.is_diffusion and first.transition_indices == larger.transition_indices
+    assert torch.equal(first.t_S[diffusion], both[diffusion, 0])
+    assert torch.equal(first.r_S[diffusion], both[diffusion, 0])
+    assert torch.equal(first.t_S[~diffusion], larger.t_S[~diffusion])
+    assert torch.equal(first.r_S[~diffusion], larger.r_S[~diffusion])
+    # About half of the first draws are the smaller ones.
+    assert 80 < (first.t_S < larger.t_S).sum() < 170
+    with pytest.raises(ConfigError, match=r"^objective\.diffusion_time: first has no effect"):
+        ObjectiveConfig(diffusion_share=0.0, diffusion_time="first")
 
 
 def test_an_image_draws_the_same_times_wherever_it_stands() -> None:

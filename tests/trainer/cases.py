@@ -18,12 +18,14 @@ from torch import Tensor
 
 from tests.trainer.plain import steps_of
 from tests.trainer.ranks import engine_file, recipe, write_data
-from tim_ds.config.recipe import Recipe
+from tim_ds.config.recipe import Recipe, recipe_hash
 from tim_ds.errors import CheckpointError, NonFiniteError, RequestError
+from tim_ds.model.export_folder import write_export
 from tim_ds.trainer.checkpoint import CheckpointFolder, Piece, find_checkpoints
 from tim_ds.trainer.ema import Ema
 from tim_ds.trainer.engine import Engine, read_engine_file, start_world, stop_world
-from tim_ds.trainer.run import UNITS, build_root, train
+from tim_ds.trainer.preview import describe_export
+from tim_ds.trainer.run import UNITS, build_root, teacher_parameters, train
 from tim_ds.trainer.step import StepOutput, TransitionStep
 from tim_ds.trainer.world import World
 
@@ -116,6 +118,61 @@ def train_every_stage(world: World, folder: Path, shards: Path, poisoned: Path) 
         file = shared_engine_file(world, folder, stage)
         train(recipe(shards, *overrides), folder / name, file, world)
     return {name: str(folder / name) for name in variants}
+
+
+ALIGNED = (
+    "objective.repa_weight=0.5",
+    "model.z_dim=8",
+    "model.encoder_depth=1",
+    "model.projector_dim=16",
+    "data.image_encoder={kind: patches, width: 8}",
+)
+ADAPTED = ("train.adapter={rank: 2, alpha: 4}",)
+
+
+def write_base(folder: Path, shards: Path, *overrides: str) -> Path:
+    """An export whose network does something: at its own initialisation every block is the identity."""
+    settings = recipe(shards, *overrides)
+    network = build_root(settings, 1).network
+    generator = torch.Generator().manual_seed(1)
+    state = {
+        name: value + 0.1 * torch.randn(value.shape, generator=generator)
+        for name, value in network.state_dict().items()
+    }
+    write_export(folder, describe_export(settings, 7, recipe_hash(settings)), state)
+    return folder
+
+
+def start_from_weights(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[str, Any]:
+    """Whole network, adapters and alignment, from the weights of an export, at several stages."""
+    base = folder / "base"
+    if world.is_main:
+        write_base(base, shards)
+    world.barrier()
+    start = f"train.init_from={base}"
+    variants: dict[str, tuple[int, tuple[str, ...]]] = {
+        "whole_2": (2, (start,)),
+        "aligned_3": (3, ALIGNED),
+        **{f"adapted_{stage}": (stage, (start, *ADAPTED)) for stage in range(3)},
+        "adapted_paired_3": (3, (start, *ADAPTED, PAIRED)),
+    }
+    for name, (stage, overrides) in variants.items():
+        train(recipe(shards, *overrides), folder / name, shared_engine_file(world, folder, stage), world)
+    # Interrupted half-way and continued at another stage.
+    first = (start, *ADAPTED, "train.steps=2")
+    train(recipe(shards, *first), folder / "continued", shared_engine_file(world, folder, 1), world)
+    rest = recipe(shards, start, *ADAPTED)
+    train(rest, folder / "continued", shared_engine_file(world, folder, 3), world)
+    if world.is_main:
+        write_base(folder / "other", shards, "train.seed=5")
+    world.barrier()
+    changed = recipe(shards, f"train.init_from={folder / 'other'}", *ADAPTED, "train.steps=5")
+    try:
+        train(changed, folder / "continued", shared_engine_file(world, folder, 1), world)
+        refusal = ""
+    except CheckpointError as error:
+        refusal = str(error)
+    return {"base": str(base), "refusal": refusal}
 
 
 def train_in_low_precision(world: World, folder: Path, shards: Path, poisoned: Path) -> None:
@@ -254,6 +311,39 @@ def watch_trace(world: World, folder: Path, shards: Path, poisoned: Path) -> dic
             watched["without_transition"] += [not batch.times.transition_indices for batch in batches]
         found[name] = watched
     return found
+
+
+def refresh_teacher(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[str, Any]:
+    """What a rank holds of the teacher under ZeRO-3 between steps, and what refreshing it sends."""
+    settings = recipe(shards, GUIDED, AVERAGES)
+    engine, ema = build(world, settings, folder, 3)
+    root: Any = engine.module
+    teacher = teacher_parameters(root)
+    sent = 0
+    for step, batches in enumerate(micro_batches(settings, world, 2), start=1):
+        take_step(engine, batches)
+        ema.update(step)
+        before = dict(GATHERS)
+        ema.write_into(teacher)
+        sent += GATHERS["elements"] - before["elements"]
+    pieces = {shard.name: shard for shard in engine.shards}
+    held: Any = {name: p.ds_tensor for name, p in teacher.items()}  # type: ignore[attr-defined]
+    return {
+        "sent": sent,
+        "whole": sum(p.numel() for p in teacher.values()),
+        "held": sum(pieces[name].numel for name in held if name in pieces),
+        "stored": sum(value.numel() for value in held.values()),
+        "parameters": sum(math.prod(shape) for shape in engine.parameter_shapes.values()),
+        "trained": sorted(set(engine.parameter_shapes) & {f"teacher.{name}" for name in teacher}),
+        "equal": all(
+            torch.equal(held[name][: piece.numel], ema.averages["main"][name])
+            for name, piece in pieces.items()
+        ),
+        "other": any(
+            not torch.equal(held[name][: piece.numel], ema.averages["fast"][name])
+            for name, piece in pieces.items()
+        ),
+    }
 
 
 def meet_poison(world: World, folder: Path, shards: Path, poisoned: Path) -> None:
@@ -425,11 +515,13 @@ CASES: dict[str, Callable[[World, Path, Path, Path], Any]] = {
         average_by_hand,
         borrow_average,
         watch_trace,
+        refresh_teacher,
         meet_poison,
         meet_poisoned_gradient,
         give_up,
         fill_the_disk,
         refuse_other_runs,
         continue_elsewhere,
+        start_from_weights,
     )
 }

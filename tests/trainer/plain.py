@@ -11,6 +11,7 @@ from data_pipeline.index import load_index
 from data_pipeline.loader import build_loader
 from tim_ds.config.recipe import Recipe
 from tim_ds.objective.loss import transition_loss
+from tim_ds.trainer.initial import read_initial
 from tim_ds.trainer.inputs import StepInputs
 from tim_ds.trainer.run import DataFacts, build_root, prepare_of
 
@@ -41,9 +42,10 @@ def steps_of(recipe: Recipe, *, rank: int = 0, world_size: int = 1, num_steps: i
 def train_plainly(recipe: Recipe) -> PlainRun:
     """Mean loss over all images, one backward, clip, AdamW, EMA. Steps that are not finite are left out."""
     config = recipe.train
-    root = build_root(recipe, world_size=1)
+    path = recipe.train.init_from
+    root = build_root(recipe, 1, None if path is None else read_initial(path))
     network, teacher = root.network, root.teacher
-    parameters = dict(network.named_parameters())
+    parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
         parameters.values(),
         lr=config.optimizer.lr,
@@ -69,6 +71,7 @@ def train_plainly(recipe: Recipe) -> PlainRun:
                 latent_channels=recipe.model.in_channels,
                 teacher=teacher,  # type: ignore[arg-type]
                 null_condition=x.null_condition,
+                features_TZ=x.features_TZ,
             )
             total = total + terms.total_S.sum()
             denoising += float(terms.denoising_S.double().sum())

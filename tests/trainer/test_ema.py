@@ -39,6 +39,18 @@ def test_sampling_from_the_average_leaves_no_trace_in_training(groups: Groups, c
         assert found[case]["masters_equal"]
 
 
+def test_a_teacher_under_zero3_is_split_and_refreshed_without_a_message(groups: Groups) -> None:
+    both = groups.results(2, "refresh_teacher")
+    for found in both:
+        # Nothing stays whole between steps; partitions are padded by less than an element a parameter.
+        assert found["whole"] == found["sent"] == 0
+        assert found["stored"] < 0.6 * found["parameters"]
+        assert found["trained"] == []
+        # It is the average in use, and no other.
+        assert found["equal"] and found["other"]
+    assert sum(found["held"] for found in both) == both[0]["parameters"]
+
+
 @pytest.mark.parametrize("stage", [1, 3])
 def test_previews_are_drawn_and_change_nothing(groups: Groups, stage: int) -> None:
     groups.results(2, "train_with_previews")

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import resource
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from tests.trainer.ranks import recipe
 from tim_ds.errors import CheckpointError
 from tim_ds.objective.loss import LossTerms
 from tim_ds.objective.transport import build_transport
+from tim_ds.trainer.flops import flops_of
 from tim_ds.trainer.metrics import METRICS_FILE, NUM_BINS, MetricsLog, Sums, read_metrics
 from tim_ds.trainer.world import World
 
@@ -51,6 +54,45 @@ def test_means_are_over_images_and_bins_hold_the_images_of_their_times(shards: P
         assert seen == len(values)
     # The next interval starts empty.
     assert sums.take(World())["denoising"] is None
+
+
+def test_replaced_images_and_operations_are_summed_over_micro_steps(shards: Path) -> None:
+    settings = recipe(shards)
+    count = partial(flops_of, config=settings.model, objective=settings.objective, checkpointing=True)
+    sums = Sums(build_transport(settings.objective.transport), DEVICE, count)
+    expected = {"model": 0, "executed": 0}
+    for i, inputs in enumerate(steps_of(settings, num_steps=1)[0]):
+        inputs = replace(inputs, num_replaced=i)
+        sums.add(inputs, terms_of(torch.rand(inputs.num_images)))
+        flops = count(inputs)
+        expected = {
+            "model": expected["model"] + flops.model,
+            "executed": expected["executed"] + flops.executed,
+        }
+    sums.end_step(applied=True, grad_norm=1.0)
+    means = sums.take(World())
+    assert means["replaced"] == 0 + 1 + 2 + 3
+    assert means["flops"] == expected and 0 < expected["model"] < expected["executed"]
+
+
+def test_utilisation_is_of_all_devices_and_left_out_where_the_peak_is_unknown(tmp_path: Path) -> None:
+    found = {}
+    for name, peak in (("known", 2e12), ("unknown", None)):
+        log = MetricsLog(tmp_path / name, tokens_per_pack=10, start_step=0, num_devices=4, peak_flops=peak)
+        means = {"images": 4, "tokens": 30, "packs": 4, "flops": {"model": 6e9, "executed": 9e9}}
+        phases = {"data_wait": {"mean": 1e-6, "max": 2e-6}}
+        log.log(1, means, lr=1e-3, applied_steps=1, skipped_steps=0, phases=phases)
+        log.close()
+        found[name] = read_metrics(tmp_path / name)[0]["speed"]
+    speed = found["known"]
+    assert speed["mfu"] == pytest.approx(6e9 / speed["seconds"] / 4 / 2e12, rel=1e-12)
+    assert speed["hfu"] == pytest.approx(1.5 * speed["mfu"], rel=1e-12)
+    assert speed["tflops_per_device"] == pytest.approx(6e-3 / speed["seconds"] / 4, rel=1e-12)
+    assert speed["phases"]["data_wait"]["max"] == 2e-6 and speed["data_wait_share"] > 0
+    assert found["unknown"]["mfu"] is None and found["unknown"]["tflops_per_device"] > 0
+    board = EventAccumulator(str(tmp_path / "known" / "tensorboard"))
+    board.Reload()
+    assert {"speed/mfu", "speed/phases/data_wait/mean"} <= set(board.Tags()["scalars"])
 
 
 def test_a_refused_step_enters_no_mean(shards: Path) -> None:
@@ -120,8 +162,8 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None
 def test_a_disk_that_refuses_is_one_clear_error_and_closing_raises_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # TensorBoard writes in a thread of its own, whose error is raised again at the next call.
-    monkeypatch.setattr("threading.excepthook", lambda args: None)
+    traces: list[object] = []
+    monkeypatch.setattr("threading.excepthook", traces.append)
     log = MetricsLog(tmp_path, tokens_per_pack=10, start_step=0)
     means = {"loss": 0.5, "images": 4, "tokens": 30, "packs": 4}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -135,5 +177,7 @@ def test_a_disk_that_refuses_is_one_clear_error_and_closing_raises_no_other(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert str(tmp_path) in str(error.value) and "run the same command again" in str(error.value)
+    # TensorBoard writes in a thread of its own; its error is ours, and its trace is not printed besides.
+    assert traces == []
     # The whole lines are read; a run that continues drops the torn one.
     assert read_metrics(tmp_path)[0]["step"] == 1

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
-from data_pipeline.config import AutoencoderConfig, DataConfig, TextEncoderConfig
+from data_pipeline.config import AutoencoderConfig, DataConfig, ImageEncoderConfig, TextEncoderConfig
 from tim_ds.config.decode import decode
 from tim_ds.config.node import from_python
 from tim_ds.errors import ConfigError
@@ -28,6 +28,7 @@ _LATENT = {"dc_ae": (32, 32), "sd_vae": (4, 8)}
 # What the sections hold when a key is left out, to tell a key that the chosen kind would ignore.
 _PIXELS = AutoencoderConfig(kind="pixels")
 _WORDS = TextEncoderConfig(kind="words")
+_PATCHES = ImageEncoderConfig(kind="patches")
 
 
 def latent_channels(autoencoder: AutoencoderConfig) -> int:
@@ -78,6 +79,7 @@ class Recipe:
             *_conditioning_problems(self),
             *_autoencoder_problems(self),
             *_objective_problems(self),
+            *_image_encoder_problems(self),
             *_sampling_problems(self),
             *_preview_problems(self),
             *_schedule_problems(self),
@@ -147,10 +149,11 @@ def _objective_problems(recipe: Recipe) -> Iterator[str]:
     if objective.repa_weight > 0:
         if recipe.model.z_dim is None:
             yield "model.z_dim: required when objective.repa_weight is above 0 (width of the features)"
-        yield (
-            "objective.repa_weight: no image encoder can be configured yet, so the term has no target; "
-            f"set it to 0, received {objective.repa_weight:g}"
-        )
+        if recipe.data.image_encoder is None:
+            yield (
+                "data.image_encoder: required when objective.repa_weight is above 0: it makes the features "
+                "that the network's are aligned with"
+            )
     # 0.1 is what a recipe that leaves the key out has.
     if objective.diffusion_share == 1.0 and objective.consistency_share not in (0.0, 0.1):
         yield (
@@ -186,6 +189,20 @@ def _objective_problems(recipe: Recipe) -> Iterator[str]:
                 "data.caption_dropout: expected above 0, because objective.guided_target reads the network "
                 "without its condition, which nothing else trains"
             )
+
+
+def _image_encoder_problems(recipe: Recipe) -> Iterator[str]:
+    encoder, z_dim = recipe.data.image_encoder, recipe.model.z_dim
+    if encoder is None:
+        return
+    if recipe.objective.repa_weight == 0:
+        yield "data.image_encoder: objective.repa_weight is 0, so nothing reads its features; remove it"
+    if encoder.kind == "patches" and z_dim is not None and z_dim != encoder.width:
+        yield f"model.z_dim: expected {encoder.width}, the width of data.image_encoder, received {z_dim}"
+    if encoder.kind != "patches" and encoder.width != _PATCHES.width:
+        yield f"data.image_encoder.width: belongs to kind 'patches', not to {encoder.kind}; remove it"
+    if encoder.kind == "patches" and encoder.dtype != _PATCHES.dtype:
+        yield "data.image_encoder.dtype: kind 'patches' has no weights; remove it"
 
 
 def _sampling_problems(recipe: Recipe) -> Iterator[str]:
@@ -234,6 +251,23 @@ def _preview_problems(recipe: Recipe) -> Iterator[str]:
 
 def _schedule_problems(recipe: Recipe) -> Iterator[str]:
     train = recipe.train
+    if train.adapter is not None:
+        if recipe.objective.repa_weight > 0:
+            yield (
+                "objective.repa_weight: aligns the network through its projector, which train.adapter "
+                f"freezes; set it to 0, received {recipe.objective.repa_weight:g}"
+            )
+        if recipe.model.z_dim is not None:
+            yield "model.z_dim: nothing trains the projector with train.adapter; set it to null"
+        if train.ema.snapshots.every_steps:
+            yield (
+                "train.ema.snapshots: hold what trains, and no export can be made of adapters alone; set "
+                f"every_steps to 0 with train.adapter, received {train.ema.snapshots.every_steps}"
+            )
+        if recipe.model.condition == "class":
+            for target in train.adapter.targets:
+                if target.startswith("cross_attn"):
+                    yield f"train.adapter.targets: a network of condition 'class' has no {target}; remove it"
     if train.optimizer.warmup_steps > train.steps:
         yield (
             f"train.optimizer.warmup_steps: expected at most train.steps {train.steps}, "

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_pipeline.errors import DataError
+from data_pipeline.handwriting_words import NewName
 from tim_ds.errors import RequestError, TimError
-from tim_ds.eval import nfe, report, resolution, resolution_report
+from tim_ds.eval import nfe, report, resolution, resolution_report, words
+from tim_ds.eval.benchmark_cli import BENCHMARKS
 from tim_ds.pipeline import refuse_unwritable
 
 
@@ -92,7 +94,7 @@ def _add_resolution(parser: argparse.ArgumentParser) -> None:
         help="--prompts-file: HEIGHTxWIDTH with commas between (default: those of the paper's Table 4)",
     )
     parser.add_argument(
-        "--scorer", help="--prompts-file: package.module:callable (default: time and memory alone)"
+        "--scorer", help="--prompts-file: clip=FOLDER, or package.module:callable (default: time and memory)"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for table, pictures and plot")
     parser.add_argument("--steps", default="4", help="step counts with commas between (default: %(default)s)")
@@ -127,14 +129,60 @@ def _resolution(options: argparse.Namespace) -> None:
         print(f"written: {path}")
 
 
+def _add_words(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("export", type=Path, nargs="+", help="export folders, such as before and after")
+    parser.add_argument("--rename", required=True, metavar="NUMERAL=WORD", help="the new word: five=quint")
+    parser.add_argument("--data", type=Path, required=True, help="handwriting data set of the first training")
+    parser.add_argument("--pictures", type=int, default=200, help="of each kind (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=4, help="sampling steps (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of prompts and noise (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
+
+
+def _words(options: argparse.Namespace) -> None:
+    """A digit's new name and the old words, on handwriting."""
+    name = NewName.parse(options.rename)
+    rows = [
+        (
+            str(export),
+            words.score(
+                export,
+                options.data,
+                name,
+                count=options.pictures,
+                num_steps=options.steps,
+                seed=options.seed,
+                device=options.device,
+            ),
+        )
+        for export in options.export
+    ]
+    print(words.table(name, rows))
+
+
 class _Evaluation(NamedTuple):
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], None]
+    example: str
 
 
 EVALUATIONS = {
-    "nfe": _Evaluation(_add_nfe, _nfe),
-    "resolution": _Evaluation(_add_resolution, _resolution),
+    "nfe": _Evaluation(
+        _add_nfe,
+        _nfe,
+        "runs/handwriting_tim/export --data runs/handwriting --out runs/handwriting_nfe",
+    ),
+    "resolution": _Evaluation(
+        _add_resolution,
+        _resolution,
+        "runs/handwriting_tim --data runs/handwriting --steps 1,4 --out runs/resolution",
+    ),
+    "words": _Evaluation(
+        _add_words,
+        _words,
+        "runs/handwriting_tim/export runs/renamed/export --rename five=quint --data runs/handwriting",
+    ),
+    **{name: _Evaluation(*benchmark) for name, benchmark in BENCHMARKS.items()},
 }
 """The subcommands."""
 
@@ -145,7 +193,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="evaluation", required=True, metavar="EVALUATION")
     for name, evaluation in EVALUATIONS.items():
         summary = evaluation.run.__doc__
-        evaluation.add_arguments(commands.add_parser(name, help=summary, description=summary))
+        example = f"example: python launch/evaluate.py {name} {evaluation.example}"
+        evaluation.add_arguments(commands.add_parser(name, help=summary, description=summary, epilog=example))
     options = parser.parse_args(arguments)
     try:
         EVALUATIONS[options.evaluation].run(options)

@@ -34,6 +34,7 @@ from tim_ds.model.blocks import TransitionBlock
 from tim_ds.model.config import ModelConfig
 from tim_ds.model.embed import PatchProjection, PreciseLinear
 from tim_ds.model.export_folder import load_network
+from tim_ds.model.ops import transition_loss_terms
 from tim_ds.model.tim import TiM
 from tim_ds.objective.config import ObjectiveConfig, TransportConfig, WeightConfig
 from tim_ds.objective.derivative import Derivative, central_difference, forward_mode, path_direction
@@ -197,6 +198,7 @@ def _step(case: Case, config: ObjectiveConfig, times: Times) -> None:
             case.segments,
             case.condition,
             latent_channels=case.network.config.in_channels,
+            terms_of_images=transition_loss_terms,
         )
         loss = terms.total_S.sum()
     loss.backward()

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from data_pipeline.draws import generator
 from data_pipeline.handwriting import CELL_PX, REFERENCE_NAME, Orientation, Prompt, caption
 from tim_ds.errors import RequestError
+from tim_ds.eval.clip import Clip
 from tim_ds.eval.draw import draw, find_finished, form_batches, picture_path
 from tim_ds.eval.handwriting import HandwritingScorer, Scores
 from tim_ds.eval.jobs import Job, read_lines
@@ -353,19 +354,44 @@ def shares(scores: Scores) -> dict[str, float | None]:
     }
 
 
+class ClipScorer:
+    """Mean cosine of pictures and their captions, times 100: the CLIP score of `mjhq`.
+
+    Args:
+        name: folder or hub id of a CLIP model.
+    """
+
+    def __init__(self, name: str, device: str) -> None:
+        self._name = name
+        self._clip = Clip.from_pretrained(name, device=device)
+
+    def identity(self) -> dict[str, Any]:
+        return {"name": "clip_score", "weights": self._name}
+
+    def score(self, captions: Sequence[str], pictures: Sequence[Picture]) -> dict[str, float | None]:
+        cosines = []
+        for text, pixels in zip(captions, pictures, strict=True):
+            image = Image.fromarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
+            vectors = self._clip.encode_pictures([image]), self._clip.encode_captions([text])
+            cosines.append(float((vectors[0] * vectors[1]).sum()))
+        return {"clip_score": 100 * sum(cosines) / len(cosines)}
+
+
 def load_scorer(name: str, device: str) -> Scorer:
-    """The scorer that `package.module:callable` gives for a device.
+    """The scorer that `package.module:callable` gives for a device, or the CLIP score with `clip=FOLDER`.
 
     Raises:
-        RequestError: if there is no such callable.
+        RequestError: if there is no such callable or no such model.
     """
+    if name.startswith("clip="):
+        return ClipScorer(name.removeprefix("clip="), device)
     module, _, attribute = name.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)(device)
     except (ImportError, AttributeError, ValueError) as error:
         raise RequestError(
-            f"--scorer {name}: expected package.module:callable that takes the device and returns a scorer "
-            f"({error})"
+            f"--scorer {name}: expected clip=FOLDER, or package.module:callable that takes the device "
+            f"and returns a scorer ({error})"
         ) from error
 
 

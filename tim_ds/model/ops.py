@@ -9,6 +9,7 @@ T image tokens, L text tokens, S segments, D model width, N heads, H head width,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -19,7 +20,7 @@ import tim_kernels
 from tim_ds.errors import ConfigError
 from tim_ds.model.rope import token_positions
 from tim_ds.packed import Segments
-from tim_kernels import AttentionPlan, ChunkPlan, RotaryTable
+from tim_kernels import AttentionPlan, ChunkPlan, RotaryTable, TargetCoefficients
 
 LAYER_NORM_EPS = 1e-6
 """Of the norms without affine parameters; the authors' value."""
@@ -280,3 +281,32 @@ def _in_order(x: Tensor, index: Tensor | None) -> Tensor:
 def _batch(x: Tensor, num: int) -> Tensor:
     """Tokens of `num` equal segments [num * length, N, H] -> [num, N, length, H]."""
     return x.unflatten(0, (num, -1)).transpose(1, 2)
+
+
+def transition_loss_terms(
+    F_TC: Tensor,
+    x_TC: Tensor,
+    z_TC: Tensor,
+    dF_dt_TC: Tensor | None,
+    coefficients: Sequence[Tensor],
+    segments: Segments,
+    *,
+    diffusion_target_TC: Tensor | None,
+    latent_channels: int,
+    directional: bool,
+) -> tuple[Tensor, Tensor]:
+    """The two terms of the objective's loss in one pass over F, x, z and dF/dt (`objective.loss.ImageTerms`).
+
+    In float32, or float64 where x is.
+    """
+    return tim_kernels.transition_loss(
+        F_TC,
+        x_TC,
+        z_TC,
+        dF_dt_TC,
+        TargetCoefficients(*coefficients),
+        plan_chunks(segments),
+        latent_channels=latent_channels,
+        directional=directional,
+        diffusion_target_TC=diffusion_target_TC,
+    )

@@ -98,6 +98,9 @@ class ObjectiveConfig:
     """Probability that an image trains r = t (the PF-ODE target). 1.0 is plain flow matching."""
     consistency_share: float = 0.1
     """Probability that an image trains r = T_min."""
+    diffusion_time: Literal["larger", "first"] = "larger"
+    """t of an image that trains r = t: the larger of its two draws of time (the authors' code), or the first,
+    which follows the transport's distribution itself and reaches small t more often."""
     derivative: Literal["dde", "paired", "jvp"] = "dde"
     """How dF/dt is found: central difference (Eq. 10), tangent carried by the main forward, forward mode."""
     derivative_step: float | None = None
@@ -117,6 +120,11 @@ class ObjectiveConfig:
             raise ConfigError(
                 f"objective.consistency_share: diffusion_share + consistency_share exceeds 1 "
                 f"({self.diffusion_share} + {self.consistency_share})"
+            )
+        if self.diffusion_time != "larger" and self.diffusion_share == 0.0:
+            raise ConfigError(
+                f"objective.diffusion_time: {self.diffusion_time} has no effect, diffusion_share 0 leaves no "
+                "image that trains r = t; remove it"
             )
         valid = _WARP_TRANSPORTS.get(self.weight.warp)
         if self.weight.time_type != "constant" and valid is not None and self.transport.kind not in valid:

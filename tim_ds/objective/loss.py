@@ -7,7 +7,7 @@ Z width of aligned features.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as nnf
@@ -16,9 +16,9 @@ from torch import Tensor
 from tim_ds.errors import ConfigError, ShapeError
 from tim_ds.objective.alignment import alignment_loss
 from tim_ds.objective.config import ObjectiveConfig
-from tim_ds.objective.target import output_and_target
+from tim_ds.objective.target import output_and_parts
 from tim_ds.objective.time_sampling import Times
-from tim_ds.objective.transport import Transport
+from tim_ds.objective.transport import TargetCoefficients, Transport
 from tim_ds.objective.weighting import adaptive_weight, check_warp_domain, mean_of_kind, time_weight
 from tim_ds.packed import Condition, Network, Segments
 
@@ -45,6 +45,55 @@ class LossTerms(NamedTuple):
     """The adaptive weight, 1 if switched off."""
 
 
+class ImageTerms(Protocol):
+    """(denoising_S, directional_S) of F against the target of Eq. 9, which need not be formed in memory.
+
+    Args:
+        dF_dt_TC: zero when not given.
+        coefficients: [S] each.
+        diffusion_target_TC: replaces alpha_hat x + sigma_hat z.
+        directional: without it, directional_S is zero.
+    """
+
+    def __call__(
+        self,
+        F_TC: Tensor,
+        x_TC: Tensor,
+        z_TC: Tensor,
+        dF_dt_TC: Tensor | None,
+        coefficients: TargetCoefficients,
+        segments: Segments,
+        *,
+        diffusion_target_TC: Tensor | None,
+        latent_channels: int,
+        directional: bool,
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+def image_terms(
+    F_TC: Tensor,
+    x_TC: Tensor,
+    z_TC: Tensor,
+    dF_dt_TC: Tensor | None,
+    coefficients: TargetCoefficients,
+    segments: Segments,
+    *,
+    diffusion_target_TC: Tensor | None,
+    latent_channels: int,
+    directional: bool,
+) -> tuple[Tensor, Tensor]:
+    """`ImageTerms` in plain PyTorch, in the dtype of the coefficients, at least float32."""
+    with torch.no_grad():
+        target_TC = coefficients.by_token(segments).target(x_TC, z_TC, dF_dt_TC, diffusion_target_TC)
+    F_TC = F_TC.to(target_TC.dtype)
+    denoising_S = segments.mean((F_TC - target_TC).square().mean(-1))
+    if not directional:
+        return denoising_S, torch.zeros_like(denoising_S)
+    cells = (F_TC.shape[0], -1, latent_channels)
+    cosine = nnf.cosine_similarity(F_TC.reshape(cells), target_TC.reshape(cells), dim=-1, eps=COSINE_FLOOR)
+    return denoising_S, segments.mean((1 - cosine).mean(-1))
+
+
 def transition_loss(
     network: Network,
     transport: Transport,
@@ -59,6 +108,7 @@ def transition_loss(
     teacher: Network | None = None,
     null_condition: Condition | None = None,
     features_TZ: Tensor | None = None,
+    terms_of_images: ImageTerms = image_terms,
 ) -> LossTerms:
     """Loss of every image of the pack; an image counts once, however many tokens it has.
 
@@ -69,6 +119,7 @@ def transition_loss(
     Args:
         latent_channels: channels of one latent cell; a token holds patch^2 cells, channel last.
         teacher, null_condition: for the guided target.
+        terms_of_images: how the first two terms are computed (a kernel, in training).
     Raises:
         ShapeError: if tokens, segments, times, condition or channels do not fit together.
         ConfigError: if the recipe asks for a term whose input is missing.
@@ -83,7 +134,7 @@ def transition_loss(
         )
     check_warp_domain(config.weight, transport)
     x_t_TC = transport.interpolate(x_TC, z_TC, segments.expand(times.t_S)[:, None])
-    output, target_TC = output_and_target(
+    output, parts = output_and_parts(
         network,
         transport,
         config,
@@ -97,19 +148,24 @@ def transition_loss(
         null_condition=null_condition,
         with_features=features_TZ is not None,
     )
-    if output.F_TC.shape != target_TC.shape:
-        raise ShapeError(f"network: F is {list(output.F_TC.shape)}, expected {list(target_TC.shape)}")
-    F_TC = output.F_TC.to(target_TC.dtype)
-
-    denoising_S = segments.mean((F_TC - target_TC).square().mean(-1))
-    directional_S = torch.zeros_like(denoising_S)
-    if config.directional:
-        directional_S = segments.mean(_cell_misalignment(F_TC, target_TC, latent_channels))
+    if output.F_TC.shape != x_TC.shape:
+        raise ShapeError(f"network: F is {list(output.F_TC.shape)}, expected {list(x_TC.shape)}")
+    denoising_S, directional_S = terms_of_images(
+        output.F_TC,
+        x_TC,
+        z_TC,
+        parts.dF_dt_TC,
+        transport.target_coefficients(times.t_S, times.r_S),
+        segments,
+        diffusion_target_TC=parts.diffusion_target_TC,
+        latent_channels=latent_channels,
+        directional=config.directional,
+    )
     alignment_S = torch.zeros_like(denoising_S)
     if features_TZ is not None:
         if output.features_TZ is None:
             raise ConfigError("objective.repa_weight: the network returned no features; set model.z_dim")
-        projected_TZ = output.features_TZ.to(target_TC.dtype)
+        projected_TZ = output.features_TZ.to(denoising_S.dtype)
         alignment_S = alignment_loss(projected_TZ, features_TZ, segments)
 
     is_diffusion_S = torch.tensor(times.is_diffusion).to(times.t_S.device, non_blocking=True)
@@ -138,13 +194,6 @@ def non_finite_samples(terms: LossTerms, keys: Sequence[str]) -> list[str]:
     values = torch.stack([term.detach().to(torch.float64) for term in terms])
     finite = values.isfinite().all(0).tolist()
     return [key for key, good in zip(keys, finite, strict=True) if not good]
-
-
-def _cell_misalignment(F_TC: Tensor, target_TC: Tensor, latent_channels: int) -> Tensor:
-    """Mean over a token's cells of 1 - cos over the channels, [T]."""
-    cells = (F_TC.shape[0], -1, latent_channels)
-    cosine = nnf.cosine_similarity(F_TC.reshape(cells), target_TC.reshape(cells), dim=-1, eps=COSINE_FLOOR)
-    return (1 - cosine).mean(-1)
 
 
 def _check_shapes(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,16 @@ from tim_ds.objective.transport import Transport
 from tim_ds.packed import Condition, DifferentiatingNetwork, Network, NetworkOutput, Segments
 
 
-def output_and_target(
+class TargetParts(NamedTuple):
+    """What Eq. 9 takes besides x, z and the times; without gradient."""
+
+    dF_dt_TC: Tensor | None
+    """Zero where r = t; None where no image has r < t."""
+    diffusion_target_TC: Tensor | None
+    """The diffusion part with guidance folded in, where the recipe asks for it."""
+
+
+def output_and_parts(
     network: Network,
     transport: Transport,
     config: ObjectiveConfig,
@@ -30,8 +39,8 @@ def output_and_target(
     teacher: Network | None = None,
     null_condition: Condition | None = None,
     with_features: bool = False,
-) -> tuple[NetworkOutput, Tensor]:
-    """F(x_t, t, r) of the main call, and F_target [T, C], without gradient.
+) -> tuple[NetworkOutput, TargetParts]:
+    """F(x_t, t, r) of the main call, and what its target is made of.
 
     Calls without gradient come before the main call, so that their activations are gone before its graph is
     built. With `paired` the main call itself returns the derivative and there is no other: a pack without
@@ -43,11 +52,9 @@ def output_and_target(
     pack = (x_TC, z_TC, x_t_TC, times, segments, condition)
     c_t_S, c_r_S = transport.c_noise(times.t_S), transport.c_noise(times.r_S)
     if config.derivative != "paired":
-        target_TC = transition_target(
-            network, transport, config, *pack, teacher=teacher, null_condition=null_condition
-        )
+        parts = _estimated_parts(network, transport, config, *pack, teacher, null_condition)
         output = network(x_t_TC, c_t_S, c_r_S, segments, condition, with_features=with_features)
-        return output, target_TC
+        return output, parts
 
     guided_TC = _guided(transport, config, *pack, teacher, null_condition)
     direction = None
@@ -56,8 +63,7 @@ def output_and_target(
     output = cast(DifferentiatingNetwork, network)(
         x_t_TC, c_t_S, c_r_S, segments, condition, with_features=with_features, direction=direction
     )
-    target_TC = _target(transport, x_TC, z_TC, x_t_TC, times, segments, output.dF_TC, guided_TC)
-    return output, target_TC
+    return output, TargetParts(_on_the_pack(output.dF_TC, x_t_TC, times, segments), guided_TC)
 
 
 @torch.no_grad()
@@ -77,13 +83,36 @@ def transition_target(
 ) -> Tensor:
     """F_target [T, C], without gradient, by an estimator that calls the network on its own (`dde`, `jvp`).
 
-    The derivative is estimated on the segments with r < t. Where none has r < t it is estimated on segment 0
-    and not used: every rank and step then makes the same sequence of module calls (ZeRO-3 gathers parameters
-    by it). A recipe with diffusion_share = 1 (flow matching) never makes the call.
-
     Raises:
         ConfigError: if guidance is configured and `teacher` or `null_condition` is missing.
     Source: Eq. 9.
+    """
+    parts = _estimated_parts(
+        network, transport, config, x_TC, z_TC, x_t_TC, times, segments, condition, teacher, null_condition
+    )
+    coefficients = transport.target_coefficients(times.t_S, times.r_S)
+    return coefficients.by_token(segments).target(x_TC, z_TC, *parts)
+
+
+@torch.no_grad()
+def _estimated_parts(
+    network: Network,
+    transport: Transport,
+    config: ObjectiveConfig,
+    x_TC: Tensor,
+    z_TC: Tensor,
+    x_t_TC: Tensor,
+    times: Times,
+    segments: Segments,
+    condition: Condition,
+    teacher: Network | None,
+    null_condition: Condition | None,
+) -> TargetParts:
+    """The parts by an estimator that calls the network on its own.
+
+    The derivative is estimated on the segments with r < t. Where none has r < t it is estimated on segment 0
+    and not used: every rank and step then makes the same sequence of module calls (ZeRO-3 gathers parameters
+    by it). A recipe with diffusion_share = 1 (flow matching) never makes the call.
     """
     guided_TC = _guided(
         transport, config, x_TC, z_TC, x_t_TC, times, segments, condition, teacher, null_condition
@@ -101,7 +130,7 @@ def transition_target(
             times.transition_indices or (0,),
             config.derivative_step,
         )
-    return _target(transport, x_TC, z_TC, x_t_TC, times, segments, estimate_TC, guided_TC)
+    return TargetParts(_on_the_pack(estimate_TC, x_t_TC, times, segments), guided_TC)
 
 
 def _guided(
@@ -139,21 +168,11 @@ def _guided(
     )
 
 
-@torch.no_grad()
-def _target(
-    transport: Transport,
-    x_TC: Tensor,
-    z_TC: Tensor,
-    x_t_TC: Tensor,
-    times: Times,
-    segments: Segments,
-    estimate_TC: Tensor | None,
-    guided_TC: Tensor | None,
-) -> Tensor:
-    """Eq. 9 with dF/dt of the segments with r < t; `estimate_TC` is not read where there are none."""
-    t_T1, r_T1 = segments.expand(times.t_S)[:, None], segments.expand(times.r_S)[:, None]
-    dF_dt_TC = torch.zeros_like(x_t_TC)
-    if estimate_TC is not None and times.transition_indices:
-        tokens = segments.token_index(times.transition_indices)
-        dF_dt_TC = dF_dt_TC.index_copy(0, tokens, estimate_TC.to(dF_dt_TC.dtype))
-    return transport.target(x_TC, z_TC, t_T1, r_T1, dF_dt_TC, diffusion_target=guided_TC)
+def _on_the_pack(
+    estimate_TC: Tensor | None, x_t_TC: Tensor, times: Times, segments: Segments
+) -> Tensor | None:
+    """dF/dt of the segments with r < t on all tokens; `estimate_TC` is not read where there are none."""
+    if estimate_TC is None or not times.transition_indices:
+        return None
+    tokens = segments.token_index(times.transition_indices)
+    return torch.zeros_like(x_t_TC).index_copy(0, tokens, estimate_TC.to(x_t_TC.dtype))

@@ -76,9 +76,9 @@ def draw_times(
 
     t is the larger and r the smaller of two draws of the transport's time distribution. The third uniform
     decides the image's kind: with probability `diffusion_share` r = t, with `consistency_share` r = T_min,
-    otherwise r stays. The kind is drawn per image, so no position of a batch is special and the shares hold
-    for any batch size. Differs from reference: it gives the first round(share B) positions of a batch to
-    diffusion.
+    otherwise r stays. With `diffusion_time: first`, an image that trains r = t has the first draw for t. The
+    kind is drawn per image, so no position of a batch is special and the shares hold for any batch size.
+    Differs from reference: it gives the first round(share B) positions of a batch to diffusion.
 
     Shapes:
         normals_S2: float64 [S, 2], standard normal.   uniforms_S3: float64 [S, 3] in [0, 1).   Both on the
@@ -97,6 +97,8 @@ def draw_times(
     kind_S = uniforms_S3[:, 2]
     diffusion_S = kind_S < config.diffusion_share
     consistency_S = ~diffusion_S & (kind_S < config.diffusion_share + config.consistency_share)
+    if config.diffusion_time == "first":
+        t_S = torch.where(diffusion_S, drawn_S2[:, 0], t_S)
     r_S = torch.where(diffusion_S, t_S, r_S)
     r_S = torch.where(consistency_S, torch.full_like(r_S, transport.T_min), r_S)
     return Times.from_tensors(transport, t_S.to(dtype), r_S.to(dtype), tuple(diffusion_S.tolist()))

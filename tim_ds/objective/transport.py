@@ -15,12 +15,37 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tim_ds.errors import RequestError, TimeDomainError
 from tim_ds.objective.config import TransportConfig
+from tim_ds.packed import Segments
+
+
+class TargetCoefficients(NamedTuple):
+    """Coefficients of Eq. 9 at (t, r); the order is that of `tim_kernels.TargetCoefficients`."""
+
+    alpha_hat: Tensor
+    sigma_hat: Tensor
+    B_over_dB: Tensor
+    d_alpha_hat: Tensor
+    d_sigma_hat: Tensor
+
+    def by_token(self, segments: Segments) -> TargetCoefficients:
+        """Of every token [T, 1], from those of every image [S]."""
+        return TargetCoefficients(*(segments.expand(c)[:, None] for c in self))
+
+    def target(self, x: Tensor, z: Tensor, dF_dt: Tensor | None, diffusion_target: Tensor | None) -> Tensor:
+        """`Transport.target`; without dF/dt it is taken as zero."""
+        if diffusion_target is None:
+            diffusion_target = self.alpha_hat * x + self.sigma_hat * z
+        slope = self.d_alpha_hat * x + self.d_sigma_hat * z
+        if dF_dt is not None:
+            slope = slope - dF_dt
+        return diffusion_target + self.B_over_dB * slope
 
 
 class Transport(ABC):
@@ -155,10 +180,16 @@ class Transport(ABC):
             diffusion_target: replaces alpha_hat x + sigma_hat z, where guidance is folded into it.
         Source: Eq. 9.
         """
-        if diffusion_target is None:
-            diffusion_target = self.diffusion_target(x, z, t)
-        slope = self.d_alpha_hat(t) * x + self.d_sigma_hat(t) * z
-        return diffusion_target + self.B_over_dB(t, r) * (slope - dF_dt)
+        return self.target_coefficients(t, r).target(x, z, dF_dt, diffusion_target)
+
+    def target_coefficients(self, t: Tensor, r: Tensor) -> TargetCoefficients:
+        return TargetCoefficients(
+            self.alpha_hat(t),
+            self.sigma_hat(t),
+            self.B_over_dB(t, r),
+            self.d_alpha_hat(t),
+            self.d_sigma_hat(t),
+        )
 
     def step(self, x_t: Tensor, t: Tensor, r: Tensor, F: Tensor) -> Tensor:
         """x_r = A x_t + B F.   Source: Eq. 6."""

@@ -89,6 +89,48 @@ class PreviewConfig:
             raise ConfigError("train.preview.num_steps: required when train.preview.every_steps is above 0")
 
 
+AdapterTarget = Literal[
+    "attn.qkv",
+    "attn.proj",
+    "cross_attn.q",
+    "cross_attn.kv",
+    "cross_attn.proj",
+    "mlp.fc1_g",
+    "mlp.fc1_x",
+    "mlp.fc2",
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterConfig:
+    """Low-rank adapters on matrices of every block; the network itself is frozen."""
+
+    rank: int = 16
+    alpha: float = 16.0
+    """What an adapter adds is multiplied by alpha / rank."""
+    targets: tuple[AdapterTarget, ...] = (
+        "attn.qkv",
+        "attn.proj",
+        "cross_attn.q",
+        "cross_attn.kv",
+        "cross_attn.proj",
+        "mlp.fc1_g",
+        "mlp.fc1_x",
+        "mlp.fc2",
+    )
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ConfigError(f"train.adapter.rank: expected at least 1, received {self.rank}")
+        if self.alpha <= 0:
+            raise ConfigError(f"train.adapter.alpha: expected above 0, received {self.alpha:g}")
+        if not self.targets or len(set(self.targets)) != len(self.targets):
+            raise ConfigError(
+                "train.adapter.targets: expected different matrices, at least one, "
+                f"received {list(self.targets)}"
+            )
+
+
 WIDEST_SIGMA_REL = math.sqrt(1 / 12)
 """sigma_rel of gamma = 0, where every step weighs the same."""
 
@@ -249,6 +291,11 @@ class TrainConfig:
     steps: int
     """Optimiser steps of the run."""
     seed: int = 0
+    init_from: str | None = None
+    """Weights to start from: an export, a run or checkpoint (averaged), or a file that the authors released.
+    Null: fresh ones."""
+    adapter: AdapterConfig | None = None
+    """Train adapters on frozen weights instead of the weights; needs init_from."""
     precision: Literal["fp32", "bf16_autocast", "bf16"] = "fp32"
     """`bf16_autocast`: float32 parameters under autocast (the authors' numerics); `bf16`: bf16 weights with
     float32 masters."""
@@ -256,6 +303,9 @@ class TrainConfig:
     ema: EmaConfig = field(default_factory=EmaConfig)
     activation_checkpointing: bool = False
     log_every: int = 10
+    peak_tflops: float | None = None
+    """Peak of one device in dense TFLOP/s at this precision, for the model's utilisation; null: known by the
+    device's name, and where it is not, no utilisation is given."""
     max_skipped_steps: int = 10
     """Consecutive non-finite steps after which the run ends, with a checkpoint."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -266,6 +316,12 @@ class TrainConfig:
         for name in ("steps", "log_every", "max_skipped_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name}: expected at least 1, received {getattr(self, name)}")
+        if self.adapter is not None and self.init_from is None:
+            raise ConfigError(
+                "train.init_from: required with train.adapter: adapters change weights that are trained"
+            )
+        if self.peak_tflops is not None and self.peak_tflops <= 0:
+            raise ConfigError(f"train.peak_tflops: expected null or above 0, received {self.peak_tflops}")
         if self.seed < 0:
             raise ConfigError(f"train.seed: expected 0 or more, received {self.seed}")
         if len(self.preview.prompts) != len(self.preview.sizes):

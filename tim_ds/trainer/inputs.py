@@ -27,6 +27,7 @@ class StepInputs:
 
     Shapes:
         x_TC, z_TC: float32 [T, C], clean tokens and unit noise.
+        features_TZ: [T, Z], of an image encoder in its dtype; None without feature alignment.
     """
 
     x_TC: Tensor
@@ -41,6 +42,9 @@ class StepInputs:
     images_in_step: int
     epoch: int
     step: int
+    features_TZ: Tensor | None = None
+    num_replaced: int = 0
+    """Images that stand in for damaged samples."""
 
     @property
     def num_images(self) -> int:
@@ -54,13 +58,20 @@ class StepInputs:
         condition = self.condition
         if isinstance(condition, TextCondition):
             condition = replace(condition, states_LE=condition.states_LE.pin_memory())
-        return replace(self, x_TC=self.x_TC.pin_memory(), z_TC=self.z_TC.pin_memory(), condition=condition)
+        features = None if self.features_TZ is None else self.features_TZ.pin_memory()
+        return replace(
+            self,
+            x_TC=self.x_TC.pin_memory(),
+            z_TC=self.z_TC.pin_memory(),
+            condition=condition,
+            features_TZ=features,
+        )
 
     def to(self, device: torch.device) -> StepInputs:
         """The same inputs on `device`, copied without waiting."""
         if self.x_TC.device == device:
             return self
-        null = self.null_condition
+        null, features = self.null_condition, self.features_TZ
         return replace(
             self,
             x_TC=self.x_TC.to(device, non_blocking=True),
@@ -69,6 +80,7 @@ class StepInputs:
             segments=self.segments.to(device, non_blocking=True),
             condition=self.condition.to(device, non_blocking=True),
             null_condition=None if null is None else null.to(device, non_blocking=True),
+            features_TZ=None if features is None else features.to(device, non_blocking=True),
         )
 
 
@@ -102,6 +114,8 @@ class Prepare:
             images_in_step=batch.images_in_step,
             epoch=batch.epoch,
             step=batch.step,
+            features_TZ=batch.features_TZ,
+            num_replaced=batch.num_replaced,
         )
 
     def _times(self, batch: PackedBatch) -> Times:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -22,6 +21,7 @@ from tim_ds.trainer.engine import Engine, StepResult
 from tim_ds.trainer.inputs import StepInputs
 from tim_ds.trainer.lr import learning_rate
 from tim_ds.trainer.metrics import MetricsLog, Sums
+from tim_ds.trainer.phases import PhaseClock, over_ranks
 from tim_ds.trainer.step import StepOutput
 from tim_ds.trainer.world import World
 
@@ -69,6 +69,7 @@ class Loop:
         teacher: frozen parameters that follow the average, by the name of the trained one; may be empty.
         save: writes a checkpoint of the given progress; called by all ranks.
         snapshot: writes the averages that `post_hoc` combines; called by all ranks.
+        clock: times the phases of a step; `forward_phase` is the name of the forward, with all that it holds.
         preview, evaluate: sample pictures at a step; called by all ranks, while the module has the averaged
             weights.
         log: on rank 0.
@@ -84,6 +85,8 @@ class Loop:
     save: Callable[[Progress], None]
     snapshot: Callable[[Progress], None]
     teacher: dict[str, nn.Parameter]
+    clock: PhaseClock
+    forward_phase: str = "forward"
     preview: Callable[[int], None] | None = None
     evaluate: Callable[[int], None] | None = None
     log: MetricsLog | None = None
@@ -113,14 +116,18 @@ class Loop:
                 if step % config.log_every == 0 or step == config.steps:
                     self._report(bar)
                 if self.preview is not None and step % config.preview.every_steps == 0:
-                    self._on_average(self.preview, step)
+                    with self.clock.phase("preview"):
+                        self._on_average(self.preview, step)
                 if self.evaluate is not None and step % config.evaluation.every_steps == 0:
-                    self._on_average(self.evaluate, step)
+                    with self.clock.phase("preview"):
+                        self._on_average(self.evaluate, step)
                 if self._is_snapshot_step(step):
-                    self.snapshot(self.progress)
+                    with self.clock.phase("save"):
+                        self.snapshot(self.progress)
                 exhausted = self.progress.consecutive_skips >= config.max_skipped_steps
                 if exhausted or self._is_checkpoint_step(step):
-                    self.save(self.progress)
+                    with self.clock.phase("save"):
+                        self.save(self.progress)
                 if exhausted:
                     self._give_up()
                 bar.update()
@@ -130,35 +137,38 @@ class Loop:
         """The loader's steps, with the time that each was waited for."""
         steps = iter(self.loader)
         while True:
-            since = time.perf_counter()
-            micro_batches = next(steps, None)
+            with self.clock.phase("data_wait"):
+                micro_batches = next(steps, None)
             if micro_batches is None:
                 return
-            if self.log is not None:
-                self.log.waited(time.perf_counter() - since)
             yield micro_batches
 
     def _step(self, micro_batches: Sequence[StepInputs]) -> None:
         seen = []
         for i, batch in enumerate(micro_batches):
             inputs = batch.to(self.world.device)
-            output: StepOutput = self.engine.forward(inputs)
-            self.engine.backward(output.loss, last=i == len(micro_batches) - 1)
+            with self.clock.phase(self.forward_phase):
+                output: StepOutput = self.engine.forward(inputs)
+            with self.clock.phase("backward"):
+                self.engine.backward(output.loss, last=i == len(micro_batches) - 1)
             self.sums.add(inputs, output.terms)
             seen.append(_Seen(inputs.keys, output.terms))
         self._lr = learning_rate(self.config.optimizer, self.progress.applied_steps, self.config.steps)
-        result = self.engine.apply(self._lr)
+        with self.clock.phase("optimizer"):
+            result = self.engine.apply(self._lr)
         self.progress = self.progress.after(applied=result.applied)
         self.sums.end_step(applied=result.applied, grad_norm=result.grad_norm)
         if not result.applied:
             self._report_refused(seen, result)
             return
-        self.ema.update(self.progress.applied_steps)
-        if self.teacher:
-            self.ema.write_into(self.teacher)
+        with self.clock.phase("optimizer"):
+            self.ema.update(self.progress.applied_steps)
+            if self.teacher:
+                self.ema.write_into(self.teacher)
 
     def _report(self, bar: tqdm) -> None:  # type: ignore[type-arg]  # tqdm is generic in its stubs alone
         means = self.sums.take(self.world)
+        phases = over_ranks(self.clock.take(), self.world)
         if self.log is None:
             return
         progress = self.progress
@@ -168,6 +178,7 @@ class Loop:
             lr=self._lr,
             applied_steps=progress.applied_steps,
             skipped_steps=progress.skipped_steps,
+            phases=phases,
         )
         if means["denoising"] is not None:
             bar.set_postfix(denoising=f"{means['denoising']:.4f}", refresh=False)

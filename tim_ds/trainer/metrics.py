@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from torch import Tensor
 from tim_ds.errors import CheckpointError
 from tim_ds.objective.loss import LossTerms
 from tim_ds.objective.transport import Transport
+from tim_ds.trainer.flops import StepFlops
 from tim_ds.trainer.inputs import StepInputs
 from tim_ds.trainer.world import World
 
@@ -30,18 +33,28 @@ NUM_BINS = 8
 METRICS_FILE = "metrics.jsonl"
 
 _TERMS = ("total_S", "denoising_S", "directional_S", "alignment_S")
-_COUNTS = ("images", "tokens", "packs")
-_NUM_SUMS = len(_COUNTS) + len(_TERMS) + 4 * NUM_BINS
+_COUNTS = ("images", "tokens", "packs", "replaced")
+_FLOPS = ("model", "executed")
+_NUM_SUMS = len(_COUNTS) + len(_FLOPS) + len(_TERMS) + 4 * NUM_BINS
 
 
 class Sums:
     """Sums over the images of an interval, of this rank.
 
     A step's sums are kept apart until it is known to have been applied: skipped steps enter no mean.
+
+    Args:
+        flops_of: counts the operations of a micro-step on the host; without it there are none.
     """
 
-    def __init__(self, transport: Transport, device: torch.device) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        device: torch.device,
+        flops_of: Callable[[StepInputs], StepFlops] | None = None,
+    ) -> None:
         self._range = (transport.T_min, transport.T_max)
+        self._flops_of = flops_of
         self.interval = torch.zeros(_NUM_SUMS, dtype=torch.float64, device=device)
         self.norm = torch.zeros(2, dtype=torch.float64, device=device)
         """Sum and number of the gradient norms of applied steps; the same on every rank."""
@@ -52,7 +65,14 @@ class Sums:
         low, high = self._range
         t_S, r_S = inputs.times.t_S, inputs.times.r_S
         denoising_S = terms.denoising_S.double()
-        counts = [float(inputs.num_images), float(inputs.segments.num_tokens), 1.0]
+        flops = None if self._flops_of is None else self._flops_of(inputs)
+        counts = [
+            inputs.num_images,
+            inputs.segments.num_tokens,
+            1,
+            inputs.num_replaced,
+            *(0 if flops is None else getattr(flops, name) for name in _FLOPS),
+        ]
         parts = [
             torch.tensor(counts, dtype=torch.float64).to(self._step.device, non_blocking=True),
             torch.stack([getattr(terms, name).double().sum() for name in _TERMS]),
@@ -78,7 +98,8 @@ class Sums:
         self.interval.zero_()
         self.norm.zero_()
         counts = dict(zip(_COUNTS, values, strict=False))
-        values = values[len(_COUNTS) :]
+        flops = dict(zip(_FLOPS, values[len(_COUNTS) :], strict=False))
+        values = values[len(_COUNTS) + len(_FLOPS) :]
         images = counts["images"]
         means = {
             name.removesuffix("_S"): _ratio(value, images)
@@ -95,6 +116,7 @@ class Sums:
             "denoising_by_interval": [_ratio(s, n) for s, n in zip(bins[2], bins[3], strict=True)],
             "grad_norm": _ratio(norm_sum, norm_count),
             **{name: int(count) for name, count in counts.items()},
+            "flops": flops,
         }
 
     def state(self) -> dict[str, Tensor]:
@@ -123,15 +145,28 @@ class MetricsLog:
         folder: of the run.
         tokens_per_pack: budget of a pack, for the fill.
         start_step: step that the run continues after; what was written beyond it is dropped.
+        num_devices: over which the work is spread.
+        peak_flops: of one device in FLOP/s; None where it is not known.
     Raises:
         CheckpointError: from every method but `close`, if the disk refuses.
     """
 
-    def __init__(self, folder: Path, *, tokens_per_pack: int, start_step: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        tokens_per_pack: int,
+        start_step: int,
+        num_devices: int = 1,
+        peak_flops: float | None = None,
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._path = folder / METRICS_FILE
         self._tokens_per_pack = tokens_per_pack
+        self._num_devices = num_devices
+        self._peak_flops = peak_flops
+        _keep_board_thread_quiet()
         with self._writing():
             folder.mkdir(parents=True, exist_ok=True)
             _drop_after(self._path, start_step)
@@ -140,21 +175,32 @@ class MetricsLog:
                 str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else None, flush_secs=30
             )
         self._since = time.perf_counter()
-        self._waited = 0.0
-
-    def waited(self, seconds: float) -> None:
-        """Time that the step spent waiting for data."""
-        self._waited += seconds
 
     def log(
-        self, step: int, means: dict[str, Any], *, lr: float, applied_steps: int, skipped_steps: int
+        self,
+        step: int,
+        means: Mapping[str, Any],
+        *,
+        lr: float,
+        applied_steps: int,
+        skipped_steps: int,
+        phases: Mapping[str, Mapping[str, float]] | None = None,
     ) -> None:
-        """One line and its scalars at a log step."""
+        """One line and its scalars at a log step.
+
+        Args:
+            phases: seconds of each phase since the last line, mean and largest over the ranks.
+        """
         now = time.perf_counter()
-        seconds, waited = now - self._since, self._waited
-        self._since, self._waited = now, 0.0
+        seconds, self._since = now - self._since, now
+        phases = phases or {}
+        per_device = {
+            name: flops / seconds / self._num_devices
+            for name, flops in means.get("flops", {}).items()
+            if flops
+        }
         train = {
-            **means,
+            **{name: value for name, value in means.items() if name != "flops"},
             "fill": _ratio(means["tokens"], means["packs"] * self._tokens_per_pack),
             "lr": lr,
             "applied_steps": applied_steps,
@@ -164,17 +210,28 @@ class MetricsLog:
             "seconds": seconds,
             "images_per_s": means["images"] / seconds,
             "tokens_per_s": means["tokens"] / seconds,
-            "data_wait_share": waited / seconds,
+            "data_wait_share": phases["data_wait"]["mean"] / seconds if "data_wait" in phases else None,
+            "tflops_per_device": per_device["model"] / 1e12 if per_device else None,
+            "mfu": self._share_of_peak(per_device.get("model")),
+            "hfu": self._share_of_peak(per_device.get("executed")),
             "memory_gib": _memory_gib(),
+            "host_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+            "phases": phases,
         }
         self._write({"step": step, **train, "speed": speed})
         for group, values in (("train", train), ("speed", speed)):
             for name, value in values.items():
                 self._add(f"{group}/{name}", value, step)
 
-    def _add(self, tag: str, value: float | list[float | None] | None, step: int) -> None:
-        """A scalar, or one for each bin; what has no value is left out."""
-        if isinstance(value, list):
+    def _share_of_peak(self, flops_per_s: float | None) -> float | None:
+        return flops_per_s / self._peak_flops if flops_per_s and self._peak_flops else None
+
+    def _add(self, tag: str, value: Any, step: int) -> None:
+        """A scalar, or one for each bin or name; what has no value is left out."""
+        if isinstance(value, Mapping):
+            for name, entry in value.items():
+                self._add(f"{tag}/{name}", entry, step)
+        elif isinstance(value, list):
             for i, entry in enumerate(value):
                 self._add(f"{tag}/{i / NUM_BINS:.3f}-{(i + 1) / NUM_BINS:.3f}", entry, step)
         elif value is not None:
@@ -224,6 +281,22 @@ class MetricsLog:
                 f"{self._path.parent}: metrics cannot be written: {error.strerror or error}. Checkpoints are "
                 "whole; free space and run the same command again"
             ) from error
+
+
+def _keep_board_thread_quiet() -> None:
+    """TensorBoard writes in a thread of its own. When the disk refuses, the thread's error is raised again at
+    the next call, where it becomes ours; without this its trace would be printed too."""
+    if getattr(threading.excepthook, "knows_board", False):
+        return
+    former = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        of_board = type(args.thread).__module__.startswith("tensorboard.")
+        if not (of_board and isinstance(args.exc_value, OSError)):
+            former(args)
+
+    hook.knows_board = True  # type: ignore[attr-defined]  # a mark for the next call
+    threading.excepthook = hook
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from data_pipeline.encoders.image import feature_width
 from data_pipeline.errors import DataError
 from data_pipeline.index import Index, load_index
 from data_pipeline.loader import build_loader, load_null_states
@@ -34,7 +35,7 @@ from tim_ds.config.load import dump, load_recipe, split_arguments
 from tim_ds.config.recipe import Recipe, recipe_hash, to_dict
 from tim_ds.errors import CheckpointError, ConfigError, TimError
 from tim_ds.model.blocks import FinalLayer, TransitionBlock
-from tim_ds.model.export_folder import EXPORT_FILE, write_export
+from tim_ds.model.export_folder import EXPORT_FILE, meta_network, write_export
 from tim_ds.model.ops import prove_attention
 from tim_ds.model.tim import TiM
 from tim_ds.trainer.checkpoint import (
@@ -45,6 +46,7 @@ from tim_ds.trainer.checkpoint import (
     free_bytes,
     write_flushed,
 )
+from tim_ds.trainer.config import TrainConfig
 from tim_ds.trainer.ema import Ema, piece_kind
 from tim_ds.trainer.engine import (
     STATE_KEYS,
@@ -56,9 +58,13 @@ from tim_ds.trainer.engine import (
     zero_stage,
 )
 from tim_ds.trainer.evaluation import Evaluations
+from tim_ds.trainer.flops import flops_of, peak_flops
+from tim_ds.trainer.initial import InitialWeights, check_initial, load_initial, read_initial
 from tim_ds.trainer.inputs import Prepare
 from tim_ds.trainer.loop import Loop, Progress
+from tim_ds.trainer.lora import add_adapters, merged, write_adapter
 from tim_ds.trainer.metrics import MetricsLog, Sums
+from tim_ds.trainer.phases import PhaseClock
 from tim_ds.trainer.preview import Previews, describe_export
 from tim_ds.trainer.snapshots import SNAPSHOTS, Snapshots
 from tim_ds.trainer.step import TransitionStep
@@ -68,6 +74,7 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 EXPORT = "export"
+ADAPTER_FOLDER = "adapter"
 
 UNITS = (TransitionBlock, FinalLayer)
 """Modules that ZeRO-3 gathers as one piece: without it every small layer has hooks and messages of its own.
@@ -82,9 +89,12 @@ MAY_CHANGE = (
     "data.workers",
     "data.autoencoder.path",
     "data.text_encoder.path",
+    "data.image_encoder.path",
     "sampler",
+    "train.init_from",
     "train.steps",
     "train.log_every",
+    "train.peak_tflops",
     "train.max_skipped_steps",
     "train.activation_checkpointing",
     "train.checkpoint",
@@ -172,18 +182,32 @@ def _run(
             start_step=start_step,
             num_steps=max(config.steps - start_step, 0),
             finish=prepare_of(recipe, data),
+            device=world.device,
         ),
         (DataError,),
     )
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
     world.together(partial(prove_attention, world.device, dtype, recipe.model.head_dim), (ConfigError,))
-    root = build_root(recipe, world.size)
+    encoders = world.from_main(loader.encoders if world.is_main else {})
+    if checkpoint is not None:
+        check_same_encoders(checkpoint.manifest.get("encoders", {}), encoders, str(checkpoint.path))
+    initial = world.together(partial(_initial, recipe, checkpoint), (TimError,))
+    root = build_root(recipe, world.size, initial)
+    # Kept by an adapter alone, which goes with these weights and no others.
+    initial_digest = None if initial is None else initial.digest
+    del initial
     engine = Engine(
         root, engine_config, config, packs_per_step=recipe.data.packs_per_step, world=world, units=UNITS
     )
     _check_room(run_dir, engine, world, len(config.ema.averages))
     ema = Ema(engine, config.ema)
-    sums = Sums(root.transport, world.device)
+    count = partial(
+        flops_of,
+        config=recipe.model,
+        objective=recipe.objective,
+        checkpointing=config.activation_checkpointing,
+    )
+    sums = Sums(root.transport, world.device, count)
     progress = Progress()
     if checkpoint is not None:
         progress = restore(checkpoint, engine, ema, sums)
@@ -197,7 +221,13 @@ def _run(
         run_dir.mkdir(parents=True, exist_ok=True)
         write_flushed(run_dir / "recipe.yaml", dump(recipe))
         write_flushed(run_dir / "engine.json", json.dumps(engine.config, indent=2) + "\n")
-        log = MetricsLog(run_dir, tokens_per_pack=recipe.data.tokens_per_pack, start_step=progress.step)
+        log = MetricsLog(
+            run_dir,
+            tokens_per_pack=recipe.data.tokens_per_pack,
+            start_step=progress.step,
+            num_devices=world.size,
+            peak_flops=device_peak(config, world),
+        )
 
     preview = None
     if config.preview.every_steps:
@@ -223,6 +253,8 @@ def _run(
                 "progress": asdict(progress),
                 "optimizer_steps": engine.optimizer_steps,
                 "data": {"index_hash": data.hash, "samples": data.samples},
+                "encoders": encoders,
+                "initial_weights": initial_digest,
                 "recipe": to_dict(recipe),
                 "recipe_hash": recipe_hash(recipe),
                 "zero_stage": engine.zero_stage,
@@ -231,6 +263,7 @@ def _run(
             },
         )
 
+    clock, forward_phase = build_clock(recipe, root, world)
     snapshots = Snapshots(run_dir / SNAPSHOTS, world, config.ema.snapshots)
     snapshots.drop_after(progress.step)
 
@@ -248,6 +281,8 @@ def _run(
         progress=progress,
         save=save,
         snapshot=snapshot,
+        clock=clock,
+        forward_phase=forward_phase,
         teacher=teacher,
         preview=preview,
         evaluate=evaluate,
@@ -262,10 +297,33 @@ def _run(
     return f"{run_dir}: finished at step {progress.step}. Weights: {run_dir / EXPORT}"
 
 
-def build_root(recipe: Recipe, world_size: int) -> TransitionStep:
-    """The root module with freshly initialised weights, the same on every rank."""
+def _initial(recipe: Recipe, checkpoint: Checkpoint | None) -> InitialWeights | None:
+    """Weights that the run needs from elsewhere: its first ones, or with adapters, always, the frozen ones.
+
+    Raises:
+        CheckpointError, ConfigError: if they are not there, do not fit, or are not those of the checkpoint.
+    """
+    path = recipe.train.init_from
+    if path is None or (checkpoint is not None and recipe.train.adapter is None):
+        return None
+    initial = read_initial(path)
+    check_initial(initial, recipe)
+    if checkpoint is not None and checkpoint.manifest["initial_weights"] != initial.digest:
+        raise CheckpointError(
+            f"{checkpoint.path}: its adapter belongs to weights {checkpoint.manifest['initial_weights']}, "
+            f"train.init_from names {initial.digest} ({initial.source})"
+        )
+    return initial
+
+
+def build_root(recipe: Recipe, world_size: int, initial: InitialWeights | None = None) -> TransitionStep:
+    """The root module, the same on every rank: freshly initialised weights, or `initial`, and adapters."""
     torch.manual_seed(recipe.train.seed)
     network = TiM(recipe.model, checkpoint_blocks=recipe.train.activation_checkpointing)
+    if initial is not None:
+        load_initial(network, initial)
+    if recipe.train.adapter is not None:
+        add_adapters(network, recipe.train.adapter)
     teacher = None
     if recipe.objective.guided_target is not None:
         teacher = copy.deepcopy(network)
@@ -276,6 +334,27 @@ def build_root(recipe: Recipe, world_size: int) -> TransitionStep:
         world_size=world_size,
         teacher=teacher,
     )
+
+
+def build_clock(recipe: Recipe, root: TransitionStep, world: World) -> tuple[PhaseClock, str]:
+    """The clock of a run, and what the phase around the forward is called."""
+    clock = PhaseClock(world.device)
+    objective = recipe.objective
+    carried = objective.derivative == "paired" and objective.diffusion_share < 1.0
+    forward_phase = "forward_and_derivative" if carried else "forward"
+    clock.watch(root.network, "derivative", inside=forward_phase)
+    if root.teacher is not None:
+        clock.watch(root.teacher, "teacher", inside=forward_phase)
+    return clock, forward_phase
+
+
+def device_peak(config: TrainConfig, world: World) -> float | None:
+    """Peak of this rank's device in FLOP/s, where it is known."""
+    if config.peak_tflops is not None:
+        return 1e12 * config.peak_tflops
+    if world.device.type != "cuda":
+        return None
+    return peak_flops(torch.cuda.get_device_name(world.device), config.precision)
 
 
 def teacher_parameters(root: TransitionStep) -> dict[str, nn.Parameter]:
@@ -351,8 +430,30 @@ def check_same_run(checkpoint: Checkpoint, recipe: Recipe, data: DataFacts) -> N
         )
 
 
+def check_same_encoders(
+    recorded: Mapping[str, Mapping[str, Any]], running: Mapping[str, Mapping[str, Any]], source: str
+) -> None:
+    """Refuse to continue with other weights in an encoder that runs while training.
+
+    Raises:
+        CheckpointError: listing the encoders whose revisions differ; one that is not known is not compared.
+    """
+    lines = [
+        f"  data.{name}: {there} in the checkpoint, {here} now ({running[name].get('path')})"
+        for name in sorted({*recorded} & {*running})
+        if (there := recorded[name].get("revision")) != (here := running[name].get("revision"))
+        and there is not None
+        and here is not None
+    ]
+    if lines:
+        raise CheckpointError(f"{source}: trained with other encoders\n" + "\n".join(lines))
+
+
 def export(recipe: Recipe, run_dir: Path, ema: Ema, world: World, step: int) -> None:
-    """Write the averaged weights as an export folder; every rank calls this."""
+    """Write the averaged weights as an export folder; every rank calls this.
+
+    An adapter is written in a folder of its own, and merged into the weights that it was trained on.
+    """
     state = {}
     for name, value in ema.full():
         if world.is_main:
@@ -360,7 +461,14 @@ def export(recipe: Recipe, run_dir: Path, ema: Ema, world: World, step: int) -> 
     problem = None
     if world.is_main:
         description = describe_export(recipe, step, recipe_hash(recipe))
+        adapter, base = recipe.train.adapter, recipe.train.init_from
         try:
+            if adapter is not None and base is not None:
+                write_adapter(run_dir / ADAPTER_FOLDER, state, adapter, base)
+                network = meta_network(recipe.model).state_dict()
+                state = merged(
+                    {k: v for k, v in read_initial(base).state.items() if k in network}, state, adapter
+                )
             write_export(run_dir / EXPORT, description, state, overwrite=True)
         except CheckpointError as error:
             problem = str(error)
@@ -424,6 +532,11 @@ def _check_parts(recipe: Recipe, engine_config: Mapping[str, Any], data: DataFac
         problems.append(
             f"model.in_channels: {model.in_channels}, but the latents in {data.folder} have {data.channels}"
         )
+    image_encoder = recipe.data.image_encoder
+    if image_encoder is not None and (width := feature_width(image_encoder)) != model.z_dim:
+        problems.append(
+            f"model.z_dim: {model.z_dim}, but the features of data.image_encoder have width {width}"
+        )
     if recipe.objective.derivative == "jvp" and zero_stage(engine_config) == 3:
         problems.append(
             "objective.derivative: 'jvp' cannot pass the hooks of ZeRO stage 3; use 'dde' or 'paired', "
@@ -436,8 +549,9 @@ def _check_parts(recipe: Recipe, engine_config: Mapping[str, Any], data: DataFac
 def _check_room(run_dir: Path, engine: Engine, world: World, num_averages: int) -> None:
     """Raises CheckpointError, before any work, if the disk cannot hold a checkpoint and the export."""
     numel = sum(torch.Size(shape).numel() for shape in engine.parameter_shapes.values())
-    # Masters and averages, and the export.
-    needed = 4 * numel * (len(STATE_KEYS) + 1 + num_averages + 1) + SPARE_BYTES
+    # Frozen weights are only exported; every trained one besides as a master, AdamW's two and the averages.
+    exported = sum(int(getattr(p, "ds_numel", p.numel())) for p in engine.module.parameters())
+    needed = 4 * (numel * (len(STATE_KEYS) + 1 + num_averages) + exported) + SPARE_BYTES
     free = world.from_main(free_bytes(run_dir))
     if free < needed:
         world.raise_everywhere(

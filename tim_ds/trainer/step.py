@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tim_ds.model.ops import transition_loss_terms
 from tim_ds.objective.config import ObjectiveConfig
 from tim_ds.objective.loss import LossTerms, transition_loss
 from tim_ds.objective.transport import build_transport
@@ -73,6 +74,8 @@ class TransitionStep(nn.Module):
             latent_channels=self.latent_channels,
             teacher=self.teacher,
             null_condition=inputs.null_condition,
+            features_TZ=inputs.features_TZ,
+            terms_of_images=transition_loss_terms,
         )
         loss = terms.total_S.sum() * (self.world_size / inputs.images_in_step)
         detached = loss.detach()

@@ -1,0 +1,148 @@
+"""Weights that a run starts from: whatever `tim_ds.sources` finds, checked against the recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.config import AutoencoderConfig, TextEncoderConfig
+from tim_ds.config.recipe import Recipe
+from tim_ds.errors import CheckpointError, ConfigError
+from tim_ds.model.config import ModelConfig
+from tim_ds.model.weights import load_weights_into
+from tim_ds.objective.config import TransportConfig
+from tim_ds.sources import MANIFEST, read_source
+
+logger = logging.getLogger(__name__)
+
+PROJECTOR = "projector."
+
+# What decides the projector alone, which a run may add, drop or train anew.
+_OF_PROJECTOR = ("z_dim", "projector_dim", "encoder_depth")
+
+
+@dataclass(frozen=True, eq=False)
+class InitialWeights:
+    """Averaged weights and what they are."""
+
+    source: str
+    model: ModelConfig
+    transport: TransportConfig
+    autoencoder: AutoencoderConfig | None
+    text_encoder: TextEncoderConfig | None
+    state: dict[str, Tensor]
+
+    @property
+    def digest(self) -> str:
+        """Hash of names and values: another file with the same weights has the same."""
+        found = hashlib.blake2b(digest_size=16)
+        for name in sorted(self.state):
+            value = self.state[name].detach().float().contiguous()
+            found.update(f"{name}\x00{list(value.shape)}".encode())
+            found.update(value.view(torch.uint8).numpy().data if value.numel() else b"")
+        return f"blake2b:{found.hexdigest()}"
+
+
+def read_initial(path: str) -> InitialWeights:
+    """The weights at `path` (`tim_ds.sources.read_source`); of a run or a checkpoint, the averaged ones.
+
+    Raises:
+        CheckpointError: if there are no such weights, or they are an adapter's.
+    """
+    _refuse_adapter(Path(path))
+    found = read_source(path)
+    export = found.export
+    return InitialWeights(
+        path, export.model, export.transport, export.autoencoder, export.text_encoder, found.state
+    )
+
+
+def _refuse_adapter(path: Path) -> None:
+    """A checkpoint of an adapter holds nothing else; the message of missing weights would not say so."""
+    try:
+        recipe = json.loads((path / MANIFEST).read_text())["recipe"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if recipe.get("train", {}).get("adapter") is not None:
+        raise CheckpointError(
+            f"train.init_from: {path}: holds an adapter alone; finish that run and start from its export, in "
+            f"which the adapter is merged"
+        )
+
+
+def check_initial(initial: InitialWeights, recipe: Recipe) -> None:
+    """Refuse weights of another architecture or of other latents and text states; warn of other habits.
+
+    Raises:
+        ConfigError: one line a difference.
+    """
+    problems = [
+        f"model.{key}: {here!r}, but the weights in {initial.source} have {there!r}"
+        for key, there, here in _differences(initial.model, recipe.model)
+        if key not in _OF_PROJECTOR
+    ]
+    parts = [("autoencoder", initial.autoencoder, recipe.data.autoencoder)]
+    if initial.text_encoder is not None and recipe.data.text_encoder is not None:
+        parts.append(("text_encoder", initial.text_encoder, recipe.data.text_encoder))  # type: ignore[arg-type]
+    for section, there, here in parts:
+        if there is not None and there.kind != here.kind:
+            problems.append(
+                f"data.{section}.kind: {here.kind!r}, but the weights in {initial.source} were trained with "
+                f"{there.kind!r}"
+            )
+    if problems:
+        raise ConfigError("\n".join(problems))
+    for line in _other_habits(initial, recipe):
+        logger.warning(line)
+
+
+def _differences(there: object, here: object) -> Iterator[tuple[str, object, object]]:
+    for field in dataclasses.fields(there):  # type: ignore[arg-type]  # two dataclasses of one type
+        values = getattr(there, field.name), getattr(here, field.name)
+        if values[0] != values[1]:
+            yield field.name, *values
+
+
+def _other_habits(initial: InitialWeights, recipe: Recipe) -> Iterator[str]:
+    for key, there, here in _differences(initial.transport, recipe.objective.transport):
+        if key == "kind" or initial.transport.kind != "ot_fm":
+            yield (
+                f"objective.transport.{key}: {here!r}, the weights in {initial.source} were trained with "
+                f"{there!r}: the network has to learn another path first"
+            )
+    there, here = initial.text_encoder, recipe.data.text_encoder
+    if there is not None and here is not None and there.padding != here.padding:
+        yield (
+            f"data.text_encoder.padding: {here.padding!r}, the weights in {initial.source} were trained with "
+            f"{there.padding!r}"
+        )
+
+
+def load_initial(network: nn.Module, initial: InitialWeights) -> None:
+    """Copy the weights into a freshly built network. A projector that they lack stays as it was drawn.
+
+    Raises:
+        CheckpointError: if names or shapes differ in anything but the projector.
+    """
+    own = network.state_dict()
+    state = {
+        name: value for name, value in initial.state.items() if name in own or not name.startswith(PROJECTOR)
+    }
+    fresh = [name for name in own if name.startswith(PROJECTOR) and not _fits(state, name, own[name])]
+    for name in fresh:
+        state[name] = own[name]
+    if fresh:
+        logger.info("the projector is trained from a fresh start: %s has none of this shape", initial.source)
+    load_weights_into(network, state, source=initial.source)
+
+
+def _fits(state: dict[str, Tensor], name: str, value: Tensor) -> bool:
+    return name in state and state[name].shape == value.shape
