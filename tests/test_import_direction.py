@@ -29,6 +29,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "tim_ds.config",
         "tim_ds.eval",
         "tim_ds.pipeline",
+        "tim_ds.sources",
         "data_pipeline",
     ),
     "tim_ds.eval": (

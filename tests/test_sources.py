@@ -20,6 +20,7 @@ from tim_ds.model.weights import write_weights
 from tim_ds.pipeline import TiMPipeline
 from tim_ds.sources import read_source
 from tim_ds.trainer.checkpoint import CheckpointFolder, Piece
+from tim_ds.trainer.ema import piece_kind
 from tim_ds.trainer.world import World
 
 
@@ -46,7 +47,7 @@ class TestCheckpoints:
             flat, cut = value.flatten(), value.numel() // 3
             for start, part in ((cut, flat[cut:]), (0, flat[:cut])):
                 if len(part):
-                    pieces.append(Piece("ema", f"network.{name}", start, part))
+                    pieces.append(Piece(piece_kind("ema"), f"network.{name}", start, part))
             pieces.append(Piece("master", f"network.{name}", 0, torch.zeros_like(flat)))
         folder = CheckpointFolder(tmp_path / "run" / "checkpoints", World(), keep=1)
         manifest = {"progress": {"step": 12}, "recipe": to_dict(recipe())}

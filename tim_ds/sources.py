@@ -31,8 +31,6 @@ from tim_ds.model.weights import check_weights
 
 MANIFEST = "manifest.json"
 _LATEST = Path("checkpoints", "latest")
-_AVERAGE = "ema/network."
-"""What the averaged weights are called in a checkpoint, up to the parameter's own name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +85,7 @@ def _read_checkpoint(folder: Path) -> Source:
         raise CheckpointError(
             f"{folder}: no readable {MANIFEST} ({type(error).__name__}: {error})"
         ) from error
+    average = recipe.train.ema.used.name
     export = Export(
         model=recipe.model,
         transport=recipe.objective.transport,
@@ -94,7 +93,7 @@ def _read_checkpoint(folder: Path) -> Source:
         autoencoder=recipe.data.autoencoder,
         text_encoder=recipe.data.text_encoder,
         step=step,
-        source=SourceConfig(kind="run", name=recipe.name, recipe_sha256=recipe_hash(recipe)),
+        source=SourceConfig(kind="run", name=recipe.name, recipe_sha256=recipe_hash(recipe), average=average),
     )
     state = {
         name: torch.full(value.shape, float("nan"), dtype=torch.float32)
@@ -102,7 +101,7 @@ def _read_checkpoint(folder: Path) -> Source:
     }
     filled = dict.fromkeys(state, 0)
     for file in files:
-        for name, start, values in _average_pieces(file):
+        for name, start, values in _pieces(file, f"ema.{average}/network."):
             if name not in state or start + len(values) > state[name].numel():
                 raise CheckpointError(f"{file}: holds {name}, which the network of its recipe does not have")
             state[name].view(-1)[start : start + len(values)] = values
@@ -116,15 +115,15 @@ def _read_checkpoint(folder: Path) -> Source:
     return Source(export, state, digest.hexdigest())
 
 
-def _average_pieces(file: Path) -> list[tuple[str, int, Tensor]]:
-    """(parameter, first element, flat values) of every piece of the average that a rank stored."""
+def _pieces(file: Path, prefix: str) -> list[tuple[str, int, Tensor]]:
+    """(parameter, first element, flat values) of the pieces of one kind that a rank stored."""
     try:
         with safe_open(file, framework="pt") as stored:
             opened: Any = stored
             found = [
-                (re.fullmatch(rf"{re.escape(_AVERAGE)}(.+)@(\d+)", key), opened.get_tensor(key))
+                (re.fullmatch(rf"{re.escape(prefix)}(.+)@(\d+)", key), opened.get_tensor(key))
                 for key in opened.keys()  # noqa: SIM118  # not a mapping
-                if key.startswith(_AVERAGE)
+                if key.startswith(prefix)
             ]
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: not a readable checkpoint file ({error})") from error

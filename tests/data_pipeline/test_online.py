@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -331,3 +332,18 @@ def test_an_image_encoder_of_another_kind_is_refused(shards: Path, models: Path)
     encoder = ImageEncoderConfig(kind="radio", path=str(models / "dinov2"))
     with pytest.raises(DataError, match=r"expected a model of type radio .* received 'dinov2'"):
         build_loader(config_of(shards, models, image_encoder=encoder), patch_size=1, num_steps=1)
+
+
+@pytest.mark.gpu
+def test_encoders_on_a_gpu_agree_with_those_on_the_cpu(shards: Path, models: Path) -> None:
+    encoder = ImageEncoderConfig(kind="dino", path=str(models / "dinov2"), dtype="float32")
+    for workers in (0, 2):
+        config = config_of(shards, models, image_encoder=encoder, workers=workers)
+        here = build_loader(config, patch_size=1, num_steps=2)
+        there = build_loader(config, patch_size=1, num_steps=2, device=torch.device("cuda"))
+        for a, b in zip(chain.from_iterable(here), chain.from_iterable(there), strict=True):
+            assert a.features_TZ is not None and b.features_TZ is not None
+            # TF32 in convolutions: 10 bits.
+            torch.testing.assert_close(b.latents_TC, a.latents_TC, rtol=0, atol=2e-2)
+            torch.testing.assert_close(b.features_TZ, a.features_TZ, rtol=0, atol=2e-2)
+            assert a.text_lengths == b.text_lengths

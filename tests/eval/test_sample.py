@@ -270,11 +270,11 @@ class TestTooMuch:
 
 def test_the_device_of_a_process_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert sample._device("cuda") == "cuda:3" and sample._device("cuda:1") == "cuda:1"
+    assert sample.device_of_process("cuda") == "cuda:3" and sample.device_of_process("cuda:1") == "cuda:1"
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert sample._device(None) == "cuda:3" and sample._device("cpu") == "cpu"
+    assert sample.device_of_process(None) == "cuda:3" and sample.device_of_process("cpu") == "cpu"
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert sample._device(None) == "cpu"
+    assert sample.device_of_process(None) == "cpu"
 
 
 def test_tiles_belong_to_autoencoders_with_weights(draw: Any) -> None:

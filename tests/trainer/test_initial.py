@@ -16,7 +16,10 @@ from tim_ds.errors import CheckpointError, ConfigError
 from tim_ds.model.export_folder import read_export
 from tim_ds.trainer.checkpoint import find_checkpoints
 from tim_ds.trainer.initial import StoredState, check_initial, read_initial
-from tim_ds.trainer.run import build_root
+from tim_ds.trainer.run import build_root, check_same_encoders
+
+POWER = "train.ema={averages: [{sigma_rel: 0.1}], snapshots: {every_steps: 2}}"
+CLASSES = ("model.condition=class", "model.text_dim=null", "model.num_classes=10", "data.text_encoder=null")
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +96,8 @@ def test_another_path_between_noise_and_data_is_warned_of(
     assert "objective.transport.kind: 'tim', the weights in" in caplog.text
 
 
-def test_what_is_no_folder_of_weights_says_what_to_do(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"python -m tim_ds\.compat import .* --out FOLDER"):
-        read_initial(str(base / "tim.safetensors"))
-    with pytest.raises(CheckpointError, match=r"no export folder .* no run .* and no checkpoint"):
+def test_what_holds_no_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=str(tmp_path)):
         read_initial(str(tmp_path))
 
 
@@ -118,6 +119,14 @@ def test_what_is_no_folder_of_weights_says_what_to_do(base: Path, tmp_path: Path
             ("train.init_from=x", *ADAPTED, "model.z_dim=8", "model.encoder_depth=1"),
             r"model\.z_dim: nothing trains",
         ),
+        (
+            ("train.init_from=x", *ADAPTED, POWER),
+            r"train\.ema\.snapshots: hold what trains, and no export can be made of adapters alone",
+        ),
+        (
+            ("train.init_from=x", "train.adapter={targets: [attn.qkv, cross_attn.q]}", *CLASSES),
+            r"a network of condition 'class' has no cross_attn\.q",
+        ),
     ],
 )
 def test_contradictions_of_a_recipe_are_refused(
@@ -125,3 +134,18 @@ def test_contradictions_of_a_recipe_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         recipe(shards, *overrides)
+
+
+def test_a_run_is_not_continued_with_other_encoders() -> None:
+    recorded = {
+        "autoencoder": {"kind": "dc_ae", "path": "a", "revision": "blake2b:1"},
+        "text_encoder": {"kind": "gemma", "path": "b", "revision": None},
+    }
+    moved = {name: {**part, "path": "elsewhere"} for name, part in recorded.items()}
+    check_same_encoders(recorded, moved, "step_1")
+    check_same_encoders(recorded, {}, "step_1")
+    moved["autoencoder"]["revision"] = "blake2b:2"
+    with pytest.raises(
+        CheckpointError, match=r"data\.autoencoder: blake2b:1 in the checkpoint, blake2b:2 now"
+    ):
+        check_same_encoders(recorded, moved, "step_1")

@@ -31,6 +31,7 @@ from tim_ds.eval.inception import FeatureNetwork, Inception, clean_resizer
 from tim_ds.eval.pretrained import check_device, fingerprint
 from tim_ds.eval.report import markdown_table
 from tim_ds.eval.results import RESULTS_NAME, ResultRow, ScoreLog, add_row, kept_arrays, make_row, read_rows
+from tim_ds.eval.sample import device_of_process, place_of_process
 from tim_ds.eval.vqa import load_answerer
 from tim_ds.model.weights import write_aside
 from tim_ds.pipeline import TiMPipeline, refuse_unwritable, sha256
@@ -643,10 +644,11 @@ def parse(options: argparse.Namespace, kind: type[O]) -> O:
         mode=given["mode"],
         seed=given["seed"],
         batch=given["batch"],
-        part=_part(given["part"]),
+        part=place_of_process() if given["part"] is None else _part(given["part"]),
     )
-    names = {one.name for one in fields(kind)} - {"sampling", "progress", "rules"}
-    return kind(sampling=sampling, **{name: given[name] for name in names})
+    names = {one.name for one in fields(kind)} - {"sampling", "progress", "rules", "device"}
+    device = device_of_process(given["device"])
+    return kind(sampling=sampling, device=device, **{name: given[name] for name in names})
 
 
 def _add_common(parser: argparse.ArgumentParser, *, size: str) -> None:
@@ -668,8 +670,12 @@ def _add_common(parser: argparse.ArgumentParser, *, size: str) -> None:
     parser.add_argument(
         "--batch-scored", type=int, default=32, help="pictures scored at a time (default: %(default)s)"
     )
-    parser.add_argument("--part", default="0/1", metavar="K/N", help="every N-th picture from the K-th")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
+    parser.add_argument(
+        "--part",
+        metavar="K/N",
+        help="every N-th picture from the K-th (default: of the launcher's processes)",
+    )
+    parser.add_argument("--device", help="cpu, cuda, ... (default: CUDA where there is some)")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),

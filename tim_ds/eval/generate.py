@@ -255,9 +255,10 @@ def _chunks(items: Sequence[Wanted], size: int) -> Iterator[Sequence[Wanted]]:
 
 def _claim(folder: Path, identity: dict[str, Any], wanted: Sequence[Wanted]) -> None:
     """Write `pictures.json`, or see that the one that is there says the same."""
+    # Looked at before the manifest: a process beside this one writes the manifest first.
+    present = sorted(_pictures_in(folder)) if folder.is_dir() else []
     stored = read_manifest(folder) if folder.is_dir() else None
     if stored is None:
-        present = sorted(_pictures_in(folder)) if folder.is_dir() else []
         if present:
             raise RequestError(
                 f"{folder}: holds {len(present)} pictures ({_listing(present)}) but no {MANIFEST_NAME} that "

@@ -124,7 +124,7 @@ class _Batch:
 
 
 def _sample(options: argparse.Namespace) -> None:
-    rank, world = _place()
+    rank, world = place_of_process()
     lines = [
         *(Line(prompt=prompt, where=f"prompt {prompt!r}") for prompt in options.prompt),
         *(read_lines(options.prompts_file) if options.prompts_file is not None else []),
@@ -142,7 +142,7 @@ def _sample(options: argparse.Namespace) -> None:
     if grid.exists() and "grid" not in read_settings(grid):
         raise RequestError(f"{grid}: exists and is no grid of this command; move it away")
     pipe = TiMPipeline.from_pretrained(
-        options.export, device=_device(options.device), dtype=getattr(torch, options.dtype)
+        options.export, device=device_of_process(options.device), dtype=getattr(torch, options.dtype)
     )
     pipe.tokens_per_batch = _tokens(options.tokens_per_batch, pipe)
     if options.tile is not None:
@@ -267,12 +267,12 @@ def _path(out: Path, job: Job) -> Path:
     return out / f"{job.stem}.png"
 
 
-def _place() -> tuple[int, int]:
+def place_of_process() -> tuple[int, int]:
     """(rank, number of processes), as torchrun and the deepspeed launcher say."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _device(asked: str | None) -> str:
+def device_of_process(asked: str | None) -> str:
     if asked is not None and asked != "cuda":
         return asked
     if asked is None and not torch.cuda.is_available():

@@ -239,7 +239,8 @@ class TrainConfig:
     """Optimiser steps of the run."""
     seed: int = 0
     init_from: str | None = None
-    """Weights to start from: an export folder, or a run or checkpoint (averaged). Null: fresh ones."""
+    """Weights to start from: an export, a run or checkpoint (averaged), or a file that the authors released.
+    Null: fresh ones."""
     adapter: AdapterConfig | None = None
     """Train adapters on frozen weights instead of the weights; needs init_from."""
     precision: Literal["fp32", "bf16_autocast", "bf16"] = "fp32"
