@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
@@ -132,7 +134,18 @@ def test_a_sample_is_encoded_alike_on_any_rank_with_any_workers_and_after_a_resu
     with_workers = build_loader(dataclasses.replace(config, workers=2), patch_size=1, num_steps=3)
     resumed = build_loader(config, patch_size=1, start_step=1, num_steps=2)
     one_by_one = build_loader(config, patch_size=1, num_steps=3)
+    entered: list[str] = []
+
+    @contextmanager
+    def around() -> Iterator[None]:
+        entered.append("in")
+        yield
+        entered.append("out")
+
+    # Workers only read: encoding, and what is put around it, happens here.
+    with_workers.watch_encoders(around)
     variants = [*by_rank, samples_of(with_workers), samples_of(resumed)]
+    assert entered and entered == ["in", "out"] * (len(entered) // 2)
     monkeypatch.setattr(online, "BATCH_PIXELS", 1)
     monkeypatch.setattr(online, "CAPTION_BATCH", 1)
     variants.append(samples_of(one_by_one))

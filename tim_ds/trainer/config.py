@@ -266,6 +266,11 @@ class TrainConfig:
             raise ConfigError(
                 "train.init_from: required with train.adapter: adapters change weights that are trained"
             )
+        if self.adapter is not None and self.ema.snapshots.every_steps:
+            raise ConfigError(
+                "train.ema.snapshots: a fit of adapters is not made, because their product is not linear in "
+                "them; remove the snapshots or train.adapter"
+            )
         if self.peak_tflops is not None and self.peak_tflops <= 0:
             raise ConfigError(f"train.peak_tflops: expected null or above 0, received {self.peak_tflops}")
         if self.seed < 0:

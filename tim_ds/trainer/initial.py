@@ -1,10 +1,9 @@
-"""Weights that a run starts from: whatever `tim_ds.sources` finds, checked against the recipe."""
+"""Weights that a run starts from: an export folder, a run, one of its checkpoints, or a released file."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,13 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.config import AutoencoderConfig, TextEncoderConfig
-from tim_ds.config.recipe import Recipe
+from tim_ds.config.recipe import Recipe, from_dict
 from tim_ds.errors import CheckpointError, ConfigError
 from tim_ds.model.config import ModelConfig
-from tim_ds.model.export_folder import EXPORT_FILE, meta_network, open_export
+from tim_ds.model.export_folder import EXPORT_FILE, Export, meta_network, open_export
 from tim_ds.model.weights import check_weights
 from tim_ds.objective.config import TransportConfig
-from tim_ds.sources import MANIFEST, read_source
+from tim_ds.sources import read_source
+from tim_ds.trainer.checkpoint import MANIFEST, Checkpoint, find_checkpoints
+from tim_ds.trainer.ema import piece_kind
 from tim_ds.trainer.materialise import Values
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ class StoredState(Mapping[str, Tensor]):
     """Tensors by name, read from the disk when they are asked for, one at a time.
 
     Args:
-        shapes: names and shapes; tensors of the meta device will do.
+        shapes: names and shapes, as tensors of the meta device.
         read: the tensor of a name, of the shape and dtype of another.
     """
 
@@ -76,38 +77,62 @@ class InitialWeights:
 
 
 def read_initial(path: str) -> InitialWeights:
-    """The weights at `path` (`tim_ds.sources.read_source`); of a run or a checkpoint, the averaged ones.
+    """The averaged weights at `path`: an export folder, a run, a checkpoint in one, or a released file.
+
+    Of a run folder, the export is taken if there is one, else the newest checkpoint.
 
     Raises:
         CheckpointError: if there are no such weights, or they are an adapter's.
     """
     folder = Path(path)
-    _refuse_adapter(folder)
+    if folder.is_file():
+        released = read_source(folder)
+        return _of_export(path, released.export, lambda name, like: released.state[name].to(like.dtype))
     for candidate in (folder, folder / "export"):
         if (candidate / EXPORT_FILE).exists():
-            # One tensor at a time: no rank has to hold all of them.
             export, read = open_export(candidate)
-            state = StoredState(meta_network(export.model).state_dict(), read)
-            break
+            return _of_export(str(candidate), export, read)
+    if (folder / MANIFEST).exists():
+        found = [c for c in find_checkpoints(folder.parent) if c.path.name == folder.name]
     else:
-        found = read_source(path)
-        export, state = found.export, StoredState(found.state, lambda name, like: like)
+        found = find_checkpoints(folder / "checkpoints")
+    if not found:
+        raise CheckpointError(
+            f"train.init_from: {path}: no export folder ({EXPORT_FILE}), no run (checkpoints/) "
+            f"and no checkpoint ({MANIFEST})"
+        )
+    return _of_checkpoint(found[0])
+
+
+def _of_export(source: str, export: Export, read: Values) -> InitialWeights:
+    state = StoredState(meta_network(export.model).state_dict(), read)
     return InitialWeights(
-        path, export.model, export.transport, export.autoencoder, export.text_encoder, state
+        source, export.model, export.transport, export.autoencoder, export.text_encoder, state
     )
 
 
-def _refuse_adapter(path: Path) -> None:
-    """A checkpoint of an adapter holds nothing else; the message of missing weights would not say so."""
-    try:
-        recipe = json.loads((path / MANIFEST).read_text())["recipe"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    if recipe.get("train", {}).get("adapter") is not None:
+def _of_checkpoint(checkpoint: Checkpoint) -> InitialWeights:
+    recipe = from_dict(checkpoint.manifest["recipe"], source=str(checkpoint.path))
+    if recipe.train.adapter is not None:
         raise CheckpointError(
-            f"train.init_from: {path}: holds an adapter alone; finish that run and start from its export, in "
-            f"which the adapter is merged"
+            f"train.init_from: {checkpoint.path}: holds an adapter alone; finish that run and start from its "
+            f"export, in which the adapter is merged"
         )
+    kind = piece_kind(recipe.train.ema.used.name)
+
+    def read(name: str, like: Tensor) -> Tensor:
+        value = torch.empty(like.shape)
+        checkpoint.fill(kind, f"network.{name}", 0, value.view(-1))
+        return value
+
+    return InitialWeights(
+        str(checkpoint.path),
+        recipe.model,
+        recipe.objective.transport,
+        recipe.data.autoencoder,
+        recipe.data.text_encoder,
+        StoredState(meta_network(recipe.model).state_dict(), read),
+    )
 
 
 def check_initial(initial: InitialWeights, recipe: Recipe) -> None:

@@ -15,7 +15,7 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -59,11 +59,11 @@ from tim_ds.trainer.engine import (
     stop_world,
     zero_stage,
 )
-from tim_ds.trainer.flops import flops_of, peak_flops
+from tim_ds.trainer.flops import StepFlops, flops_of, peak_flops
 from tim_ds.trainer.initial import InitialWeights, check_initial, read_initial, values_of
-from tim_ds.trainer.inputs import Prepare
+from tim_ds.trainer.inputs import Prepare, StepInputs
 from tim_ds.trainer.loop import Loop, Progress
-from tim_ds.trainer.lora import add_adapters, merged, write_adapter
+from tim_ds.trainer.lora import adapter_values, add_adapters, merged, write_adapter
 from tim_ds.trainer.materialise import Split, Values, materialise
 from tim_ds.trainer.metrics import MetricsLog, Sums
 from tim_ds.trainer.phases import PhaseClock
@@ -207,13 +207,7 @@ def _run(
     )
     _check_room(run_dir, engine, world, len(config.ema.averages))
     ema = Ema(engine, config.ema)
-    count = partial(
-        flops_of,
-        config=recipe.model,
-        objective=recipe.objective,
-        checkpointing=config.activation_checkpointing,
-    )
-    sums = Sums(root.transport, world.device, count)
+    sums = Sums(root.transport, world.device, build_count(recipe))
     progress = Progress()
     if checkpoint is not None:
         progress = restore(checkpoint, engine, ema, sums)
@@ -264,6 +258,7 @@ def _run(
         )
 
     clock, forward_phase = build_clock(recipe, root, world)
+    loader.watch_encoders(partial(clock.phase, "encoders"))
     snapshots = Snapshots(run_dir / SNAPSHOTS, world, config.ema.snapshots)
     snapshots.drop_after(progress.step)
 
@@ -332,20 +327,19 @@ def build_root(
     Args:
         initial: weights to start from; None: freshly initialised from the recipe's seed.
         values: of the network's parameters by name, in place of both.
-        split: splits every parameter among the ranks as soon as it has its value. With adapters, which are
-            put on a whole network, it is not used.
+        split: splits every parameter among the ranks as soon as it has its value.
     """
-    # What an adapter draws; weights and data ask generators of their own.
+    # For whatever asks a generator without saying so; weights, adapters and data do not.
     torch.manual_seed(recipe.train.seed)
     with torch.device("meta"):
         network = TiM(recipe.model, checkpoint_blocks=recipe.train.activation_checkpointing)
     values = values or initial_values(network, recipe.train.seed)
     if initial is not None:
         values = values_of(initial, network, values)
-    adapter = recipe.train.adapter
-    if adapter is not None:
-        materialise(network, values)
-        add_adapters(network, adapter)
+    if recipe.train.adapter is not None:
+        with torch.device("meta"):
+            add_adapters(network, recipe.train.adapter)
+        values = adapter_values(values, recipe.train.seed)
     teacher = None
     if recipe.objective.guided_target is not None:
         teacher = copy.deepcopy(network).requires_grad_(False)
@@ -372,6 +366,18 @@ def build_clock(recipe: Recipe, root: TransitionStep, world: World) -> tuple[Pha
     if root.teacher is not None:
         clock.watch(root.teacher, "teacher", inside=forward_phase)
     return clock, forward_phase
+
+
+def build_count(recipe: Recipe) -> Callable[[StepInputs], StepFlops] | None:
+    """Counts the operations of a micro-step; None for adapters: frozen weights have another backward."""
+    if recipe.train.adapter is not None:
+        return None
+    return partial(
+        flops_of,
+        config=recipe.model,
+        objective=recipe.objective,
+        checkpointing=recipe.train.activation_checkpointing,
+    )
 
 
 def device_peak(config: TrainConfig, world: World) -> float | None:
@@ -575,8 +581,9 @@ def _check_parts(recipe: Recipe, engine_config: Mapping[str, Any], data: DataFac
 def _check_room(run_dir: Path, engine: Engine, world: World, num_averages: int) -> None:
     """Raises CheckpointError, before any work, if the disk cannot hold a checkpoint and the export."""
     numel = sum(torch.Size(shape).numel() for shape in engine.parameter_shapes.values())
+    network = engine.module.get_submodule("network")
     # Frozen weights are only exported; every trained one besides as a master, AdamW's two and the averages.
-    exported = sum(int(getattr(p, "ds_numel", p.numel())) for p in engine.module.parameters())
+    exported = sum(int(getattr(p, "ds_numel", p.numel())) for p in network.parameters())
     needed = 4 * (numel * (len(STATE_KEYS) + 1 + num_averages) + exported) + SPARE_BYTES
     free = world.from_main(free_bytes(run_dir))
     if free < needed:
