@@ -123,7 +123,7 @@ def start_rank(
 
 
 def run_ranks(
-    function: Callable[..., Any], *arguments: Any, world_size: int, out: Path, timeout_s: float = 120.0
+    function: Callable[..., Any], *arguments: Any, world_size: int, out: Path, timeout_s: float = 600.0
 ) -> list[Any]:
     """`function(*arguments)` on every rank of a new group; what each rank returned.
 
