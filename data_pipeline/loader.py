@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass
 from itertools import islice
@@ -144,6 +145,12 @@ class StepLoader(Generic[T]):
         """Kind, path and revision of the frozen encoders that run while training; empty without any."""
         return self._packs.encoders.describe() if self._packs.encoders is not None else {}
 
+    def watch_encoders(self, around: Callable[[], AbstractContextManager[None]]) -> None:
+        """Enter `around()` whenever the frozen encoders of this process run, to measure them. Call it before
+        the first step."""
+        if self._packs.encoders is not None:
+            self._packs.around_encoders = around
+
     @property
     def steps_per_epoch(self) -> int:
         return self.plan.steps_per_epoch
@@ -219,6 +226,7 @@ class _Packs(Dataset["_Item"], Generic[T]):
     ) -> None:
         self.index = index
         self.encoders = encoders
+        self.around_encoders: Callable[[], AbstractContextManager[None]] = nullcontext
         self.plan = plan
         self.rank = rank
         self._patch_size = patch_size
@@ -409,7 +417,8 @@ class _Packs(Dataset["_Item"], Generic[T]):
         if self.encoders is None:
             return [read[i] for i in wanted]
         good = {i: sample for i in wanted if isinstance(sample := read[i], RawSample)}
-        encoded = self.encoders.encode(list(good.values()), [self.index.name(i) for i in good])
+        with self.around_encoders():
+            encoded = self.encoders.encode(list(good.values()), [self.index.name(i) for i in good])
         whole = dict(zip(good, encoded, strict=True))
         return [whole[i] if i in whole else cast(DataError, read[i]) for i in wanted]
 

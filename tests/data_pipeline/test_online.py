@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
@@ -102,15 +104,18 @@ def pixels_config(shards: Path, **changes: object) -> DataConfig:
     )
 
 
-def samples_of(loader: StepLoader[PackedBatch]) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-    """Tokens and states of every sample that the loader's packs hold."""
+def samples_of(loader: StepLoader[PackedBatch]) -> dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]]:
+    """Tokens and states of every sample that the loader's packs hold, by epoch and id.
+
+    An epoch draws its own captions.
+    """
     found = {}
     for batch in (batch for step in loader for batch in step):
         assert batch.text_LE is not None and batch.text_lengths is not None
         tokens = batch.latents_TC.split([h * w for h, w in batch.grids])
         found.update(
             zip(
-                batch.sample_ids,
+                ((batch.epoch, sample_id) for sample_id in batch.sample_ids),
                 zip(tokens, batch.text_LE.split(batch.text_lengths), strict=True),
                 strict=True,
             )
@@ -123,7 +128,7 @@ def test_a_sample_is_encoded_alike_on_any_rank_with_any_workers_and_after_a_resu
 ) -> None:
     config = config_of(shards, models)
     reference = samples_of(build_loader(config, patch_size=1, num_steps=3))
-    assert len(reference) == 12
+    assert len({sample_id for _, sample_id in reference}) == 12
     by_rank = [
         samples_of(build_loader(config, patch_size=1, rank=rank, world_size=2, num_steps=3))
         for rank in (0, 1)
@@ -132,14 +137,25 @@ def test_a_sample_is_encoded_alike_on_any_rank_with_any_workers_and_after_a_resu
     with_workers = build_loader(dataclasses.replace(config, workers=2), patch_size=1, num_steps=3)
     resumed = build_loader(config, patch_size=1, start_step=1, num_steps=2)
     one_by_one = build_loader(config, patch_size=1, num_steps=3)
+    entered: list[str] = []
+
+    @contextmanager
+    def around() -> Iterator[None]:
+        entered.append("in")
+        yield
+        entered.append("out")
+
+    # Workers only read: encoding, and what is put around it, happens here.
+    with_workers.watch_encoders(around)
     variants = [*by_rank, samples_of(with_workers), samples_of(resumed)]
+    assert entered and entered == ["in", "out"] * (len(entered) // 2)
     monkeypatch.setattr(online, "BATCH_PIXELS", 1)
     monkeypatch.setattr(online, "CAPTION_BATCH", 1)
     variants.append(samples_of(one_by_one))
     for variant in variants:
-        for sample_id, (tokens, states) in variant.items():
-            torch.testing.assert_close(tokens, reference[sample_id][0], rtol=0, atol=LATENT_TOLERANCE)
-            torch.testing.assert_close(states, reference[sample_id][1], rtol=0.05, atol=STATES_TOLERANCE)
+        for sample, (tokens, states) in variant.items():
+            torch.testing.assert_close(tokens, reference[sample][0], rtol=0, atol=LATENT_TOLERANCE)
+            torch.testing.assert_close(states, reference[sample][1], rtol=0.05, atol=STATES_TOLERANCE)
 
 
 def test_pictures_of_one_size_share_a_batch_and_are_encoded_once(

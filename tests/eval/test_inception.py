@@ -89,7 +89,7 @@ def test_weights_are_identified_and_bad_files_are_refused(
     with pytest.raises(RequestError, match=r"other.pth: not the weights of this network"):
         Inception.load(other)
     code = tmp_path / "code.pth"
-    code.write_bytes(pickle.dumps({"w": _Call()}))
+    code.write_bytes(pickle.dumps({"w": _Call()}, protocol=2))
     with pytest.raises(CheckpointError):
         Inception.load(code)
 

@@ -13,6 +13,7 @@ from tim_ds.errors import ConfigError, ShapeError
 from tim_ds.model import ops
 from tim_ds.model.rope import token_positions
 from tim_ds.packed import Segments
+from tim_kernels.saved import saved_bytes
 
 
 def _normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -81,6 +82,24 @@ def test_residual_modulated_norm_is_its_formula():
         normal = (row - row.mean()) / torch.sqrt(row.var(unbiased=False) + 1e-6)
         torch.testing.assert_close(x_new[token], row, rtol=1e-13, atol=1e-13)
         torch.testing.assert_close(h[token], normal * (1 + scale[s]) + shift[s], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_a_product_that_computes_its_input_again_has_the_same_gradients_and_does_not_keep_it(has_bias):
+    gate, up, weight, bias = (_normal(*s, seed=i) for i, s in enumerate([(5, 6), (5, 6), (3, 6), (3,)]))
+    leaves = [x.requires_grad_() for x in (gate, up, weight, *([bias] if has_bias else []))]
+    found, kept = [], []
+    for again in (None, ops.Again(ops.swiglu, (gate, up))):
+        product = ops.swiglu(gate, up)
+        outputs = []
+
+        def run(product=product, again=again, outputs=outputs):
+            outputs.append(ops.linear(product, weight, bias if has_bias else None, again))
+
+        kept.append(saved_bytes(run, apart_from=leaves))
+        found.append([outputs[0], *torch.autograd.grad((outputs[0] ** 3).sum(), leaves)])
+    assert kept == [5 * 6 * 8, 0]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-13, atol=1e-13)
 
 
 def test_qk_norm_uses_the_wider_epsilon_and_the_affine_parameters():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,9 @@ import torch
 from tests.model.networks import class_config, random_network, random_pack, text_config
 from tim_ds.errors import ConfigError, ShapeError
 from tim_ds.model.blocks import TransitionBlock
+from tim_ds.model.config import ModelConfig
+from tim_ds.model.export_folder import meta_network
+from tim_ds.model.init import initial_values, initialise
 from tim_ds.model.tim import TiM
 from tim_ds.packed import ClassCondition, Segments, TextCondition
 
@@ -121,6 +125,24 @@ def test_initialisation_follows_the_table():
     assert std["blocks.0.attn.qkv.weight"] == pytest.approx((2 / (256 + 768)) ** 0.5, rel=0.05)
     assert std["blocks.0.adaLN_modulation.fc2.weight"] == 0.0
     assert std["final_layer.linear.weight"] == 0.0
+
+
+@pytest.mark.parametrize("make_config", [text_config, class_config])
+def test_a_first_value_depends_on_seed_and_name_alone(make_config: Callable[..., ModelConfig]):
+    small, deep = (meta_network(make_config(depth=depth, z_dim=16, encoder_depth=1)) for depth in (2, 3))
+    make, of_deep, other = initial_values(small, 3), initial_values(deep, 3), initial_values(small, 4)
+    drawn = 0
+    for name, parameter in reversed(list(small.named_parameters())):
+        value = make(name, parameter)
+        assert value.shape == parameter.shape and bool(value.isfinite().all()), name
+        assert torch.equal(value, of_deep(name, parameter)), name
+        if value.unique().numel() > 1:
+            assert not torch.equal(value, other(name, parameter)), name
+            drawn += 1
+    assert drawn > 15
+    network = TiM(make_config(z_dim=16, encoder_depth=1, depth=2))
+    initialise(network, 3)
+    assert all(torch.equal(make(name, value), value) for name, value in network.named_parameters())
 
 
 def test_activation_checkpointing_changes_no_gradient():

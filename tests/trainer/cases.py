@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import gc
+import json
 import math
 import os
 import resource
@@ -19,11 +21,21 @@ from torch import Tensor
 from tests.trainer.plain import steps_of
 from tests.trainer.ranks import engine_file, recipe, write_data
 from tim_ds.config.recipe import Recipe, recipe_hash
-from tim_ds.errors import CheckpointError, NonFiniteError
-from tim_ds.model.export_folder import write_export
+from tim_ds.errors import CheckpointError, NonFiniteError, RequestError
+from tim_ds.model.export_folder import open_export, write_export
+from tim_ds.model.init import initial_values
+from tim_ds.model.tim import TiM
 from tim_ds.trainer.checkpoint import CheckpointFolder, Piece, find_checkpoints
 from tim_ds.trainer.ema import Ema
-from tim_ds.trainer.engine import Engine, read_engine_file, start_world, stop_world
+from tim_ds.trainer.engine import (
+    Engine,
+    Splitter,
+    merge_config,
+    read_engine_file,
+    start_world,
+    stop_world,
+)
+from tim_ds.trainer.memory import Ranks, estimate
 from tim_ds.trainer.preview import describe_export
 from tim_ds.trainer.run import UNITS, build_root, teacher_parameters, train
 from tim_ds.trainer.step import StepOutput, TransitionStep
@@ -42,6 +54,18 @@ AVERAGES = (
 # Short enough for a run that stops after its first step.
 ELSEWHERE = ("train.optimizer.warmup_steps=0",)
 GATHERS = {"count": 0, "elements": 0}
+
+
+def shipped(name: str, **zero: Any) -> tuple[int, dict[str, Any]]:
+    """Stage and ZeRO settings of a file in ds_configs, changed for two ranks."""
+    settings = json.loads((Path(__file__).parents[2] / "ds_configs" / f"{name}.json").read_text())
+    settings = {**settings["zero_optimization"], **zero}
+    return settings.pop("stage"), settings
+
+
+OFFLOADED = {"zero2_offload": shipped("zero2_offload"), "zero3_offload": shipped("zero3_offload")}
+# Both ranks are one node.
+NODES = {"zero3_nodes": shipped("zero3_nodes", zero_hpz_partition_size=2)}
 
 
 def run_cases(cases: tuple[str, ...], folder: Path, shards: Path, poisoned: Path) -> dict[str, Any]:
@@ -105,17 +129,21 @@ def masters(engine: Engine) -> dict[str, Tensor]:
 
 def train_every_stage(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[str, str]:
     """A few steps of the same recipe under every ZeRO stage; on several ranks, some variants too."""
-    variants: dict[str, tuple[int, tuple[str, ...]]] = {f"zero{stage}": (stage, ()) for stage in range(4)}
-    variants["zero3_averages"] = (3, (AVERAGES,))
+    variants: dict[str, tuple[int, tuple[str, ...], dict[str, Any]]] = {
+        f"zero{stage}": (stage, (), {}) for stage in range(4)
+    }
+    variants["zero3_averages"] = (3, (AVERAGES,), {})
     if world.size > 1:
         recomputed = "train.activation_checkpointing=true"
-        variants["zero3_recomputed"] = (3, (recomputed,))
-        variants.update({f"zero{stage}_paired": (stage, (PAIRED,)) for stage in range(4)})
-        variants["zero3_paired_recomputed"] = (3, (PAIRED, recomputed))
+        variants["zero3_recomputed"] = (3, (recomputed,), {})
+        variants.update({f"zero{stage}_paired": (stage, (PAIRED,), {}) for stage in range(4)})
+        variants["zero3_paired_recomputed"] = (3, (PAIRED, recomputed), {})
         for stage in (0, 1, 3):
-            variants[f"zero{stage}_guided"] = (stage, (GUIDED,))
-    for name, (stage, overrides) in variants.items():
-        file = shared_engine_file(world, folder, stage)
+            variants[f"zero{stage}_guided"] = (stage, (GUIDED,), {})
+        for name, (stage, zero) in {**OFFLOADED, **NODES}.items():
+            variants[f"{name}_guided"] = (stage, (GUIDED,), zero)
+    for name, (stage, overrides, zero) in variants.items():
+        file = shared_engine_file(world, folder, stage, **zero)
         train(recipe(shards, *overrides), folder / name, file, world)
     return {name: str(folder / name) for name in variants}
 
@@ -189,6 +217,147 @@ def train_with_previews(world: World, folder: Path, shards: Path, poisoned: Path
         )
 
 
+def begin_everywhere(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[str, Any]:
+    """Masters before the first step of every stage, fresh and from exported weights."""
+    found: dict[str, Any] = {}
+    export = folder / "export"
+    for precision, stages in (("fp32", range(4)), ("bf16", range(1, 4))):
+        settings = recipe(shards, GUIDED, f"train.precision={precision}")
+        if world.is_main and precision == "fp32":
+            torch.manual_seed(99)
+            write_export(export, describe_export(settings, 0, ""), TiM(settings.model).state_dict())
+        world.barrier()
+        for start, values in (("fresh", None), ("exported", open_export(export)[1])):
+            for stage in stages:
+                split = None
+                zero = NODES["zero3_nodes"][1] if stage == 3 else {}
+                file = read_engine_file(shared_engine_file(world, folder, stage, **zero))
+                if stage == 3:
+                    split = Splitter(
+                        merge_config(file, settings.train, packs_per_step=4, world_size=world.size)
+                    )
+                root = build_root(settings, world.size, values=values, split=split)
+                engine, _ = build(world, settings, folder, stage, root, **zero)
+                found[f"{start} {precision} {stage}"] = masters(engine)
+    return found
+
+
+def hold_little(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[str, Any]:
+    """Bytes of tensors while a larger network is made and split, beside those before."""
+    settings = recipe(shards, GUIDED, "model.hidden_size=128", "model.depth=6")
+    export = folder / "export"
+    if world.is_main:
+        write_export(export, describe_export(settings, 0, ""), TiM(settings.model).state_dict())
+    world.barrier()
+    file = read_engine_file(shared_engine_file(world, folder, 3))
+    merged = merge_config(file, settings.train, packs_per_step=4, world_size=world.size)
+    found = {}
+    with torch.device("meta"):
+        network = TiM(settings.model)
+    sizes = [4 * p.numel() for p in network.parameters()]
+    for start, values in (
+        ("fresh", initial_values(network, 0)),
+        ("exported", open_export(export)[1]),
+    ):
+        gc.collect()
+        before = bytes_alive()
+        seen: list[int] = []
+
+        def watched(
+            name: str, like: Tensor, make: Any = values, seen: list[int] = seen, before: int = before
+        ) -> Tensor:
+            value = make(name, like)
+            # Looking is slow: now and then, and always around the largest.
+            look = len(seen) % 50 == 0 or value.nbytes == max(sizes)
+            seen.append(bytes_alive() - before if look else 0)
+            return value
+
+        root = build_root(settings, world.size, values=watched, split=Splitter(merged))
+        found[start] = {"peak": max(seen), "end": bytes_alive() - before, "questions": len(seen)}
+        del root
+    return {**found, "model": sum(sizes), "largest": max(sizes), "parameters": len(sizes)}
+
+
+def bytes_alive() -> int:
+    """Memory of all tensors of the process that have some."""
+    storages = {}
+    for thing in gc.get_objects():
+        if type(thing) in (Tensor, torch.nn.Parameter) and thing.device.type == "cpu":
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def weigh(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[str, Any]:
+    """Bytes of the storages of weights, masters, AdamW's averages and the average, beside the estimate."""
+    engines: dict[str, tuple[str, int, dict[str, Any]]] = {
+        f"zero{stage} fp32": ("fp32", stage, {}) for stage in range(4)
+    }
+    engines |= {f"zero{stage} bf16": ("bf16", stage, {}) for stage in range(1, 4)}
+    engines |= {f"{name} {p}": (p, *engine) for name, engine in OFFLOADED.items() for p in ("fp32", "bf16")}
+    found = {}
+    for name, (precision, stage, zero) in engines.items():
+        settings = recipe(shards, GUIDED, f"train.precision={precision}")
+        engine, ema = build(world, settings, folder, stage, None, **zero)
+        take_step(engine, micro_batches(settings, world, 1)[0])
+        states = [engine.optimizer_state(shard) for shard in engine.shards]
+        trained = dict(engine.module.network.named_parameters())  # type: ignore[union-attr]
+        frozen = dict(engine.module.teacher.named_parameters())  # type: ignore[union-attr]
+        groups = {
+            "weights": [_held(p) for p in trained.values()],
+            "float32 masters": [shard.master for shard in engine.shards],
+            "AdamW averages": [value for state in states for value in state.values()],
+            "averaged weights": [value for average in ema.averages.values() for value in average.values()],
+            "teacher": [_held(p) for p in frozen.values()],
+        }
+        storages = {kind: _storages(tensors) for kind, tensors in groups.items()}
+        for start in storages["weights"]:
+            # Masters that are the weights themselves.
+            storages["float32 masters"].pop(start, None)
+        predicted = estimate(
+            settings, read_engine_file(shared_engine_file(world, folder, stage, **zero)), Ranks(world.size, 2)
+        )
+        found[name] = {
+            "measured": {kind: sum(sizes.values()) for kind, sizes in storages.items()},
+            "estimate": {part.name: part.device + part.host for part in predicted.parts},
+            "on_host": {part.name for part in predicted.parts if part.host and not part.device},
+            "checkpoint": predicted.checkpoint_bytes,
+        }
+    return found
+
+
+def _held(parameter: Any) -> Tensor:
+    """What a rank keeps of a parameter between steps."""
+    return getattr(parameter, "ds_tensor", parameter)
+
+
+def _storages(tensors: list[Tensor]) -> dict[int, int]:
+    return {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+
+
+def train_with_evaluations(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[str, str]:
+    """At ZeRO-3, in one go and stopped in between; and one whose data are missing."""
+    from data_pipeline.handwriting import Settings, build
+
+    data = folder / "handwriting"
+    if world.is_main:
+        build(data, Settings(samples=2, factor=2, text_width=8), progress=False)
+    world.barrier()
+    kinds = "kinds: [nfe, resolution], num_steps: [1], pictures: 65, held_back: 17, longest: 1"
+    evaluation = f"train.evaluation={{every_steps: 2, {kinds}, data: {data}}}"
+    missing = f"train.evaluation={{every_steps: 2, {kinds}, data: {folder / 'nothing'}}}"
+    file = shared_engine_file(world, folder, 3)
+    train(recipe(shards, evaluation), folder / "whole", file, world)
+    train(recipe(shards, evaluation, "train.steps=2"), folder / "resumed", file, world)
+    train(recipe(shards, evaluation), folder / "resumed", file, world)
+    refused = ""
+    try:
+        train(recipe(shards, missing), folder / "refused", file, world)
+    except RequestError as error:
+        refused = str(error)
+    return {"data": str(data), "refused": refused}
+
+
 def average_by_hand(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[str, Any]:
     """EMA of the full masters, computed beside the sharded one, for several stages and precisions."""
     found = {}
@@ -220,8 +389,16 @@ def borrow_average(world: World, folder: Path, shards: Path, poisoned: Path) -> 
     batches = micro_batches(settings, world, 3)
     every_rank_same = micro_batches(settings, World(), 1)[0][0]
     # At stage 3, parameters above the threshold are partitioned and smaller ones kept whole: some of each.
-    for stage, threshold in ((0, None), (2, None), (3, 100)):
-        zero: dict[str, Any] = {} if threshold is None else {"stage3_param_persistence_threshold": threshold}
+    some_whole = {"stage3_param_persistence_threshold": 100}
+    engines: dict[str, tuple[int, dict[str, Any]]] = {
+        "zero0": (0, {}),
+        "zero2": (2, {}),
+        "zero3": (3, some_whole),
+        "zero2_offload": OFFLOADED["zero2_offload"],
+        "zero3_offload": shipped("zero3_offload", **some_whole),
+        **NODES,
+    }
+    for name, (stage, zero) in engines.items():
         ends = []
         seen: dict[str, float] = {}
         for borrow in (False, True):
@@ -244,7 +421,7 @@ def borrow_average(world: World, folder: Path, shards: Path, poisoned: Path) -> 
             ends.append(masters(engine))
         plain, borrowed = ends
         seen["masters_equal"] = float(all(torch.equal(plain[name], borrowed[name]) for name in plain))
-        found[f"zero{stage} threshold {threshold}"] = seen
+        found[name] = seen
     return found
 
 
@@ -353,10 +530,11 @@ def meet_poisoned_gradient(world: World, folder: Path, shards: Path, poisoned: P
     """A finite loss with a gradient that is not, in one micro-step of the last rank."""
     found = {}
     settings = recipe(shards)
-    for stage in range(4):
+    engines: dict[str, tuple[int, dict[str, Any]]] = {f"zero{stage}": (stage, {}) for stage in range(4)}
+    for name, (stage, zero) in {**engines, **OFFLOADED}.items():
         root: Any = build_root(settings, world.size)
         root.__class__ = _PoisonedStep
-        engine, _ = build(world, settings, folder, stage, root)
+        engine, _ = build(world, settings, folder, stage, root, **zero)
         steps = micro_batches(settings, world, 3)
         first = take_step(engine, steps[0]).applied
         before = masters(engine)
@@ -366,11 +544,11 @@ def meet_poisoned_gradient(world: World, folder: Path, shards: Path, poisoned: P
         root.poisoned = False
         # Nothing of the refused step may be left in an accumulation buffer.
         again = take_step(engine, steps[2])
-        other, _ = build(world, settings, folder, stage)
+        other, _ = build(world, settings, folder, stage, None, **zero)
         take_step(other, steps[0])
         clean = take_step(other, steps[2])
         same = all(torch.equal(value, masters(other)[name]) for name, value in masters(engine).items())
-        found[f"zero{stage}"] = {
+        found[name] = {
             "applied": (first, refused, again.applied, clean.applied),
             "kept": kept,
             "same_as_without": same,
@@ -472,10 +650,12 @@ def refuse_other_runs(world: World, folder: Path, shards: Path, poisoned: Path) 
 def continue_elsewhere(world: World, folder: Path, shards: Path, poisoned: Path) -> list[str]:
     """Continue a run that another group of ranks began, under other ZeRO stages."""
     (task,) = folder.glob("*.task")
-    steps, stages = task.read_text().split(":")
+    steps, names = task.read_text().split(":")
+    engines = {**{f"zero{stage}": (stage, {}) for stage in range(4)}, **OFFLOADED, **NODES}
     messages = []
-    for steps_now, stage in zip(steps.split(), stages.split(), strict=True):
-        file = shared_engine_file(world, folder, int(stage))
+    for steps_now, name in zip(steps.split(), names.split(), strict=True):
+        stage, zero = engines[name]
+        file = shared_engine_file(world, folder, stage, **zero)
         messages.append(
             train(recipe(shards, *ELSEWHERE, f"train.steps={steps_now}"), folder / "run", file, world)
         )
@@ -488,6 +668,10 @@ CASES: dict[str, Callable[[World, Path, Path, Path], Any]] = {
         train_every_stage,
         train_in_low_precision,
         train_with_previews,
+        begin_everywhere,
+        hold_little,
+        weigh,
+        train_with_evaluations,
         average_by_hand,
         borrow_average,
         watch_trace,

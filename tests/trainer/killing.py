@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,15 +76,15 @@ def _in(name: str, when: Callable[..., bool], *, before: bool) -> None:
 
 
 def _half_a_file() -> None:
-    plain = checkpoint_module._write_tensors
+    plain = checkpoint_module.write_rank_file
 
-    def half(path: Path, tensors: Any) -> int:
-        size = plain(path, tensors)
-        os.truncate(path, size // 2)
+    def half(path: Path, tensors: Any) -> Any:
+        record = plain(path, tensors)
+        os.truncate(path, record.bytes // 2)
         _die()
-        return size
+        return record
 
-    checkpoint_module._write_tensors = half
+    checkpoint_module.write_rank_file = half
 
 
 MOMENTS: dict[str, Callable[[], None]] = {
@@ -94,6 +97,46 @@ MOMENTS: dict[str, Callable[[], None]] = {
     "before latest": lambda: _in("write_flushed", lambda path, _: "latest" in path.name, before=True),
     "after the save": lambda: _in("write_flushed", lambda path, _: "latest" in path.name, before=False),
 }
+
+
+class _Calls:
+    """Counts calls of the trainer's functions, in every thread, to kill the process at one of them.
+
+    A count is a moment that a seed can choose and that is the same whatever else the machine does; counting
+    calls rather than steps lets it fall anywhere, saves and their threads included.
+    """
+
+    def __init__(self, last: float = math.inf) -> None:
+        self.count = 0
+        self.at_steps: list[int] = []
+        self._last = last
+
+    def __enter__(self) -> _Calls:
+        threading.setprofile(self._seen)
+        sys.setprofile(self._seen)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(None)
+        threading.setprofile(None)
+
+    def _seen(self, frame: Any, event: str, _: Any) -> None:
+        if event not in ("call", "c_call") or "tim_ds/trainer" not in frame.f_code.co_filename:
+            return
+        self.count += 1
+        if event == "call" and frame.f_code is Loop._step.__code__:
+            self.at_steps.append(self.count)
+        if self.count >= self._last:
+            _die()
+
+
+def train_counted(last: float, run_dir: Path, engine: Path, shards: Path, *settings: str) -> list[int]:
+    """Train the run, or continue it, and die at the call number `last`. Returns the count at every step."""
+    with _Calls(last) as calls:
+        world = start_world()
+        train(recipe(shards, *settings), run_dir, engine, world)
+    stop_world(world)
+    return calls.at_steps
 
 
 def train_until(moment: str | None, run_dir: Path, engine: Path, shards: Path) -> str:

@@ -88,7 +88,7 @@ def engine_file(folder: Path, stage: int, **zero: Any) -> Path:
     content: dict[str, Any] = {"zero_optimization": {"stage": stage, **zero}}
     if stage == 3:
         content["zero_optimization"].setdefault("stage3_param_persistence_threshold", 0)
-    path = folder / f"zero{stage}{'_'.join(['', *zero])}.json"
+    path = folder / f"zero{stage}{'_'.join(['', *sorted(zero)])}.json"
     path.write_text(json.dumps(content))
     return path
 

@@ -1,17 +1,24 @@
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.trainer.conftest import Groups
 from tim_ds.errors import CheckpointError
-from tim_ds.trainer.checkpoint import MANIFEST, CheckpointFolder, Piece, find_checkpoints
+from tim_ds.trainer import checkpoint as checkpoint_module
+from tim_ds.trainer.checkpoint import FORMAT, MANIFEST, CheckpointFolder, Piece, find_checkpoints
+from tim_ds.trainer.rank_file import check_rank_file, write_rank_file
 from tim_ds.trainer.world import World
 
 VALUES = torch.arange(12.0)
@@ -83,6 +90,151 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
     assert [c.step for c in find_checkpoints(tmp_path)] == [2, 1]
 
 
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+def test_damage_inside_the_newest_checkpoint_goes_back_to_the_one_before(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = keeper(tmp_path)
+    older = save(folder, 10)
+    newest = save(folder, 25)
+    flip_a_byte(newest / "rank_00000.safetensors")
+    with caplog.at_level(logging.WARNING):
+        found = folder.newest()
+    assert found is not None and found.step == 10
+    (record,) = caplog.records
+    message = record.getMessage()
+    assert f"{newest / 'rank_00000.safetensors'}: damaged: expected " in message
+    assert f"goes back 15 steps, to {older}" in message
+    # Kept for whoever wants to look, where nothing takes it for a checkpoint.
+    assert (tmp_path / "damaged-step_000000025" / MANIFEST).exists() and not newest.exists()
+    assert (tmp_path / "latest").read_text() == "step_000000010\n"
+    caplog.clear()
+    again = folder.newest()
+    assert again is not None and again.step == 10 and not caplog.records
+
+
+def test_a_strict_run_refuses_a_damaged_checkpoint_by_name(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, World(), keep=2, strict=True)
+    save(folder, 10)
+    newest = save(folder, 25)
+    flip_a_byte(newest / "rank_00000.safetensors")
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="with checksum") as error:
+            folder.newest()
+        assert "train.checkpoint.strict refuses" in str(error.value) and "after step 10" in str(error.value)
+    (newest / "rank_00000.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"received no file.*strict refuses to pass over it"):
+        folder.newest()
+
+
+def test_damage_in_the_only_checkpoint_is_an_error_and_begins_nothing(tmp_path: Path) -> None:
+    folder = keeper(tmp_path)
+    newest = save(folder, 10)
+    flip_a_byte(newest / "rank_00000.safetensors")
+    with pytest.raises(CheckpointError, match="No older checkpoint is left"):
+        folder.newest()
+    assert newest.exists()
+
+
+class Held:
+    """A write that waits until it is let go."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: Exception | None = None) -> None:
+        self.go = threading.Event()
+        self.under_way = 0
+        plain = checkpoint_module.write_rank_file
+
+        def held(path: Path, tensors: Any) -> Any:
+            self.under_way += 1
+            assert self.under_way == 1, "two checkpoints are written at once"
+            self.go.wait(30)
+            self.under_way -= 1
+            if error is not None:
+                raise error
+            return plain(path, tensors)
+
+        monkeypatch.setattr(checkpoint_module, "write_rank_file", held)
+
+
+def start(folder: CheckpointFolder, step: int, values: torch.Tensor) -> None:
+    folder.start(
+        step, iter([Piece("master", "w", 0, values)]), {}, {"progress": {"step": step}, "world_size": 1}
+    )
+
+
+def test_a_save_returns_before_it_is_written_and_holds_the_values_of_its_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, folder, values = Held(monkeypatch), keeper(tmp_path), torch.arange(6.0)
+    start(folder, 1, values)
+    values.add_(100)
+    folder.settle()
+    assert find_checkpoints(tmp_path) == [] and (tmp_path / ".tmp-step_000000001").is_dir()
+    # A second save waits for the first, and uses its memory again.
+    first_memory = {key: value.data_ptr() for key, value in folder._host.items()}
+    threading.Timer(0.2, held.go.set).start()
+    start(folder, 2, values)
+    assert [c.step for c in find_checkpoints(tmp_path)] == [1]
+    folder.settle(wait=True)
+    assert {key: value.data_ptr() for key, value in folder._host.items()} == first_memory
+    found = {c.step: torch.empty(6) for c in find_checkpoints(tmp_path)}
+    for checkpoint in find_checkpoints(tmp_path):
+        checkpoint.fill("master", "w", 0, found[checkpoint.step])
+    assert torch.equal(found[1], torch.arange(6.0)) and torch.equal(found[2], torch.arange(6.0) + 100)
+    folder.settle()
+
+
+def test_a_write_that_fails_is_told_at_the_next_step_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = keeper(tmp_path)
+    save(folder, 1)
+    held = Held(monkeypatch, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    start(folder, 2, VALUES)
+    folder.settle()
+    held.go.set()
+    with pytest.raises(
+        CheckpointError, match=r"step_000000002: the checkpoint cannot be written.*No space left"
+    ):
+        for _ in range(1000):
+            folder.settle()
+            time.sleep(0.01)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_000000001"]
+    folder.settle(wait=True)
+
+
+def test_an_error_of_the_run_lets_the_write_become_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, folder = Held(monkeypatch), keeper(tmp_path)
+    start(folder, 1, VALUES)
+    threading.Timer(0.2, held.go.set).start()
+    folder.leave()
+    assert [c.step for c in find_checkpoints(tmp_path)] == [1]
+
+
+def test_the_file_of_a_rank_is_safetensors_of_every_kind_of_tensor(tmp_path: Path) -> None:
+    tensors = {
+        "master/w@0": torch.randn(1000),
+        "own/empty": torch.empty(0),
+        "own/number": torch.tensor(3.5, dtype=torch.float64),
+        "own/counts": torch.arange(5),
+        "own/flags": torch.tensor([True, False]),
+    }
+    record = write_rank_file(tmp_path / "file", tensors)
+    check_rank_file(tmp_path / "file", record)
+    read = load_file(tmp_path / "file")
+    assert read.keys() == tensors.keys()
+    assert all(
+        torch.equal(read[name], value) and read[name].dtype == value.dtype for name, value in tensors.items()
+    )
+
+
 def test_leftovers_of_an_interrupted_save_are_removed(tmp_path: Path) -> None:
     folder = keeper(tmp_path)
     save(folder, 1)
@@ -97,9 +249,9 @@ def test_leftovers_of_an_interrupted_save_are_removed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 99}, "checkpoint format 99, expected 1"),
+        ({"format": 99}, f"checkpoint format 99, expected {FORMAT}"),
         ({"progress": {}}, "no readable manifest.json (KeyError: 'step')"),
-        ({"files": {"rank_00000.safetensors": 7}}, "expected 7 bytes, received "),
+        ({"files": {"rank_00000.safetensors": {"bytes": 7, "crc32": "0"}}}, "expected 7 bytes, received "),
     ],
 )
 def test_a_run_whose_checkpoints_are_all_unreadable_does_not_begin_anew(

@@ -38,6 +38,12 @@ def test_averages_that_make_no_sense_are_refused(ema: str, message: str) -> None
         recipe(Path("data"), f"train.ema={ema}")
 
 
+def test_snapshots_of_adapters_are_refused() -> None:
+    ema = "train.ema={averages: [{sigma_rel: 0.1}], snapshots: {every_steps: 5}}"
+    with pytest.raises(ConfigError, match="a fit of adapters is not made"):
+        recipe(Path("data"), ema, "train.init_from=export", "train.adapter={}")
+
+
 def test_the_former_key_is_refused_with_what_to_write() -> None:
     with pytest.raises(
         ConfigError, match=r"train.ema_decay: no longer a key; write ema: {averages: \[{decay"

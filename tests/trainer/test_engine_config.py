@@ -29,8 +29,8 @@ def test_every_key_of_the_lists_is_one_that_deepspeed_reads() -> None:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_the_shipped_files_are_accepted(path: Path) -> None:
-    merged = merge_config(read_engine_file(path), TrainConfig(steps=1), packs_per_step=4, world_size=2)
-    assert merged["gradient_accumulation_steps"] == 2 and merged["train_batch_size"] == 4
+    merged = merge_config(read_engine_file(path), TrainConfig(steps=1), packs_per_step=16, world_size=8)
+    assert merged["gradient_accumulation_steps"] == 2 and merged["train_batch_size"] == 16
 
 
 def test_files_are_shipped_for_every_stage() -> None:
@@ -59,6 +59,31 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     (
         {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
         "offload_optimizer.device: expected cpu or none",
+    ),
+    (
+        {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+        "offload_param: expected stage 3",
+    ),
+    ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "offload_optimizer: expected stage 1"),
+    (
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+        "offload_optimizer.ratio: expected 1.0",
+    ),
+    (
+        {"zero_optimization": {"stage": 2, "zero_hpz_partition_size": 8}},
+        "zero_hpz_partition_size: expected stage 3",
+    ),
+    (
+        {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}},
+        "zero_quantized_weights: expected false",
+    ),
+    (
+        {"zero_optimization": {"stage": 3, "mics_shard_size": 8}},
+        "zero_optimization.mics_shard_size: unknown key",
+    ),
+    (
+        {"zero_force_ds_cpu_optimizer": True},
+        "zero_force_ds_cpu_optimizer: chooses the optimiser of an offloaded",
     ),
 ]
 
@@ -132,3 +157,9 @@ def test_a_recipe_that_the_engine_cannot_run_is_refused(
     with pytest.raises(ConfigError) as error:
         merge_config({}, settings.train, packs_per_step=4, world_size=world_size)
     assert message in str(error.value)
+
+
+def test_the_gpus_of_a_node_divide_the_ranks() -> None:
+    zero = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}
+    with pytest.raises(ConfigError, match="expected a divisor of the number of ranks 12"):
+        merge_config(zero, TrainConfig(steps=1), packs_per_step=12, world_size=12)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from tests.trainer.cases import OFFLOADED
 from tests.trainer.conftest import POISONED_SAMPLE, Groups
 from tests.trainer.plain import PlainRun, train_plainly
 from tests.trainer.ranks import recipe
@@ -57,12 +58,12 @@ def test_a_skipped_step_is_as_if_it_had_not_been(
     assert applied == pytest.approx(plain.denoising, rel=1e-5)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_gradient_that_is_not_finite_on_one_rank_stops_all(groups: Groups, stage: int) -> None:
+@pytest.mark.parametrize("engine", [*(f"zero{stage}" for stage in STAGES), *OFFLOADED])
+def test_a_gradient_that_is_not_finite_on_one_rank_stops_all(groups: Groups, engine: str) -> None:
     for found in groups.results(2, "meet_poisoned_gradient"):
-        assert found[f"zero{stage}"]["applied"] == (True, False, True, True)
-        assert found[f"zero{stage}"]["kept"], "the refused step moved the weights"
-        assert found[f"zero{stage}"]["same_as_without"], "the refused step left something behind"
+        assert found[engine]["applied"] == (True, False, True, True)
+        assert found[engine]["kept"], "the refused step moved the weights"
+        assert found[engine]["same_as_without"], "the refused step left something behind"
 
 
 def test_the_limit_ends_the_run_with_a_checkpoint_and_a_reason(groups: Groups) -> None:

@@ -154,7 +154,14 @@ def test_an_adapter_is_not_continued_on_other_weights(groups: Groups) -> None:
 def test_a_whole_network_starts_from_the_weights(groups: Groups, shards: Path) -> None:
     found = groups.results(2, "start_from_weights")[0]
     reference = train_plainly(fine_tuning(shards, Path(found["base"])))
-    check_same(groups.folder_of(2, "start_from_weights") / "whole_2", reference)
+    run = groups.folder_of(2, "start_from_weights") / "whole_2"
+    # Blocks that are no identity magnify rounding: 2e-5 seen in a gradient norm.
+    lines = read_metrics(run)
+    assert [line["denoising"] for line in lines] == pytest.approx(reference.denoising, rel=1e-4)
+    assert [line["grad_norm"] for line in lines] == pytest.approx(reference.grad_norms, rel=1e-4)
+    state = load_file(run / "export" / "tim.safetensors")
+    for name, value in reference.ema.items():
+        assert state[name].numpy() == pytest.approx(value.numpy(), abs=1e-4), name
     fresh = train_plainly(recipe(shards))
     assert reference.denoising[0] != pytest.approx(fresh.denoising[0], rel=1e-2)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 import signal
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.trainer.cases import ELSEWHERE, run_cases
-from tests.trainer.killing import MOMENTS, train_until
+from tests.trainer.killing import MOMENTS, train_counted, train_until
 from tests.trainer.plain import train_plainly
 from tests.trainer.ranks import (
     engine_file,
@@ -73,13 +75,69 @@ def test_killed_at_any_moment_a_run_ends_equal_to_the_bit(
     assert len(files_of(whole / last)) == world_size
 
 
-def test_a_run_continues_on_other_ranks_and_stages(tmp_path: Path, shards: Path) -> None:
+KILLS = 20
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments_a_run_ends_equal_to_the_bit(tmp_path: Path, shards: Path) -> None:
+    settings = ("train.steps=40", "train.log_every=7", "train.checkpoint.every_steps=2")
+    engine = engine_file(tmp_path, 1)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    (at_steps,) = run_ranks(
+        train_counted,
+        math.inf,
+        whole,
+        engine,
+        shards,
+        *settings,
+        world_size=1,
+        out=tmp_path / "out",
+        timeout_s=600,
+    )
+    assert len(at_steps) == 40
+    first, a_step = at_steps[0], (at_steps[-1] - at_steps[0]) / 39
+    moments = random.Random(0)
+    reached, interrupted_saves = [], 0
+    for number in range(KILLS):
+        # From the start of the process into its fifth step: two saves lie within.
+        last = moments.uniform(1, first + 5 * a_step)
+        out = tmp_path / f"out{number}"
+        out.mkdir()
+        process = start_rank(train_counted, (last, broken, engine, shards, *settings), 0, 1, free_port(), out)
+        process.join(timeout=600)
+        assert process.exitcode == -signal.SIGKILL, (out / "output_0.txt").read_text()
+        folder = broken / "checkpoints"
+        interrupted_saves += len(list(folder.glob(".tmp-*"))) if folder.is_dir() else 0
+        reached.append(find_checkpoints(folder)[0].step if folder.is_dir() else 0)
+    print(f"{KILLS} kills, newest checkpoint after each: {reached}; {interrupted_saves} saves interrupted")
+    assert reached == sorted(reached), "a kill lost a checkpoint"
+    assert reached[-1] >= 6 and interrupted_saves > 0
+    run_ranks(train_counted, math.inf, broken, engine, shards, *settings, world_size=1, out=tmp_path / "last")
+    assert lines_without_clock(broken) == lines_without_clock(whole)
+    assert files_of(broken / "export") == files_of(whole / "export")
+    last_one = Path("checkpoints") / "step_000000040"
+    assert files_of(broken / last_one) == files_of(whole / last_one)
+
+
+LEGS = {
+    # Up to step 1 on one rank at stage 0, to 3 on two ranks at stages 3 and 2, to 4 on one rank at stage 1.
+    "1-2-1": [(1, "1", "zero0"), (2, "2 3", "zero3 zero2"), (1, "4", "zero1")],
+    "4-2-1-2": [
+        (4, "1 2", "zero3 zero3_nodes"),
+        (2, "3", "zero2_offload"),
+        (1, "4", "zero0"),
+        (2, "5 6", "zero3_offload zero1"),
+    ],
+}
+
+
+@pytest.mark.parametrize("legs", ["1-2-1", pytest.param("4-2-1-2", marks=pytest.mark.slow)])
+def test_a_run_continues_on_other_ranks_and_stages(tmp_path: Path, shards: Path, legs: str) -> None:
     folder = tmp_path / "continue_elsewhere"
     folder.mkdir()
     task = folder / "stages.task"
-    # Up to step 1 on one rank at stage 0, to 3 on two ranks at stages 3 and 2, to 4 on one rank at stage 1.
-    for number, (world_size, steps, stages) in enumerate([(1, "1", "0"), (2, "2 3", "3 2"), (1, "4", "1")]):
-        task.write_text(f"{steps}:{stages}")
+    for number, (world_size, steps, engines) in enumerate(LEGS[legs]):
+        task.write_text(f"{steps}:{engines}")
         run_ranks(
             run_cases,
             ("continue_elsewhere",),
@@ -88,10 +146,14 @@ def test_a_run_continues_on_other_ranks_and_stages(tmp_path: Path, shards: Path)
             shards,
             world_size=world_size,
             out=tmp_path / f"out{number}",
+            timeout_s=600,
         )
-    plain = train_plainly(recipe(shards, *ELSEWHERE))
+    steps_in_all = int(LEGS[legs][-1][1].split()[-1])
+    plain = train_plainly(recipe(shards, *ELSEWHERE, f"train.steps={steps_in_all}"))
     lines = read_metrics(folder / "run")
-    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines] == list(range(1, steps_in_all + 1))
+    # The settings of the parameter group, which an engine's own checkpoint would carry, are the recipe's.
+    assert {line["lr"] for line in lines} == {recipe(shards).train.optimizer.lr}
     # As in test_arrangements: float32 sums in another order.
     assert [line["denoising"] for line in lines] == pytest.approx(plain.denoising, rel=1e-5)
     exported = load_file(folder / "run" / "export" / "tim.safetensors")

@@ -147,7 +147,8 @@ def samples_sheet(pictures: PictureSet, items: Sequence[SheetItem], *, title: st
 
 def spread(count: int, wanted: int) -> list[int]:
     """Up to `wanted` places spread evenly over `count`."""
-    return sorted({round(i * (count - 1) / max(1, wanted - 1)) for i in range(min(wanted, count))})
+    shown = min(wanted, count)
+    return sorted({round(i * (count - 1) / max(1, shown - 1)) for i in range(shown)})
 
 
 def _reduced(path: Path) -> Picture:

@@ -73,9 +73,9 @@ class SelfAttention(_Heads):
         self.qkv = Linear(width, 3 * width)
         self.qkv_d = PreciseLinear(width, 3 * width, bias=False) if config.distance_aware else None
 
-    def forward(self, h_TD: Tensor, context: BlockContext) -> Tensor:
+    def forward(self, h_TD: Tensor, again: ops.Again | None, context: BlockContext) -> Tensor:
         stream = context.active_stream
-        qkv = self.qkv(h_TD, stream)
+        qkv = self.qkv(h_TD, stream, again)
         shift, side = None, None
         if self.qkv_d is not None:
             side = None if stream is None else stream.interval()
@@ -123,9 +123,11 @@ class CrossAttention(_Heads):
         self.q = Linear(config.hidden_size, config.hidden_size)
         self.kv = Linear(config.hidden_size, 2 * config.hidden_size)
 
-    def forward(self, h_TD: Tensor, text_LD: Tensor, context: BlockContext) -> Tensor:
+    def forward(
+        self, h_TD: Tensor, again: ops.Again | None, text_LD: Tensor, context: BlockContext
+    ) -> Tensor:
         stream = context.active_stream
-        raw_q = self.split(self.q(h_TD, stream))
+        raw_q = self.split(self.q(h_TD, stream, again))
         q = ops.q_norm_rope(raw_q, self.affine(self.q_norm), context.table)
         k, v = ops.kv_norm(self.kv(text_LD), self.num_heads, self.affine(self.k_norm))
         assert context.cross_plan is not None, "a text network always plans its cross-attention"
@@ -167,11 +169,11 @@ class TransitionBlock(nn.Module):
         m = _Modulation.of(self.adaLN_modulation, context.modulation_SD, side, 3 * self.num_branches)
         h_dtype = ops.compute_dtype(self.mlp.fc2.weight)
         x, h = m.norm(0, x_TD, None, context, h_dtype)
-        branch = self.attn(h, context)
+        branch = self.attn(h, m.again(0, x, context, h_dtype), context)
         if self.cross_attn is not None:
             assert context.text_LD is not None, "a text network always has its captions"
             x, h = m.norm(1, x, branch, context, h_dtype)
-            branch = self.cross_attn(h, context.text_LD, context)
+            branch = self.cross_attn(h, m.again(1, x, context, h_dtype), context.text_LD, context)
         x, h = m.norm(self.num_branches - 1, x, branch, context, h_dtype)
         return m.add_last(x, self.mlp(h, stream), context)
 
@@ -206,6 +208,13 @@ class _Modulation:
                 stream.add_branch(branch_TD, gate, d_m[at - 1])
             stream.norm(x, m[at + 1], d_m[at], d_m[at + 1], h.dtype)
         return x, h
+
+    def again(
+        self, number: int, x_TD: Tensor, context: BlockContext, h_dtype: torch.dtype
+    ) -> ops.Again | None:
+        """How h of `norm` comes out of its x'. For its only reader: two products would compute it twice."""
+        shift, scale = self.chunks[3 * number : 3 * number + 2]
+        return ops.modulated_norm_again(x_TD, shift, scale, context.chunks, h_dtype)
 
     def add_last(self, x_TD: Tensor, branch_TD: Tensor, context: BlockContext) -> Tensor:
         stream = context.active_stream

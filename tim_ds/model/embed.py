@@ -19,14 +19,17 @@ TIME_FREQUENCIES = 128
 
 
 class Linear(nn.Linear):
-    """A matrix product in the dtype of its weight (bfloat16 weights take float32 activations)."""
+    """A matrix product in the dtype of its weight, or of autocast; activations are rounded to it."""
 
-    def forward(self, input: Tensor, side: Side | None = None) -> Tensor:
-        out = nnf.linear(input.to(self.weight.dtype), self.weight, self.bias)
+    def forward(self, input: Tensor, side: Side | None = None, again: ops.Again | None = None) -> Tensor:
+        """With `again`, the input is not kept for the backward."""
+        dtype = ops.compute_dtype(self.weight)
+        weight = self.weight.to(dtype)
         if side is not None:
             with torch.no_grad():
-                side.value = nnf.linear(side.value.to(self.weight.dtype), self.weight)
-        return out
+                side.value = nnf.linear(side.value.to(dtype), weight)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return ops.linear(input.to(dtype), weight, bias, again)
 
 
 class PreciseLinear(nn.Linear):
@@ -63,7 +66,10 @@ class SwiGLU(nn.Module):
         gate, up = self.fc1_g(v, side), self.fc1_x(v, other)
         if side is not None and other is not None:
             side.value = ops.swiglu_tangent(side.rows.of(gate), side.rows.of(up), side.value, other.value)
-        return self.fc2(ops.swiglu(gate, up), side)
+        product = ops.swiglu(gate, up)
+        if isinstance(self.fc2, Linear):
+            return self.fc2(product, side, ops.swiglu_again(gate, up))
+        return self.fc2(product, side)
 
 
 class PatchProjection(nn.Module):

@@ -27,6 +27,7 @@ from tim_ds.model.tim import TiM
 from tim_ds.model.weights import (
     check_weights,
     load_weights_into,
+    open_weights,
     read_weights,
     stream_weights,
     write_aside,
@@ -134,6 +135,27 @@ def read_export(folder: str | os.PathLike[str]) -> tuple[Export, dict[str, Tenso
         CheckpointError: if the folder is not a whole export, or its parts do not belong together.
     """
     folder = Path(folder)
+    export = _read_description(folder)
+    state = read_weights(folder / WEIGHTS_FILE)
+    check_weights(meta_network(export.model).state_dict(), state, source=str(folder / WEIGHTS_FILE))
+    return export, state
+
+
+def open_export(folder: str | os.PathLike[str]) -> tuple[Export, Callable[[str, Tensor], Tensor]]:
+    """An export folder whose tensors are read from the disk one at a time, when they are asked for.
+
+    Returns:
+        The description; and the tensor of a name, in the dtype of the tensor that it is asked for.
+    Raises:
+        CheckpointError: as `read_export`; names and shapes are checked at once.
+    """
+    folder = Path(folder)
+    export = _read_description(folder)
+    path = folder / WEIGHTS_FILE
+    return export, open_weights(path, meta_network(export.model).state_dict())
+
+
+def _read_description(folder: Path) -> Export:
     description = folder / EXPORT_FILE
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such export folder")
@@ -147,9 +169,7 @@ def read_export(folder: str | os.PathLike[str]) -> tuple[Export, dict[str, Tenso
         if isinstance(error, ConfigError):
             raise CheckpointError(f"{description}:\n  " + "\n  ".join(str(error).splitlines())) from error
         raise CheckpointError(f"{description}: cannot be read ({error})") from error
-    state = read_weights(folder / WEIGHTS_FILE)
-    check_weights(meta_network(export.model).state_dict(), state, source=str(folder / WEIGHTS_FILE))
-    return export, state
+    return export
 
 
 def load_network(

@@ -9,10 +9,13 @@ T image tokens, L text tokens, S segments, D model width, N heads, H head width,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as nnf
 from torch import Tensor
 
@@ -42,6 +45,57 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
+@dataclass(frozen=True, eq=False)
+class Again:
+    """How to compute a tensor a second time, from tensors that are kept for the backward anyway."""
+
+    compute: Callable[..., Tensor]
+    sources: tuple[Tensor, ...]
+
+
+def _again(op: str, compute: Callable[..., Tensor], sources: tuple[Tensor, ...]) -> Again | None:
+    """For an op that has just run on its kernel. Its definition keeps more than its result, and takes longer:
+    on a CPU, a training step of the handwriting recipe would be 15 % slower."""
+    return Again(compute, sources) if tim_kernels.path_taken(op) == "triton" else None
+
+
+def linear(x_TK: Tensor, weight_DK: Tensor, bias_D: Tensor | None, again: Again | None = None) -> Tensor:
+    """x W^T + b. With `again`, x is not kept for the backward but computed again there: [T, K] -> [T, D].
+
+    Dtypes:
+        one for all.
+    """
+    has_tangent = forward_ad.unpack_dual(x_TK).tangent is not None
+    if again is None or not torch.is_grad_enabled() or has_tangent:
+        return nnf.linear(x_TK, weight_DK, bias_D)
+    return _LinearOfAgain.apply(x_TK, weight_DK, bias_D, again.compute, *again.sources)  # type: ignore[return-value]
+
+
+class _LinearOfAgain(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TK: Tensor,
+        weight_DK: Tensor,
+        bias_D: Tensor | None,
+        compute: Callable[..., Tensor],
+        *sources: Tensor,
+    ) -> Tensor:
+        ctx.compute = compute
+        ctx.save_for_backward(weight_DK, *sources)
+        return nnf.linear(x_TK, weight_DK, bias_D)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (d_out,) = gradients
+        weight_DK, *sources = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        d_x = d_out @ weight_DK if needs_x else None
+        d_weight = d_out.t() @ ctx.compute(*sources) if needs_weight else None
+        d_bias = d_out.sum(0) if needs_bias else None
+        return d_x, d_weight, d_bias, None, *[None] * len(sources)
+
+
 def plan_chunks(segments: Segments) -> ChunkPlan:
     """How the tokens of a pack are cut for kernels that reduce over each segment. Built once a forward."""
     return ChunkPlan.from_lengths(segments.lengths, segment_ids=segments.segment_ids)
@@ -69,6 +123,20 @@ def residual_modulated_norm(
     return tim_kernels.modulated_layer_norm(
         x_TD, branch_TD, gate_SD, shift_SD, scale_SD, chunks, eps=LAYER_NORM_EPS, h_dtype=h_dtype
     )
+
+
+def modulated_norm_again(
+    x_TD: Tensor, shift_SD: Tensor, scale_SD: Tensor, chunks: ChunkPlan, h_dtype: torch.dtype
+) -> Again | None:
+    """h of `residual_modulated_norm`, from its x'; None where it is cheaper kept."""
+    compute = partial(_modulated_norm, chunks=chunks, h_dtype=h_dtype)
+    return _again("modulated_layer_norm", compute, (x_TD, shift_SD, scale_SD))
+
+
+def _modulated_norm(
+    x_TD: Tensor, shift_SD: Tensor, scale_SD: Tensor, *, chunks: ChunkPlan, h_dtype: torch.dtype
+) -> Tensor:
+    return residual_modulated_norm(x_TD, None, None, shift_SD, scale_SD, chunks, h_dtype)[1]
 
 
 def plain_norm(x_LD: Tensor) -> Tensor:
@@ -186,6 +254,11 @@ def q_norm_rope_tangent(q_TNH: Tensor, d_q_TNH: Tensor, norm: Affine | None, tab
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """SiLU(gate) * up."""
     return tim_kernels.swiglu(gate, up)
+
+
+def swiglu_again(gate: Tensor, up: Tensor) -> Again | None:
+    """SiLU(gate) * up; None where it is cheaper kept."""
+    return _again("swiglu", swiglu, (gate, up))
 
 
 def swiglu_tangent(gate: Tensor, up: Tensor, d_gate: Tensor, d_up: Tensor) -> Tensor:

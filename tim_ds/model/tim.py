@@ -48,7 +48,8 @@ class TiM(nn.Module):
         self.projector = None if config.z_dim is None else _projector(config, config.z_dim)
         self.final_layer = FinalLayer(config)
         if self.final_layer.linear.weight.device.type != "meta":
-            initialise(self)
+            # As every module of PyTorch, other values after each construction, the same after manual_seed.
+            initialise(self, seed=int(torch.randint(1 << 62, (), device="cpu")))
 
     def forward(
         self,

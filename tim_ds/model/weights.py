@@ -10,9 +10,10 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -53,6 +54,30 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if head.startswith((b"PK\x03\x04", b"\x80")):
         return _read_pickle(path, size)
     return _read_safetensors(path, size)
+
+
+def open_weights(
+    path: str | os.PathLike[str], expected: Mapping[str, Tensor]
+) -> Callable[[str, Tensor], Tensor]:
+    """The tensors of a safetensors file, read one at a time when they are asked for.
+
+    Args:
+        expected: names and shapes that the file must have exactly; on the meta device too.
+    Returns:
+        The tensor of a name, in the dtype of the tensor that it is asked for, on the CPU.
+    Raises:
+        CheckpointError: if the file cannot be read or does not hold these tensors.
+    """
+    try:
+        stored: Any = safe_open(path, framework="pt")
+        shapes = {
+            name: torch.empty(stored.get_slice(name).get_shape(), device="meta")
+            for name in stored.keys()  # noqa: SIM118  # not a mapping
+        }
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+    check_weights(expected, shapes, source=str(path))
+    return lambda name, like: stored.get_tensor(name).to(like.dtype)
 
 
 def write_weights(

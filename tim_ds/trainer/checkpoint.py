@@ -4,14 +4,15 @@ A checkpoint is a folder `step_000001000` with
 
     rank_00000.safetensors   this rank's pieces: `kind/parameter@start`, flat float32, where kind is `master`,
                              `exp_avg`, `exp_avg_sq` or `ema.NAME`; and `own/name`, state of the rank alone
-    manifest.json            progress, data position, recipe, versions, and the size of every other file
+    manifest.json            progress, data position, recipe, versions, size and checksum of every other file
 
 Pieces carry their position, so a rank that owns other pieces (another world size, another ZeRO stage) reads
 what it needs from whatever files hold it. Nothing is pickled. Random numbers are drawn by counter, so no
 generator is kept.
 
-A checkpoint is written aside, flushed to the disk and renamed; `latest` is replaced last. Killing the run
-at any moment leaves the previous checkpoint usable. The folder has to be on a disk that all ranks share.
+A checkpoint is written aside, by a thread of every rank, flushed to the disk and renamed; `latest` is
+replaced last. Killing the run at any moment leaves the previous checkpoint usable. The folder has to be on a
+disk that all ranks share.
 """
 
 from __future__ import annotations
@@ -20,27 +21,33 @@ import json
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tim_ds.errors import CheckpointError
 from tim_ds.model.weights import sync_folder
+from tim_ds.trainer.rank_file import FileRecord, check_rank_file, write_rank_file
 from tim_ds.trainer.world import World
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 LATEST = "latest"
 PREFIX = "step_"
 ASIDE = ".tmp-"
+DAMAGED = "damaged-"
+
+LEAVE_S = 60.0
+"""How long a rank that ends with an error lets a checkpoint that is being written become complete."""
 
 SPARE_BYTES = 1 << 20
 """Room asked for beside the tensors: manifest, headers, folder entries."""
@@ -76,6 +83,11 @@ class Checkpoint:
     @property
     def step(self) -> int:
         return int(self.manifest["progress"]["step"])
+
+    @property
+    def files(self) -> list[tuple[str, FileRecord]]:
+        """Name and content of every file beside the manifest."""
+        return [(name, FileRecord.from_json(entry)) for name, entry in self.manifest["files"].items()]
 
     @cached_property
     def _pieces(self) -> dict[str, list[_Stored]]:
@@ -135,20 +147,26 @@ def _opened(path: Path) -> Any:
         raise CheckpointError(f"{path}: not a readable checkpoint file ({error})") from error
 
 
-def find_checkpoints(folder: Path) -> list[Checkpoint]:
-    """The complete checkpoints of a folder, newest first. A damaged one is passed over with a warning.
+def find_checkpoints(folder: Path, *, strict: bool = False) -> list[Checkpoint]:
+    """The complete checkpoints of a folder, newest first. One whose files are missing or of another size is
+    passed over with a warning; what the files hold is not looked at.
 
     Raises:
-        CheckpointError: if there are checkpoints and none can be read. A run that began anew there would
-            overwrite its own metrics and weights.
+        CheckpointError: if there are checkpoints and none can be read (with `strict`, if one cannot be). A
+            run that began anew there would overwrite its own metrics and weights.
     """
     found = []
     problems = []
     for path in sorted(folder.glob(f"{PREFIX}*"), reverse=True):
         try:
-            found.append(_read(path))
+            found.append(read_checkpoint(path))
         except CheckpointError as error:
             problems.append(str(error))
+    if problems and strict:
+        raise CheckpointError(
+            "; ".join(problems) + ". train.checkpoint.strict refuses to pass over it; move it away, or set "
+            "train.checkpoint.strict to false, to continue from another"
+        )
     if problems and not found:
         raise CheckpointError(
             f"{folder}: none of its checkpoints can be read; restore one, or move the folder away to begin "
@@ -159,13 +177,18 @@ def find_checkpoints(folder: Path) -> list[Checkpoint]:
     return found
 
 
-def _read(path: Path) -> Checkpoint:
+def read_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint in a folder, complete by the names and sizes of its files.
+
+    Raises:
+        CheckpointError: if it is not complete.
+    """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         version = manifest["format"]
         if version != FORMAT:
             raise CheckpointError(f"{path}: checkpoint format {version}, expected {FORMAT}")
-        sizes = {name: int(size) for name, size in manifest["files"].items()}
+        sizes = {name: FileRecord.from_json(entry).bytes for name, entry in manifest["files"].items()}
         int(manifest["progress"]["step"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: no readable {MANIFEST} ({type(error).__name__}: {error})") from error
@@ -187,81 +210,255 @@ def remove_checkpoint(checkpoint: Checkpoint) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
+@dataclass(eq=False)
+class _Writing:
+    """A checkpoint that is being written, on this rank."""
+
+    final: Path
+    aside: Path
+    needed: int
+    manifest: Mapping[str, Any]
+    done: threading.Event = field(default_factory=threading.Event)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    """Set when the main rank need not wait for the files of the others any more."""
+    problem: str | None = None
+
+
 class CheckpointFolder:
-    """Writes checkpoints of a run and keeps the last few. All ranks call `save` together.
+    """Writes checkpoints of a run and keeps the last few. All ranks call its methods together.
+
+    A save copies this rank's pieces to host memory and returns; a thread writes them while the run goes on.
+    The copy is made into the same memory each time: as many bytes as the pieces have.
 
     Args:
         keep: newest checkpoints that stay.
         milestones: steps whose checkpoints always stay.
+        strict: a damaged checkpoint is an error, where else the one before is used.
     """
 
-    def __init__(self, folder: Path, world: World, *, keep: int, milestones: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        world: World,
+        *,
+        keep: int,
+        milestones: tuple[int, ...] = (),
+        strict: bool = False,
+    ) -> None:
         self.folder = folder
         self._world = world
         self._keep = keep
         self._milestones = frozenset(milestones)
+        self._strict = strict
+        self._host: dict[str, Tensor] = {}
+        self._writing: _Writing | None = None
 
     def newest(self) -> Checkpoint | None:
-        """The newest complete checkpoint, the same on every rank. Removes what interrupted saves left.
+        """The newest checkpoint that is complete and undamaged, the same on every rank.
+
+        Every file is read once for this. What interrupted saves left is removed, damaged checkpoints are set
+        aside with a warning.
 
         Raises:
-            CheckpointError: on every rank, if there are checkpoints and none can be read.
+            CheckpointError: on every rank, if there are checkpoints and none can be read; with `strict`, if
+                the newest is damaged.
         """
-        found = self._world.together(self._find_newest, (CheckpointError,))
-        return self._world.from_main(found)
+        found = self._world.together(self._find, (CheckpointError,))
+        found = self._world.from_main(found)
+        for number, checkpoint in enumerate(found):
+            problems = self._damage(checkpoint)
+            if not problems:
+                return checkpoint
+            told = "; ".join(problems)
+            if self._strict:
+                self._world.raise_everywhere(
+                    CheckpointError(
+                        f"{told}. train.checkpoint.strict refuses to go on from an older checkpoint; move "
+                        f"{checkpoint.path} away, or set it to false, to continue after "
+                        + (f"step {found[number + 1].step}" if found[number + 1 :] else "no step at all")
+                    )
+                )
+            if number + 1 == len(found):
+                self._world.raise_everywhere(
+                    CheckpointError(
+                        f"{told}. No older checkpoint is left; restore one, or move {self.folder} away to "
+                        "begin anew"
+                    )
+                )
+            if self._world.is_main:
+                logger.warning(
+                    "%s; the run goes back %d steps, to %s; the damaged one is kept as %s",
+                    told,
+                    checkpoint.step - found[number + 1].step,
+                    found[number + 1].path,
+                    _set_aside(checkpoint),
+                )
+                self._point_to(found[number + 1].path)
+            self._world.barrier()
+        return None
 
-    def _find_newest(self) -> Checkpoint | None:
+    def _find(self) -> list[Checkpoint]:
         if not self._world.is_main or not self.folder.is_dir():
-            return None
+            return []
         for leftover in self.folder.glob(f"{ASIDE}*"):
             shutil.rmtree(leftover, ignore_errors=True)
-        return next(iter(find_checkpoints(self.folder)), None)
+        return find_checkpoints(self.folder, strict=self._strict)
+
+    def _damage(self, checkpoint: Checkpoint) -> list[str]:
+        """What is wrong with the files of a checkpoint; the ranks share the reading."""
+        problems = []
+        for name, record in checkpoint.files[self._world.rank :: self._world.size]:
+            try:
+                check_rank_file(checkpoint.path / name, record)
+            except CheckpointError as error:
+                problems.append(str(error))
+        return [problem for part in self._world.gather(problems) for problem in part]
 
     def save(
         self, step: int, pieces: Iterator[Piece], own: Mapping[str, Tensor], manifest: Mapping[str, Any]
     ) -> Path:
-        """Write the checkpoint of `step` from every rank's pieces.
+        """Write the checkpoint of `step` from every rank's pieces, and wait for it.
 
         Raises:
-            CheckpointError: on every rank, if one cannot write (full disk, no permission). Nothing of the
-                attempt is left, and earlier checkpoints are untouched.
+            CheckpointError: as `settle`.
         """
-        final = self.folder / f"{PREFIX}{step:09d}"
-        aside = self.folder / f"{ASIDE}{final.name}"
-        tensors = {piece.key: _on_host(piece.values) for piece in pieces}
-        tensors |= {f"own/{name}": _on_host(value) for name, value in own.items()}
-        needed = sum(self._world.gather(sum(value.nbytes for value in tensors.values()))) + SPARE_BYTES
-        self._together(final, needed, lambda: self._begin(aside, needed))
-        path = aside / _rank_file(self._world.rank)
-        sizes = self._together(final, needed, lambda: _write_tensors(path, tensors), undo=aside)
-        files = {_rank_file(rank): size for rank, size in enumerate(sizes)}
-        content = {"format": FORMAT, **manifest, "files": files}
-        self._together(final, needed, lambda: self._finish(aside, final, content), undo=aside)
-        if self._world.is_main:
-            self._retire(final)
+        final = self.start(step, pieces, own, manifest)
+        self.settle(wait=True)
         return final
 
-    def _begin(self, aside: Path, needed: int) -> None:
-        if not self._world.is_main:
-            return
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        free = shutil.disk_usage(aside).free
-        if free < needed:
-            aside.rmdir()
-            raise OSError(f"the disk has {free:,} bytes left")
+    def start(
+        self, step: int, pieces: Iterator[Piece], own: Mapping[str, Tensor], manifest: Mapping[str, Any]
+    ) -> Path:
+        """Copy every rank's pieces to the host and begin to write the checkpoint of `step`. Waits for the one
+        before, if that is still being written.
 
-    def _finish(self, aside: Path, final: Path, content: Mapping[str, Any]) -> None:
-        if not self._world.is_main:
+        Raises:
+            CheckpointError: on every rank, if there is no room; or as `settle`.
+        """
+        self.settle(wait=True)
+        final = self.folder / f"{PREFIX}{step:09d}"
+        aside = self.folder / f"{ASIDE}{final.name}"
+        tensors = self._copy_to_host(pieces, own)
+        needed = sum(self._world.gather(sum(value.nbytes for value in tensors.values()))) + SPARE_BYTES
+        self._begin(final, aside, needed)
+        writing = self._writing = _Writing(final, aside, needed, manifest)
+        # Not a daemon: a process that ends waits for its file.
+        threading.Thread(target=self._write, args=(writing, tensors), name=f"write {final.name}").start()
+        return final
+
+    def settle(self, *, wait: bool = False) -> None:
+        """Look after a checkpoint that is being written: called every step, it costs a message only while
+        there is one.
+
+        Args:
+            wait: until it is on the disk.
+        Raises:
+            CheckpointError: on every rank, if one could not write (full disk, no permission). Nothing of the
+                attempt is left, and earlier checkpoints are untouched.
+        """
+        writing = self._writing
+        if writing is None:
             return
+        while True:
+            states = self._world.gather((writing.done.is_set(), writing.problem))
+            if any(problem for _, problem in states):
+                writing.cancelled.set()
+            if all(done for done, _ in states):
+                break
+            if not wait:
+                return
+            writing.done.wait(0.2)
+        self._writing = None
+        self._raise(writing, [problem for _, problem in states if problem])
+
+    def leave(self) -> None:
+        """Called by one rank alone, on its way out with an error: gives a checkpoint that is being written a
+        while to become complete, and then up."""
+        writing, self._writing = self._writing, None
+        if writing is not None and not writing.done.wait(LEAVE_S):
+            writing.cancelled.set()
+
+    def _copy_to_host(self, pieces: Iterator[Piece], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The state as it is now, which later steps do not write to."""
+        given = {piece.key: piece.values for piece in pieces} | {f"own/{n}": v for n, v in own.items()}
+        kept: dict[str, Tensor] = {}
+        for key, value in given.items():
+            buffer = self._host.get(key)
+            if buffer is None or (buffer.shape, buffer.dtype) != (value.shape, value.dtype):
+                # Page-locked where there is a device, for the speed of the copy.
+                buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+            kept[key] = buffer.copy_(value.detach(), non_blocking=True)
+        self._host = kept
+        if self._world.device.type == "cuda":
+            torch.cuda.current_stream(self._world.device).synchronize()
+        return dict(kept)
+
+    def _begin(self, final: Path, aside: Path, needed: int) -> None:
+        problem = None
+        if self._world.is_main:
+            try:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir(parents=True)
+                free = shutil.disk_usage(aside).free
+                if free < needed:
+                    aside.rmdir()
+                    problem = f"the disk has {free:,} bytes left"
+            except OSError as error:
+                problem = str(error)
+        problem = self._world.from_main(problem)
+        self._raise(_Writing(final, aside, needed, {}), [problem] if problem else [])
+
+    def _write(self, writing: _Writing, tensors: Mapping[str, Tensor]) -> None:
+        """In a thread of every rank. The ranks meet on the disk: messages belong to the run itself."""
+        rank = self._world.rank
+        try:
+            record = write_rank_file(writing.aside / _rank_file(rank), tensors)
+            write_flushed(writing.aside / _receipt(rank), json.dumps(record.as_json()))
+            if self._world.is_main:
+                self._finish(writing, self._receipts(writing))
+        except OSError as error:
+            writing.problem = f"rank {rank}: {error}"
+        except Exception as error:
+            logger.exception("%s: a thread that writes failed", writing.final)
+            writing.problem = f"rank {rank}: {type(error).__name__}: {error}"
+        finally:
+            writing.done.set()
+
+    def _receipts(self, writing: _Writing) -> dict[str, FileRecord]:
+        """What every rank wrote, when all have; on the main rank."""
+        found: dict[str, FileRecord] = {}
+        for rank in range(self._world.size):
+            path = writing.aside / _receipt(rank)
+            while not path.exists():
+                if writing.cancelled.wait(0.05):
+                    raise OSError(f"{path}: not written, because its rank failed or left")
+            content = ""
+            while not content.endswith("}"):
+                # On a network disk, the name can be seen before the content.
+                content = path.read_text()
+                if writing.cancelled.wait(0 if content else 0.05):
+                    raise OSError(f"{path}: not written, because its rank failed or left")
+            found[_rank_file(rank)] = FileRecord.from_json(json.loads(content))
+        return found
+
+    def _finish(self, writing: _Writing, files: Mapping[str, FileRecord]) -> None:
+        aside, final = writing.aside, writing.final
+        listed = {name: record.as_json() for name, record in files.items()}
+        content = {"format": FORMAT, **writing.manifest, "files": listed}
         write_flushed(aside / MANIFEST, json.dumps(content, indent=1) + "\n")
+        for rank in range(self._world.size):
+            (aside / _receipt(rank)).unlink()
         sync_folder(aside)
         if final.exists():
             # Only a damaged checkpoint can be there: the run resumed before it.
             shutil.rmtree(final)
         os.rename(aside, final)
+        self._point_to(final)
+        self._retire(final)
+
+    def _point_to(self, newest: Path) -> None:
         latest = self.folder / f"{ASIDE}{LATEST}"
-        write_flushed(latest, final.name + "\n")
+        write_flushed(latest, newest.name + "\n")
         os.replace(latest, self.folder / LATEST)
         sync_folder(self.folder)
 
@@ -272,44 +469,38 @@ class CheckpointFolder:
                 continue
             remove_checkpoint(old)
 
-    def _together(self, final: Path, needed: int, action: Any, *, undo: Path | None = None) -> list[Any]:
-        """Do something on every rank; if one fails, undo and fail on all. Returns every rank's result."""
-        result, problem = None, None
-        try:
-            result = action()
-        except (OSError, SafetensorError) as error:
-            problem = f"rank {self._world.rank}: {error}"
-        answers = self._world.gather((result, problem))
-        problems = [problem for _, problem in answers if problem is not None]
+    def _raise(self, writing: _Writing, problems: list[str]) -> None:
+        """On every rank, if there are problems; removes what was written."""
         if not problems:
-            return [result for result, _ in answers]
-        if undo is not None and self._world.is_main:
-            shutil.rmtree(undo, ignore_errors=True)
+            return
+        if self._world.is_main:
+            shutil.rmtree(writing.aside, ignore_errors=True)
+        self._world.barrier()
         self._world.raise_everywhere(
             CheckpointError(
-                f"{final}: the checkpoint cannot be written, {needed:,} bytes needed, "
+                f"{writing.final}: the checkpoint cannot be written, {writing.needed:,} bytes needed, "
                 f"{free_bytes(self.folder):,} free: {'; '.join(problems)}. Earlier checkpoints are whole; "
                 "free space and run the same command again"
             )
         )
 
 
+def _receipt(rank: int) -> str:
+    return f"rank_{rank:05d}.written"
+
+
+def _set_aside(checkpoint: Checkpoint) -> Path:
+    """Keep a damaged checkpoint for whoever wants to look at it, where it is not taken for one."""
+    place = checkpoint.path.with_name(f"{DAMAGED}{checkpoint.path.name}")
+    shutil.rmtree(place, ignore_errors=True)
+    os.rename(checkpoint.path, place)
+    return place
+
+
 def free_bytes(folder: Path) -> int:
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
-
-
-def _on_host(value: Tensor) -> Tensor:
-    """A copy that later steps do not write to, as safetensors can store it (no views of shared memory)."""
-    return value.detach().to("cpu", copy=True).contiguous()
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> int:
-    save_file(tensors, path)
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-    return path.stat().st_size
 
 
 def write_flushed(path: Path, text: str) -> None:

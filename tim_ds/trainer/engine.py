@@ -30,6 +30,7 @@ import deepspeed
 import deepspeed.ops
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.utils import groups
 from deepspeed.utils import logger as deepspeed_logger
 from pydantic import ValidationError
 
@@ -239,14 +240,49 @@ def check_engine_config(config: Mapping[str, Any], source: str) -> None:
                 f"{source}: zero_optimization.compute_grad_norm: expected true, because the guard against "
                 "non-finite gradients reads the norm"
             )
-        for part in ("offload_optimizer", "offload_param"):
-            if isinstance(zero.get(part), dict) and zero[part].get("device") == "nvme":
-                problems.append(
-                    f"{source}: zero_optimization.{part}.device: expected cpu or none, because the average "
-                    "of the weights reads the masters every step; received nvme"
-                )
+        problems += [f"{source}: zero_optimization.{problem}" for problem in _partition_problems(zero)]
+        if config.get("zero_force_ds_cpu_optimizer") and not offloads(config, "offload_optimizer"):
+            problems.append(
+                f"{source}: zero_force_ds_cpu_optimizer: chooses the optimiser of an offloaded step; set "
+                "zero_optimization.offload_optimizer, or remove it"
+            )
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def _partition_problems(zero: Mapping[str, Any]) -> Iterator[str]:
+    """What ZeRO would take and ignore, what changes the result, and what the trainer cannot follow."""
+    stage = zero.get("stage", 0)
+    for part, least in (("offload_optimizer", 1), ("offload_param", 3)):
+        settings = zero.get(part)
+        if not isinstance(settings, dict) or settings.get("device", "none") == "none":
+            continue
+        if settings["device"] == "nvme":
+            yield (
+                f"{part}.device: expected cpu or none, because the average of the weights reads the masters "
+                "every step; received nvme"
+            )
+        if stage in range(least):
+            yield f"{part}: expected stage {least} or more, because stage {stage} ignores it"
+        if settings.get("ratio", 1.0) != 1.0:
+            yield f"{part}.ratio: expected 1.0, because the optimiser states stand in one place"
+        if settings.get("super_offload"):
+            yield f"{part}.super_offload: expected false, because its optimiser keeps states of its own"
+    size = zero.get("zero_hpz_partition_size", 1)
+    if isinstance(size, int) and size > 1 and stage in range(3):
+        yield f"zero_hpz_partition_size: expected stage 3, because stage {stage} ignores it"
+    for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
+        if zero.get(key):
+            yield f"{key}: expected false, because rounding on the wire would change the result of the recipe"
+    if zero.get("zenflow") is not None:
+        yield "zenflow: expected none, because it applies parts of a gradient in later steps"
+
+
+def offloads(config: Mapping[str, Any], part: str) -> bool:
+    """Whether an engine configuration keeps `part` (offload_optimizer, offload_param) in host memory."""
+    settings = config.get("zero_optimization", {})
+    settings = settings.get(part) if isinstance(settings, Mapping) else None
+    return isinstance(settings, Mapping) and settings.get("device", "none") != "none"
 
 
 def _nearest(key: str, known: Sequence[str]) -> str:
@@ -283,6 +319,12 @@ def merge_config(
             "train.precision: 'bf16' keeps float32 masters, which ZeRO stage 0 does not; "
             "use stage 1 to 3, or 'bf16_autocast'"
         )
+    nodes_of = int(engine.get("zero_optimization", {}).get("zero_hpz_partition_size", 1))
+    if nodes_of > 1 and world_size % nodes_of:
+        raise ConfigError(
+            "zero_optimization.zero_hpz_partition_size: expected a divisor of the number of ranks "
+            f"{world_size} (the GPUs of one node), received {nodes_of}"
+        )
     config = {
         **engine,
         # One pack is one sample to DeepSpeed: it counts packs, the loss counts images.
@@ -309,6 +351,40 @@ def merge_config(
 
 def zero_stage(engine: Mapping[str, Any]) -> int:
     return int(engine.get("zero_optimization", {}).get("stage", 0))
+
+
+def zero_settings(engine: Mapping[str, Any]) -> DeepSpeedZeroConfig:
+    """ZeRO settings of an engine file, with DeepSpeed's defaults."""
+    return DeepSpeedZeroConfig(**engine.get("zero_optimization", {}))
+
+
+class Splitter:
+    """Splits parameters among the ranks as ZeRO-3 does, before there is an `Engine`.
+
+    Args:
+        config: of `merge_config`, at stage 3.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._config = dict(config)
+        self._first: Any = None
+
+    def __call__(self, parameter: nn.Parameter) -> None:
+        if self._first is not None:
+            self._first.convert_to_zero_parameters(param_list=[parameter])
+            return
+        holder = nn.Module()
+        holder.parameter = parameter
+        by_node = zero_settings(self._config).zero_hpz_partition_size > 1
+        # Given a module that exists, this is no context: it splits the parameters of the module. The group of
+        # the ranks of a node can be made once in a process.
+        deepspeed.zero.Init(
+            module=holder,
+            config_dict_or_path=self._config,
+            dtype=parameter.dtype,
+            zero_param_parallel_group=groups._get_zero_param_intra_parallel_group() if by_node else None,
+        )
+        self._first = parameter
 
 
 class Engine:
@@ -341,7 +417,7 @@ class Engine:
         if self.zero_stage == 3 and units:
             present = [unit for unit in units if any(isinstance(m, unit) for m in module.modules())]
             deepspeed.utils.set_z3_leaf_modules(module, present)
-        optimizer = _adamw(module, train.optimizer)
+        optimizer = _adamw(module, train.optimizer, by_deepspeed=self.config["zero_force_ds_cpu_optimizer"])
         # DeepSpeed builds what it returns at run time: its types say little.
         self._engine: Any
         self._optimizer: Any
@@ -418,12 +494,15 @@ class Engine:
     @optimizer_steps.setter
     def optimizer_steps(self, steps: int) -> None:
         for shard in self.shards:
-            self._owner_state(shard.owner)["step"].fill_(steps)
+            state = self._owner_state(shard.owner)
+            # DeepSpeed's AdamW counts in a plain number.
+            state["step"] = steps if isinstance(state["step"], int) else state["step"].fill_(steps)
 
     def _owner_state(self, owner: Tensor) -> dict[str, Any]:
         state = self._inner.state[owner]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=owner.device)
+            of_torch = isinstance(self._inner, torch.optim.AdamW)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=owner.device) if of_torch else 0
             for key in STATE_KEYS:
                 state[key] = torch.zeros_like(owner)
         return state
@@ -473,7 +552,10 @@ class Engine:
         for shard in self.shards:
             partition = targets[shard.name].ds_tensor  # type: ignore[attr-defined]
             partition.data.narrow(0, 0, shard.numel).copy_(values[shard.name])
-        self._optimizer.invalidate_secondary_tensor()
+        for parameter in targets.values():
+            # The copy within a node, under zero_hpz_partition_size. DeepSpeed forgets those of trained
+            # parameters after its steps, and never those of frozen ones.
+            parameter.ds_secondary_tensor = None  # type: ignore[attr-defined]
         if gathered:
             gathered[0].all_gather(gathered)  # type: ignore[attr-defined]
 
@@ -537,9 +619,19 @@ class Engine:
                     yield Shard(name, shape, start, owner.detach().narrow(0, offset, numel), owner, offset)
 
 
-def _adamw(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+def _adamw(module: nn.Module, config: OptimizerConfig, *, by_deepspeed: bool) -> torch.optim.Optimizer:
+    """AdamW of PyTorch, whose fused form runs on either device, or DeepSpeed's own for the host."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    if by_deepspeed:
+        from deepspeed.ops import adam
+
+        # Its signature lacks types, and its defaults are taken for them.
+        compiled: Any = adam.DeepSpeedCPUAdam
+        return compiled(
+            trained, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
+        )
     return torch.optim.AdamW(
-        [p for p in module.parameters() if p.requires_grad],
+        trained,
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,

@@ -1,12 +1,11 @@
-"""Weights that a run starts from: whatever `tim_ds.sources` finds, checked against the recipe."""
+"""Weights that a run starts from: an export folder, a run, one of its checkpoints, or a released file."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.config import AutoencoderConfig, TextEncoderConfig
-from tim_ds.config.recipe import Recipe
+from tim_ds.config.recipe import Recipe, from_dict
 from tim_ds.errors import CheckpointError, ConfigError
 from tim_ds.model.config import ModelConfig
-from tim_ds.model.weights import load_weights_into
+from tim_ds.model.export_folder import EXPORT_FILE, Export, meta_network, open_export
+from tim_ds.model.weights import check_weights
 from tim_ds.objective.config import TransportConfig
-from tim_ds.sources import MANIFEST, read_source
+from tim_ds.sources import read_source
+from tim_ds.trainer.checkpoint import MANIFEST, Checkpoint, find_checkpoints
+from tim_ds.trainer.ema import piece_kind
+from tim_ds.trainer.materialise import Values
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +30,28 @@ PROJECTOR = "projector."
 
 # What decides the projector alone, which a run may add, drop or train anew.
 _OF_PROJECTOR = ("z_dim", "projector_dim", "encoder_depth")
+
+
+class StoredState(Mapping[str, Tensor]):
+    """Tensors by name, read from the disk when they are asked for, one at a time.
+
+    Args:
+        shapes: names and shapes, as tensors of the meta device.
+        read: the tensor of a name, of the shape and dtype of another.
+    """
+
+    def __init__(self, shapes: Mapping[str, Tensor], read: Values) -> None:
+        self.shapes = dict(shapes)
+        self._read = read
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._read(name, self.shapes[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +63,7 @@ class InitialWeights:
     transport: TransportConfig
     autoencoder: AutoencoderConfig | None
     text_encoder: TextEncoderConfig | None
-    state: dict[str, Tensor]
+    state: StoredState
 
     @property
     def digest(self) -> str:
@@ -52,30 +77,62 @@ class InitialWeights:
 
 
 def read_initial(path: str) -> InitialWeights:
-    """The weights at `path` (`tim_ds.sources.read_source`); of a run or a checkpoint, the averaged ones.
+    """The averaged weights at `path`: an export folder, a run, a checkpoint in one, or a released file.
+
+    Of a run folder, the export is taken if there is one, else the newest checkpoint.
 
     Raises:
         CheckpointError: if there are no such weights, or they are an adapter's.
     """
-    _refuse_adapter(Path(path))
-    found = read_source(path)
-    export = found.export
+    folder = Path(path)
+    if folder.is_file():
+        released = read_source(folder)
+        return _of_export(path, released.export, lambda name, like: released.state[name].to(like.dtype))
+    for candidate in (folder, folder / "export"):
+        if (candidate / EXPORT_FILE).exists():
+            export, read = open_export(candidate)
+            return _of_export(str(candidate), export, read)
+    if (folder / MANIFEST).exists():
+        found = [c for c in find_checkpoints(folder.parent) if c.path.name == folder.name]
+    else:
+        found = find_checkpoints(folder / "checkpoints")
+    if not found:
+        raise CheckpointError(
+            f"train.init_from: {path}: no export folder ({EXPORT_FILE}), no run (checkpoints/) "
+            f"and no checkpoint ({MANIFEST})"
+        )
+    return _of_checkpoint(found[0])
+
+
+def _of_export(source: str, export: Export, read: Values) -> InitialWeights:
+    state = StoredState(meta_network(export.model).state_dict(), read)
     return InitialWeights(
-        path, export.model, export.transport, export.autoencoder, export.text_encoder, found.state
+        source, export.model, export.transport, export.autoencoder, export.text_encoder, state
     )
 
 
-def _refuse_adapter(path: Path) -> None:
-    """A checkpoint of an adapter holds nothing else; the message of missing weights would not say so."""
-    try:
-        recipe = json.loads((path / MANIFEST).read_text())["recipe"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    if recipe.get("train", {}).get("adapter") is not None:
+def _of_checkpoint(checkpoint: Checkpoint) -> InitialWeights:
+    recipe = from_dict(checkpoint.manifest["recipe"], source=str(checkpoint.path))
+    if recipe.train.adapter is not None:
         raise CheckpointError(
-            f"train.init_from: {path}: holds an adapter alone; finish that run and start from its export, in "
-            f"which the adapter is merged"
+            f"train.init_from: {checkpoint.path}: holds an adapter alone; finish that run and start from its "
+            f"export, in which the adapter is merged"
         )
+    kind = piece_kind(recipe.train.ema.used.name)
+
+    def read(name: str, like: Tensor) -> Tensor:
+        value = torch.empty(like.shape)
+        checkpoint.fill(kind, f"network.{name}", 0, value.view(-1))
+        return value
+
+    return InitialWeights(
+        str(checkpoint.path),
+        recipe.model,
+        recipe.objective.transport,
+        recipe.data.autoencoder,
+        recipe.data.text_encoder,
+        StoredState(meta_network(recipe.model).state_dict(), read),
+    )
 
 
 def check_initial(initial: InitialWeights, recipe: Recipe) -> None:
@@ -126,23 +183,29 @@ def _other_habits(initial: InitialWeights, recipe: Recipe) -> Iterator[str]:
         )
 
 
-def load_initial(network: nn.Module, initial: InitialWeights) -> None:
-    """Copy the weights into a freshly built network. A projector that they lack stays as it was drawn.
+def values_of(initial: InitialWeights, network: nn.Module, fresh: Values) -> Values:
+    """First values of a network's parameters: those weights, one at a time. A projector that they lack is
+    `fresh`.
 
     Raises:
         CheckpointError: if names or shapes differ in anything but the projector.
     """
     own = network.state_dict()
-    state = {
-        name: value for name, value in initial.state.items() if name in own or not name.startswith(PROJECTOR)
+    shapes = {
+        name: value
+        for name, value in initial.state.shapes.items()
+        if name in own or not name.startswith(PROJECTOR)
     }
-    fresh = [name for name in own if name.startswith(PROJECTOR) and not _fits(state, name, own[name])]
-    for name in fresh:
-        state[name] = own[name]
-    if fresh:
+    drawn = {name for name in own if name.startswith(PROJECTOR) and not _fits(shapes, name, own[name])}
+    if drawn:
         logger.info("the projector is trained from a fresh start: %s has none of this shape", initial.source)
-    load_weights_into(network, state, source=initial.source)
+    check_weights(own, {**shapes, **{name: own[name] for name in drawn}}, source=initial.source)
+
+    def make(name: str, like: Tensor) -> Tensor:
+        return fresh(name, like) if name in drawn else initial.state[name].to(like.dtype)
+
+    return make
 
 
-def _fits(state: dict[str, Tensor], name: str, value: Tensor) -> bool:
+def _fits(state: Mapping[str, Tensor], name: str, value: Tensor) -> bool:
     return name in state and state[name].shape == value.shape

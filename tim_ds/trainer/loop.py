@@ -67,10 +67,13 @@ class Loop:
 
     Args:
         teacher: frozen parameters that follow the average, by the name of the trained one; may be empty.
-        save: writes a checkpoint of the given progress; called by all ranks.
+        save: begins to write a checkpoint of the given progress; called by all ranks.
+        settle: looks after a checkpoint that is being written, every step; told to wait, until it is on the
+            disk. Called by all ranks.
         snapshot: writes the averages that `post_hoc` combines; called by all ranks.
         clock: times the phases of a step; `forward_phase` is the name of the forward, with all that it holds.
-        preview: samples pictures at a step; called by all ranks, while the module has the averaged weights.
+        preview, evaluate: sample pictures at a step; called by all ranks, while the module has the averaged
+            weights.
         log: on rank 0.
     """
 
@@ -82,11 +85,13 @@ class Loop:
     sums: Sums
     progress: Progress
     save: Callable[[Progress], None]
+    settle: Callable[[bool], None]
     snapshot: Callable[[Progress], None]
     teacher: dict[str, nn.Parameter]
     clock: PhaseClock
     forward_phase: str = "forward"
     preview: Callable[[int], None] | None = None
+    evaluate: Callable[[int], None] | None = None
     log: MetricsLog | None = None
     _lr: float = 0.0
     _last_refusal: str = ""
@@ -110,12 +115,16 @@ class Loop:
         with bar:
             for micro_batches in self._steps():
                 self._step(micro_batches)
+                self.settle(False)
                 step = self.progress.step
                 if step % config.log_every == 0 or step == config.steps:
                     self._report(bar)
                 if self.preview is not None and step % config.preview.every_steps == 0:
                     with self.clock.phase("preview"):
-                        self._preview(step)
+                        self._on_average(self.preview, step)
+                if self.evaluate is not None and step % config.evaluation.every_steps == 0:
+                    with self.clock.phase("preview"):
+                        self._on_average(self.evaluate, step)
                 if self._is_snapshot_step(step):
                     with self.clock.phase("save"):
                         self.snapshot(self.progress)
@@ -124,8 +133,10 @@ class Loop:
                     with self.clock.phase("save"):
                         self.save(self.progress)
                 if exhausted:
+                    self.settle(True)
                     self._give_up()
                 bar.update()
+        self.settle(True)
         return self.progress
 
     def _steps(self) -> Iterator[Sequence[StepInputs]]:
@@ -214,7 +225,6 @@ class Loop:
         applied = self.progress.applied_steps > 0
         return every > 0 and applied and (step % every == 0 or step == self.config.steps)
 
-    def _preview(self, step: int) -> None:
-        assert self.preview is not None  # the caller looked
+    def _on_average(self, action: Callable[[int], None], step: int) -> None:
         with self.ema.applied(), torch.no_grad():
-            self.preview(step)
+            action(step)

@@ -5,6 +5,7 @@ peft is imported here alone, when a recipe has `train.adapter`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from functools import cache
@@ -18,6 +19,7 @@ from tim_ds.errors import ConfigError
 from tim_ds.model.embed import Linear
 from tim_ds.model.weights import write_aside, write_weights
 from tim_ds.trainer.config import AdapterConfig
+from tim_ds.trainer.materialise import Values
 
 ADAPTER = "default"
 """peft's name of the one adapter."""
@@ -93,6 +95,26 @@ def add_adapters(network: nn.Module, config: AdapterConfig) -> None:
     # Under ZeRO-3 a block is gathered as one piece, whose gradients are collected when the gradient of its
     # input is known: with frozen embedders the first block's input would have none.
     network.get_submodule("x_embedder").register_forward_hook(_with_gradient)
+
+
+def adapter_values(values: Values, seed: int) -> Values:
+    """First values of a network with adapters: uniform inwards, zero outwards, the rest from `values`.
+
+    Args:
+        values: by the names of the network without adapters.
+    """
+
+    def value(name: str, like: Tensor) -> Tensor:
+        if ".lora_B." in name:
+            return torch.zeros(like.shape, dtype=like.dtype)
+        if ".lora_A." in name:
+            digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+            bound = like.shape[1] ** -0.5
+            return torch.empty(like.shape, dtype=like.dtype).uniform_(-bound, bound, generator=generator)
+        return values(name.replace(".base_layer.", "."), like)
+
+    return value
 
 
 def _with_gradient(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:

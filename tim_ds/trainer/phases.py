@@ -22,8 +22,9 @@ from torch import nn
 
 from tim_ds.trainer.world import World
 
-HOST_PHASES = ("data_wait", "save", "preview")
-"""Taken by the clock on every device: they wait for the host, or for the device themselves."""
+HOST_PHASES = ("data_wait", "encoders", "save", "preview")
+"""Taken by the clock on every device: they wait for the host, or for the device themselves. Encoders run
+while data are waited for, and hand their results to the host."""
 
 
 class PhaseClock:

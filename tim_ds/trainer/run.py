@@ -15,7 +15,7 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -36,6 +36,7 @@ from tim_ds.config.recipe import Recipe, recipe_hash, to_dict
 from tim_ds.errors import CheckpointError, ConfigError, TimError
 from tim_ds.model.blocks import FinalLayer, TransitionBlock
 from tim_ds.model.export_folder import EXPORT_FILE, meta_network, write_export
+from tim_ds.model.init import initial_values
 from tim_ds.model.ops import prove_attention
 from tim_ds.model.tim import TiM
 from tim_ds.trainer.checkpoint import (
@@ -51,17 +52,20 @@ from tim_ds.trainer.ema import Ema, piece_kind
 from tim_ds.trainer.engine import (
     STATE_KEYS,
     Engine,
+    Splitter,
     merge_config,
     read_engine_file,
     start_world,
     stop_world,
     zero_stage,
 )
-from tim_ds.trainer.flops import flops_of, peak_flops
-from tim_ds.trainer.initial import InitialWeights, check_initial, load_initial, read_initial
-from tim_ds.trainer.inputs import Prepare
+from tim_ds.trainer.evaluation import Evaluations
+from tim_ds.trainer.flops import StepFlops, flops_of, peak_flops
+from tim_ds.trainer.initial import InitialWeights, check_initial, read_initial, values_of
+from tim_ds.trainer.inputs import Prepare, StepInputs
 from tim_ds.trainer.loop import Loop, Progress
-from tim_ds.trainer.lora import add_adapters, merged, write_adapter
+from tim_ds.trainer.lora import adapter_values, add_adapters, merged, write_adapter
+from tim_ds.trainer.materialise import Split, Values, materialise
 from tim_ds.trainer.metrics import MetricsLog, Sums
 from tim_ds.trainer.phases import PhaseClock
 from tim_ds.trainer.preview import Previews, describe_export
@@ -98,6 +102,7 @@ MAY_CHANGE = (
     "train.activation_checkpointing",
     "train.checkpoint",
     "train.preview",
+    "train.evaluation",
     "train.ema.snapshots",
 )
 
@@ -147,6 +152,7 @@ def train(
             world,
             keep=recipe.train.checkpoint.keep,
             milestones=recipe.train.checkpoint.milestones,
+            strict=recipe.train.checkpoint.strict,
         )
         checkpoint = folder.newest()
         if checkpoint is not None:
@@ -190,7 +196,11 @@ def _run(
     if checkpoint is not None:
         check_same_encoders(checkpoint.manifest.get("encoders", {}), encoders, str(checkpoint.path))
     initial = world.together(partial(_initial, recipe, checkpoint), (TimError,))
-    root = build_root(recipe, world.size, initial)
+    merged_config = merge_config(
+        engine_config, config, packs_per_step=recipe.data.packs_per_step, world_size=world.size
+    )
+    split = Splitter(merged_config) if zero_stage(merged_config) == 3 else None
+    root = build_root(recipe, world.size, initial, split=split)
     # Kept by an adapter alone, which goes with these weights and no others.
     initial_digest = None if initial is None else initial.digest
     del initial
@@ -199,13 +209,7 @@ def _run(
     )
     _check_room(run_dir, engine, world, len(config.ema.averages))
     ema = Ema(engine, config.ema)
-    count = partial(
-        flops_of,
-        config=recipe.model,
-        objective=recipe.objective,
-        checkpointing=config.activation_checkpointing,
-    )
-    sums = Sums(root.transport, world.device, count)
+    sums = Sums(root.transport, world.device, build_count(recipe))
     progress = Progress()
     if checkpoint is not None:
         progress = restore(checkpoint, engine, ema, sums)
@@ -233,11 +237,17 @@ def _run(
         preview = world.together(
             partial(Previews, recipe, export_now, root.network, run_dir, world, log), (TimError,)
         )
+    evaluate = None
+    if config.evaluation.every_steps:
+        export_now = describe_export(recipe, progress.step, recipe_hash(recipe))
+        evaluate = world.together(
+            partial(Evaluations, recipe, export_now, root.network, world, log), (TimError, DataError)
+        )
 
     def save(progress: Progress) -> None:
         if log is not None:
             log.flush()
-        folder.save(
+        folder.start(
             progress.step,
             state_pieces(engine, ema),
             sums.state(),
@@ -256,6 +266,7 @@ def _run(
         )
 
     clock, forward_phase = build_clock(recipe, root, world)
+    loader.watch_encoders(partial(clock.phase, "encoders"))
     snapshots = Snapshots(run_dir / SNAPSHOTS, world, config.ema.snapshots)
     snapshots.drop_after(progress.step)
 
@@ -272,15 +283,20 @@ def _run(
         sums=sums,
         progress=progress,
         save=save,
+        settle=lambda wait: folder.settle(wait=wait),
         snapshot=snapshot,
         clock=clock,
         forward_phase=forward_phase,
         teacher=teacher,
         preview=preview,
+        evaluate=evaluate,
         log=log,
     )
     try:
         progress = loop.run()
+    except BaseException:
+        folder.leave()
+        raise
     finally:
         if log is not None:
             log.close()
@@ -307,17 +323,39 @@ def _initial(recipe: Recipe, checkpoint: Checkpoint | None) -> InitialWeights | 
     return initial
 
 
-def build_root(recipe: Recipe, world_size: int, initial: InitialWeights | None = None) -> TransitionStep:
-    """The root module, the same on every rank: freshly initialised weights, or `initial`, and adapters."""
+def build_root(
+    recipe: Recipe,
+    world_size: int,
+    initial: InitialWeights | None = None,
+    *,
+    values: Values | None = None,
+    split: Split | None = None,
+) -> TransitionStep:
+    """The root module with its first weights, the same on every rank at every stage, and adapters.
+
+    Args:
+        initial: weights to start from; None: freshly initialised from the recipe's seed.
+        values: of the network's parameters by name, in place of both.
+        split: splits every parameter among the ranks as soon as it has its value.
+    """
+    # For whatever asks a generator without saying so; weights, adapters and data do not.
     torch.manual_seed(recipe.train.seed)
-    network = TiM(recipe.model, checkpoint_blocks=recipe.train.activation_checkpointing)
+    with torch.device("meta"):
+        network = TiM(recipe.model, checkpoint_blocks=recipe.train.activation_checkpointing)
+    values = values or initial_values(network, recipe.train.seed)
     if initial is not None:
-        load_initial(network, initial)
+        values = values_of(initial, network, values)
     if recipe.train.adapter is not None:
-        add_adapters(network, recipe.train.adapter)
+        with torch.device("meta"):
+            add_adapters(network, recipe.train.adapter)
+        values = adapter_values(values, recipe.train.seed)
     teacher = None
     if recipe.objective.guided_target is not None:
-        teacher = copy.deepcopy(network)
+        teacher = copy.deepcopy(network).requires_grad_(False)
+    dtype = torch.bfloat16 if split is not None and recipe.train.precision == "bf16" else torch.float32
+    for module in (network, teacher):
+        if module is not None:
+            materialise(module, values, dtype=dtype, split=split)
     return TransitionStep(
         network,
         recipe.objective,
@@ -337,6 +375,18 @@ def build_clock(recipe: Recipe, root: TransitionStep, world: World) -> tuple[Pha
     if root.teacher is not None:
         clock.watch(root.teacher, "teacher", inside=forward_phase)
     return clock, forward_phase
+
+
+def build_count(recipe: Recipe) -> Callable[[StepInputs], StepFlops] | None:
+    """Counts the operations of a micro-step; None for adapters: frozen weights have another backward."""
+    if recipe.train.adapter is not None:
+        return None
+    return partial(
+        flops_of,
+        config=recipe.model,
+        objective=recipe.objective,
+        checkpointing=recipe.train.activation_checkpointing,
+    )
 
 
 def device_peak(config: TrainConfig, world: World) -> float | None:
@@ -540,8 +590,9 @@ def _check_parts(recipe: Recipe, engine_config: Mapping[str, Any], data: DataFac
 def _check_room(run_dir: Path, engine: Engine, world: World, num_averages: int) -> None:
     """Raises CheckpointError, before any work, if the disk cannot hold a checkpoint and the export."""
     numel = sum(torch.Size(shape).numel() for shape in engine.parameter_shapes.values())
+    network = engine.module.get_submodule("network")
     # Frozen weights are only exported; every trained one besides as a master, AdamW's two and the averages.
-    exported = sum(int(getattr(p, "ds_numel", p.numel())) for p in engine.module.parameters())
+    exported = sum(int(getattr(p, "ds_numel", p.numel())) for p in network.parameters())
     needed = 4 * (numel * (len(STATE_KEYS) + 1 + num_averages) + exported) + SPARE_BYTES
     free = world.from_main(free_bytes(run_dir))
     if free < needed:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ class RotaryTable:
     sin: Tensor
     positions_a: Tensor
     positions_b: Tensor
+    _rows: list[tuple[Tensor, Tensor]] = field(default_factory=list, init=False, repr=False)
+    """`by_token`, once somebody has asked for it: the definition does, three times a block."""
 
     @classmethod
     def from_positions(
@@ -82,11 +84,13 @@ class RotaryTable:
 
     def by_token(self) -> tuple[Tensor, Tensor]:
         """cos and sin of every token and pair: [T, H / 2] each."""
-        a, b = self.positions_a, self.positions_b
-        cos, sin = (
-            torch.cat([x.index_select(0, a), x.index_select(0, b)], dim=1) for x in (self.cos, self.sin)
-        )
-        return cos, sin
+        if not self._rows:
+            a, b = self.positions_a, self.positions_b
+            cos, sin = (
+                torch.cat([x.index_select(0, a), x.index_select(0, b)], dim=1) for x in (self.cos, self.sin)
+            )
+            self._rows.append((cos, sin))
+        return self._rows[0]
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> RotaryTable:
         """The same table with its tensors on `device`."""

@@ -1,0 +1,176 @@
+"""The estimate of memory against what is there: storages, what autograd keeps, a GPU's allocator."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import tim_kernels
+from tests.model.networks import class_config, random_pack, text_config
+from tests.trainer.conftest import Groups
+from tim_ds.config.load import load_recipe
+from tim_ds.model.config import ModelConfig
+from tim_ds.model.tim import TiM
+from tim_ds.trainer.engine import read_engine_file
+from tim_ds.trainer.memory import GIB, Ranks, estimate, kept_around_blocks, kept_by_block, main
+from tim_kernels.saved import saved_bytes
+
+ROOT = Path(__file__).parents[2]
+XL = ROOT / "launch" / "recipes" / "t2i_xl.yaml"
+KINDS = ("weights", "float32 masters", "AdamW averages", "averaged weights", "teacher")
+
+
+def engine(name: str) -> dict[str, object]:
+    return read_engine_file(ROOT / "ds_configs" / f"{name}.json")
+
+
+def test_weights_optimiser_and_averages_are_what_the_tensors_hold(groups: Groups) -> None:
+    found = groups.results(2, "weigh")[0]
+    assert len(found) == 11
+    for name, case in found.items():
+        expected = {kind: case["estimate"].get(kind, 0) for kind in KINDS}
+        assert case["measured"] == expected, name
+        offloaded = "offload" in name
+        assert ("AdamW averages" in case["on_host"]) == ("float32 masters" in case["on_host"]) == offloaded
+        assert ("weights" in case["on_host"]) == name.startswith("zero3_offload")
+
+
+@pytest.mark.parametrize("make_config", [text_config, class_config])
+def test_activations_are_what_autograd_keeps(make_config: Callable[..., ModelConfig]) -> None:
+    """With the kernels, run by Triton's interpreter, whose float32 is exact in size."""
+    config = make_config(hidden_size=64, num_heads=2, z_dim=None, depth=2)
+    grids, lengths = ((6, 8), (6, 8)), (8, 8)
+    x, t, r, segments, condition = random_pack(config, grids, lengths, dtype=torch.float32)
+    sizes = {
+        "tokens": segments.num_tokens,
+        "text": sum(lengths) if config.condition == "text" else 0,
+        "images": len(grids),
+        "width": 4,
+    }
+
+    def measured(depth: int) -> int:
+        network = TiM(replace(config, depth=depth))
+        with tim_kernels.use_path("triton"):
+            return saved_bytes(lambda: network(x, t, r, segments, condition), apart_from=network.parameters())
+
+    two, three = measured(2), measured(3)
+    # Row statistics, sums a head and the indices of small packs are not all counted: 10 %.
+    assert kept_by_block(config, **sizes) == pytest.approx(three - two, rel=0.10)
+    around = kept_around_blocks(config, **sizes)
+    assert 2 * kept_by_block(config, **sizes) + around == pytest.approx(two, rel=0.10)
+
+
+def test_stages_and_ranks_split_what_they_say() -> None:
+    recipe = load_recipe(XL)
+    on = {name: estimate(recipe, engine(name), Ranks(8, 8)) for name in ("zero0", "zero1", "zero2", "zero3")}
+    parameters = on["zero0"].parameters
+    assert parameters == 864_978_080
+    assert on["zero0"].part("AdamW averages").device == 8 * parameters
+    for name in ("zero1", "zero2", "zero3"):
+        # Padding: at most one element a parameter and rank.
+        assert on[name].part("AdamW averages").device == pytest.approx(parameters, rel=1e-5)
+    assert on["zero1"].part("gradients").device > 7.9 * on["zero2"].part("gradients").device
+    totals = [on[name].device_bytes for name in ("zero0", "zero1", "zero2")]
+    assert totals == sorted(totals, reverse=True)
+    assert on["zero0"].checkpoint_bytes == 16 * parameters and on["zero0"].export_bytes == 4 * parameters
+
+
+def test_recomputed_activations_guidance_and_encoders_are_counted() -> None:
+    recipe, zero2 = load_recipe(XL), engine("zero2")
+    ranks = Ranks(8, 8)
+    plain = estimate(recipe, zero2, ranks).device_bytes
+    kept = estimate(load_recipe(XL, ["train.activation_checkpointing=false"]), zero2, ranks)
+    # 28 blocks instead of one and 28 inputs.
+    assert kept.part("activations").device > 40 * GIB and kept.device_bytes - plain > 35 * GIB
+    guided = load_recipe(XL, ["objective.guided_target={w_gt: 0.5, w_cond: 0.5, start: 0.0, end: 1.0}"])
+    assert estimate(guided, zero2, ranks).part("teacher").device == pytest.approx(4 * 864_978_080, rel=1e-5)
+    assert estimate(recipe, zero2, ranks, encoder_bytes=3 * GIB).device_bytes - plain == 3 * GIB
+    half = load_recipe(XL, ["data.tokens_per_pack=16384"])
+    smaller = estimate(half, zero2, ranks).part("block inputs").device
+    assert 2 * smaller == estimate(recipe, zero2, ranks).part("block inputs").device
+
+
+def test_adapters_are_what_trains_and_the_network_beneath_stands_still() -> None:
+    targets = "targets: [attn.qkv, mlp.fc2]"
+    recipe = load_recipe(
+        XL, ["train.init_from=weights", f"train.adapter={{rank: 8, alpha: 8.0, {targets}}}", "train.ema={}"]
+    )
+    found = estimate(recipe, engine("zero1"), Ranks(1, 1))
+    # qkv maps 1152 to 3456, fc2 3072 to 1152.
+    assert found.parameters == 28 * 8 * (1152 + 3456 + 3072 + 1152)
+    assert found.part("frozen weights").device == 4 * 864_978_080 == found.export_bytes
+    assert found.part("AdamW averages").device == 8 * found.parameters
+    assert found.checkpoint_bytes == 16 * found.parameters
+
+
+def test_the_command_says_whether_a_card_holds_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(XL), "--ds", str(ROOT / "ds_configs" / "zero2_offload.json"), "--gpus", "1"]
+    small = ["data.tokens_per_pack=8192", "--card-gib", "24"]
+    assert main([*arguments, *small]) == 0
+    printed = capsys.readouterr().out
+    assert (
+        "a card of 24 GiB    fits" in printed
+        and "864,978,080 trained parameters, 1 GPUs on 1 node" in printed
+    )
+    assert main([*arguments, "--card-gib", "8"]) == 1
+    assert "does not fit" in capsys.readouterr().out
+    assert main([*arguments, "data.packs_per_step=3", "--nodes", "2"]) == 2
+    assert "expected a multiple of the number of ranks 2" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_a_step_on_a_gpu_peaks_where_the_estimate_says(tmp_path: Path) -> None:
+    """One GPU, one process: the peak of the allocator within the stated uncertainty."""
+    from tests.trainer.ranks import run_ranks
+
+    (found,) = run_ranks(_peak_of_a_step, tmp_path, world_size=1, out=tmp_path / "out", timeout_s=600)
+    for name, (peak, low, high) in found.items():
+        assert low <= peak <= high, (
+            f"{name}: {peak / GIB:.2f} GiB, expected {low / GIB:.2f} to {high / GIB:.2f}"
+        )
+
+
+def _peak_of_a_step(folder: Path) -> dict[str, tuple[int, int, int]]:
+    from tests.trainer.cases import micro_batches, take_step
+    from tests.trainer.ranks import recipe, write_data
+    from tim_ds.trainer.ema import Ema
+    from tim_ds.trainer.engine import Engine, start_world, stop_world
+    from tim_ds.trainer.memory import RUNTIME_BYTES
+    from tim_ds.trainer.run import UNITS, build_root
+
+    world = start_world()
+    shards = write_data(folder / "shards")
+    found = {}
+    for name in ("zero1", "zero3"):
+        settings = recipe(
+            shards, "model.hidden_size=1024", "model.depth=8", "model.num_heads=16", "train.precision=bf16"
+        )
+        config = {
+            **engine(name),
+            "zero_optimization": {**json.loads(json.dumps(engine(name)))["zero_optimization"]},
+        }
+        config["zero_optimization"]["reduce_bucket_size"] = 10_000_000
+        torch.cuda.reset_peak_memory_stats()
+        built = Engine(
+            build_root(settings, 1), config, settings.train, packs_per_step=4, world=world, units=UNITS
+        )
+        Ema(built, settings.train.ema)
+        for batches in micro_batches(settings, world, 2):
+            take_step(built, [batch.to(world.device) for batch in batches])
+        predicted = estimate(settings, config, Ranks(1, 1))
+        # The context and the libraries are outside of the allocator.
+        middle = predicted.device_bytes - RUNTIME_BYTES
+        found[name] = (
+            torch.cuda.max_memory_allocated(),
+            middle - predicted.device_spread,
+            middle + predicted.device_spread,
+        )
+        del built
+        torch.cuda.empty_cache()
+    stop_world(world)
+    return found
