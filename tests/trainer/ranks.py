@@ -39,6 +39,8 @@ model:
   num_heads: 2
   text_dim: {TEXT_WIDTH}
   z_dim: null
+objective:
+  derivative: dde
 data:
   shards: SHARDS
   tokens_per_pack: 24
