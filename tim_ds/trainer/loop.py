@@ -22,7 +22,9 @@ from tim_ds.trainer.inputs import StepInputs
 from tim_ds.trainer.lr import learning_rate
 from tim_ds.trainer.metrics import MetricsLog, Sums
 from tim_ds.trainer.phases import PhaseClock, over_ranks
+from tim_ds.trainer.signals import RunStopped, StopAgreement
 from tim_ds.trainer.step import StepOutput
+from tim_ds.trainer.watch import Watch
 from tim_ds.trainer.world import World
 
 logger = logging.getLogger(__name__)
@@ -74,6 +76,8 @@ class Loop:
         clock: times the phases of a step; `forward_phase` is the name of the forward, with all that it holds.
         preview: samples pictures at a step; called by all ranks, while the module has the averaged weights.
         log: on rank 0.
+        stop: stops all ranks after the same step, where one was asked to.
+        watch: told where this rank stands.
     """
 
     config: TrainConfig
@@ -91,6 +95,8 @@ class Loop:
     forward_phase: str = "forward"
     preview: Callable[[int], None] | None = None
     log: MetricsLog | None = None
+    stop: StopAgreement | None = None
+    watch: Watch | None = None
     _lr: float = 0.0
     _last_refusal: str = ""
 
@@ -98,6 +104,7 @@ class Loop:
         """Train up to `config.steps`.
 
         Raises:
+            RunStopped: on every rank, where one was asked to stop; a checkpoint is written before.
             NonFiniteError: on every rank, after `config.max_skipped_steps` refused steps in a row; a
                 checkpoint is written before.
         """
@@ -110,6 +117,10 @@ class Loop:
             disable=not self.world.is_main,
             mininterval=0.5 if sys.stderr.isatty() else 30.0,
         )
+        if self.stop is not None and self.stop.before_first():
+            self.world.raise_everywhere(
+                RunStopped(f"stopped before step {self.progress.step + 1} ({self.stop.reason})")
+            )
         with bar:
             for micro_batches in self._steps():
                 self._step(micro_batches)
@@ -124,13 +135,21 @@ class Loop:
                     with self.clock.phase("save"):
                         self.snapshot(self.progress)
                 exhausted = self.progress.consecutive_skips >= config.max_skipped_steps
-                if exhausted or self._is_checkpoint_step(step):
+                stopped = self.stop is not None and self.stop.after(step)
+                if exhausted or stopped or self._is_checkpoint_step(step):
                     with self.clock.phase("save"):
                         self.save(self.progress)
                 if exhausted:
                     self.settle(True)
                     self._give_up()
                 bar.update()
+                if self.stop is not None and stopped and step < config.steps:
+                    self.settle(True)
+                    self.world.raise_everywhere(
+                        RunStopped(f"stopped and saved after step {step} ({self.stop.reason})")
+                    )
+                if self.watch is not None:
+                    self.watch.begin_step(step)
         self.settle(True)
         return self.progress
 
