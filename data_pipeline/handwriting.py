@@ -5,8 +5,8 @@
 Scans are scikit-learn's bundled UCI digits: 1,797 grey pictures of 8x8 pixels, values 0 to 16. A fixed seed
 splits them into training scans and held-back scans; training pictures are composed from the former only.
 
-Grammar. A prompt is one to four cells, left to right in a row or top to bottom in a column; a cell is a digit
-or blank (`a gap`). The caption determines every cell:
+Grammar. A prompt is one or more cells, in training up to four, left to right in a row or top to bottom in a
+column; a cell is a digit or blank (`a gap`). The caption determines every cell:
 
     one cell        a three
     row,  chained   a three before a gap before a seven
@@ -49,6 +49,9 @@ CELL_PX = 8
 """Side of one cell, the size of a scan."""
 
 MAX_CELLS = 4
+"""Cells of a training picture."""
+MAX_PROMPT_CELLS = 32
+"""Cells that the grammar knows: evaluation asks for pictures longer than training shows."""
 
 NUMERALS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 GAP = "gap"
@@ -73,8 +76,8 @@ class Prompt:
     orientation: Orientation = "row"
 
     def __post_init__(self) -> None:
-        if not 1 <= len(self.cells) <= MAX_CELLS:
-            raise DataError(f"prompt: expected 1 to {MAX_CELLS} cells, received {len(self.cells)}")
+        if not 1 <= len(self.cells) <= MAX_PROMPT_CELLS:
+            raise DataError(f"prompt: expected 1 to {MAX_PROMPT_CELLS} cells, received {len(self.cells)}")
         for cell in self.cells:
             if cell is not None and cell not in range(10):
                 raise DataError(f"prompt: a cell is a digit 0 to 9 or None, received {cell!r}")

@@ -154,6 +154,8 @@ class TiMPipeline:
         self._check_parts()
         self.tokens_per_batch = 4096
         """Image tokens of one network call, both halves of guidance counted; a larger picture goes alone."""
+        self.checks_memory = True
+        """Whether a request is refused when the estimate is beyond what the device has left."""
 
     @classmethod
     def from_pretrained(
@@ -274,7 +276,8 @@ class TiMPipeline:
         size_list = self._check_sizes(sizes, len(prompt_list))
         seed_list = _check_seeds(seeds, len(prompt_list))
         config = self._check_sampler({name: value for name, value in sampler.items() if value is not None})
-        self._check_memory(size_list, config)
+        if self.checks_memory:
+            self._check_memory(size_list, config)
         return Request(tuple(prompt_list), tuple(size_list), tuple(seed_list), config)
 
     def run(self, request: Request, progress: bool | tqdm = False) -> PipelineOutput:

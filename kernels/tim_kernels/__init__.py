@@ -5,10 +5,17 @@ Depends on torch alone; Triton is imported when a Triton path first runs.
 
 from tim_kernels.chunks import ChunkPlan
 from tim_kernels.dispatch import path_taken, use_path
-from tim_kernels.gated_residual import gated_residual
-from tim_kernels.modulated_layer_norm import modulated_layer_norm
-from tim_kernels.qk_norm_rope import RotaryTable, kv_norm_rope, qk_norm_rope, qkv_norm_rope
-from tim_kernels.swiglu import swiglu, swiglu_packed
+from tim_kernels.gated_residual import gated_residual, gated_residual_jvp
+from tim_kernels.modulated_layer_norm import modulated_layer_norm, modulated_layer_norm_jvp
+from tim_kernels.qk_norm_rope import (
+    RotaryTable,
+    kv_norm_rope,
+    qk_norm_rope,
+    qk_norm_rope_jvp,
+    qkv_norm_rope,
+    qkv_norm_rope_jvp,
+)
+from tim_kernels.swiglu import swiglu, swiglu_jvp, swiglu_packed, swiglu_packed_jvp
 from tim_kernels.tangent import (
     dense_attention_tangent,
     gated_residual_tangent,
@@ -17,38 +24,50 @@ from tim_kernels.tangent import (
     silu_tangent,
     swiglu_tangent,
 )
+from tim_kernels.tangent_plan import TangentPlan
 from tim_kernels.transition_loss import TargetCoefficients, transition_loss
 from tim_kernels.varlen_attention import (
     AttentionPlan,
+    AttentionTangentPlan,
     prove_attention_backends,
     use_attention_backend,
     varlen_attention,
+    varlen_attention_jvp,
     varlen_attention_with_lse,
 )
 
 __all__ = [
     "AttentionPlan",
+    "AttentionTangentPlan",
     "ChunkPlan",
     "RotaryTable",
+    "TangentPlan",
     "TargetCoefficients",
     "dense_attention_tangent",
     "gated_residual",
+    "gated_residual_jvp",
     "gated_residual_tangent",
     "head_norm_tangent",
     "kv_norm_rope",
     "modulated_layer_norm",
+    "modulated_layer_norm_jvp",
     "modulated_layer_norm_tangent",
     "path_taken",
     "prove_attention_backends",
     "qk_norm_rope",
+    "qk_norm_rope_jvp",
     "qkv_norm_rope",
+    "qkv_norm_rope_jvp",
     "silu_tangent",
     "swiglu",
+    "swiglu_jvp",
     "swiglu_packed",
+    "swiglu_packed_jvp",
     "swiglu_tangent",
     "transition_loss",
     "use_attention_backend",
     "use_path",
     "varlen_attention",
+    "varlen_attention_jvp",
     "varlen_attention_with_lse",
 ]

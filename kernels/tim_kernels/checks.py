@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from tim_kernels.chunks import ChunkPlan
+from tim_kernels.tangent_plan import TangentPlan
 
 
 def check_shape(op: str, name: str, x: Tensor, expected: Sequence[int]) -> None:
@@ -40,6 +41,18 @@ def check_plan(op: str, plan: ChunkPlan, rows_of: Tensor) -> None:
         raise ValueError(
             f"{op}: plan: expected on {rows_of.device}, received on {plan.chunks.device}; move it with .to()"
         )
+
+
+def check_tangent_plan(op: str, plan: TangentPlan, values: Tensor | None, tangents: Tensor) -> None:
+    """Raises ValueError unless the plan describes the rows of the values and of the tangents."""
+    if values is not None and plan.num_rows != values.shape[0]:
+        raise ValueError(f"{op}: plan: made for {plan.num_rows} rows, received {values.shape[0]}")
+    if plan.num_moving_rows != tangents.shape[0]:
+        raise ValueError(
+            f"{op}: plan: made for {plan.num_moving_rows} rows that move, received {tangents.shape[0]}"
+        )
+    if plan.chunks.device != tangents.device:
+        raise ValueError(f"{op}: plan: expected on {tangents.device}, received on {plan.chunks.device}")
 
 
 def unit_column_stride(x: Tensor) -> Tensor:

@@ -142,6 +142,15 @@ def multiply_add_rows(a, b, c, BLOCKS: tl.constexpr):
 
 
 @triton.jit
+def carry_gate(d_x, branch, d_branch, gate, d_gate, BLOCKS: tl.constexpr):
+    """Tangent of x + gate * branch."""
+    out = ()
+    for i in tl.static_range(len(BLOCKS)):
+        out = out + (d_x[i] + (d_gate[i] * branch[i] + gate[i] * d_branch[i]),)
+    return out
+
+
+@triton.jit
 def round_row(a, like_ptr, BLOCKS: tl.constexpr):
     """a as it reads back after a store through `like_ptr`."""
     out = ()

@@ -30,11 +30,16 @@ PATHS: tuple[str, ...] = get_args(Path)
 ENVIRONMENT_VARIABLE = "TIM_KERNELS"
 OPS = (
     "gated_residual",
+    "gated_residual_jvp",
     "modulated_layer_norm",
+    "modulated_layer_norm_jvp",
     "qk_norm_rope",
+    "qk_norm_rope_jvp",
     "swiglu",
+    "swiglu_jvp",
     "transition_loss",
     "varlen_attention",
+    "varlen_attention_jvp",
 )
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ALL = "*"
@@ -70,15 +75,19 @@ def path_taken(op: str) -> str | None:
     return _taken.get(op)
 
 
-def choose(op: str, tensors: Sequence[Tensor | None]) -> Literal["triton", "torch"]:
+def choose(
+    op: str, tensors: Sequence[Tensor | None], obstacle: str | None = None
+) -> Literal["triton", "torch"]:
     """Decide the path of one call, remember it, and log it when it is new.
 
+    Args:
+        obstacle: why the op has no kernel for these shapes, if it has none.
     Raises:
         ValueError: if Triton is forced and cannot run on these tensors.
     """
     present = [x for x in tensors if x is not None]
     asked = wanted(op)
-    obstacle = None if asked == "torch" else _obstacle(present, asked)
+    obstacle = None if asked == "torch" else obstacle or _obstacle(present, asked)
     if asked == "triton" and obstacle is not None:
         raise ValueError(f"{op}: the Triton path was asked for, but {obstacle}; use auto or torch")
     path = "triton" if asked != "torch" and obstacle is None else "torch"

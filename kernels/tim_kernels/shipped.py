@@ -8,14 +8,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from tim_kernels import segment_sum
+from tim_kernels.gated_residual import jvp_kernel as gated_jvp
 from tim_kernels.gated_residual import kernel as gated
+from tim_kernels.modulated_layer_norm import jvp_kernel as norm_jvp
 from tim_kernels.modulated_layer_norm import kernel as norm
+from tim_kernels.qk_norm_rope import jvp_kernel as heads_jvp
 from tim_kernels.qk_norm_rope import kernel as heads
+from tim_kernels.swiglu import jvp_kernel as swiglu_jvp
 from tim_kernels.swiglu import kernel as swiglu
 from tim_kernels.transition_loss import kernel as loss
+from tim_kernels.varlen_attention import jvp_kernel as attention_jvp
 
-_INT32_POINTERS = ("chunks_ptr", "first_chunk_ptr")
+_INT32_POINTERS = ("chunks_ptr", "first_chunk_ptr", "tiles_ptr")
 _COEFFICIENTS = ("alpha_hat", "sigma_hat", "b_over_db", "d_alpha_hat", "d_sigma_hat")
 
 
@@ -53,6 +60,11 @@ def variants() -> list[Variant]:
         *_qk_norm_rope(),
         *_swiglu(),
         *_transition_loss(),
+        *_modulated_layer_norm_jvp(),
+        *_gated_residual_jvp(),
+        *_qk_norm_rope_jvp(),
+        *_swiglu_jvp(),
+        *_varlen_attention_jvp(),
     ]
 
 
@@ -281,3 +293,140 @@ def _transition_loss() -> list[Variant]:
             "transition_loss", "backward: 32 channels", loss.backward_kernel, pointers, tiles, wide_loads=8
         ),
     ]
+
+
+def _modulated_layer_norm_jvp() -> list[Variant]:
+    found = []
+    for width, stream, stored, residual in (
+        (1152, "fp32", "bf16", True),
+        (1152, "bf16", "bf16", True),
+        (1152, "fp32", "bf16", False),
+        (1152, "fp32", "fp32", False),
+        (768, "fp32", "bf16", True),
+    ):
+        optional, modulation = (stored, "fp32") if residual else (None, None)
+        pointers: dict[str, str | None] = {
+            **dict.fromkeys(("x", "d_x"), stream),
+            **dict.fromkeys(("branch", "d_branch"), optional),
+            **dict.fromkeys(("gate", "d_gate"), modulation),
+            **dict.fromkeys(("scale", "d_shift", "d_scale"), "fp32"),
+            "d_x_new": stream if residual else None,
+            "d_h": stored,
+        }
+        found.append(
+            _variant(
+                "modulated_layer_norm_jvp",
+                f"width {width}, stream {stream}, h {stored}, {'with' if residual else 'no'} residual",
+                norm_jvp.jvp_kernel,
+                pointers,
+                norm_jvp.jvp_options(width),
+                types={"eps": "fp32"},
+                # Two a thread for every float32 row, of tokens or of segments, and one for every bfloat16
+                # row; at 768 columns, half of that.
+                wide_loads=7 if width == 768 else 14 if residual else 10,
+            )
+        )
+    return found
+
+
+def _gated_residual_jvp() -> list[Variant]:
+    pointers: dict[str, str | None] = dict.fromkeys(("d_x", "d_out", "gate", "d_gate"), "fp32")
+    pointers |= {"branch": "bf16", "d_branch": "bf16"}
+    label = "width 1152, stream fp32, branch bf16"
+    options = gated.options(1152)
+    return [
+        _variant("gated_residual_jvp", label, gated_jvp.jvp_kernel, pointers, options, wide_loads=8),
+    ]
+
+
+def _qk_norm_rope_jvp() -> list[Variant]:
+    """Self-attention with and without the interval's shift, and the queries of cross-attention."""
+    found = []
+    for num_heads, head_dim, form in (
+        (16, 72, "q, k, v with shift"),
+        (16, 72, "q, k, v"),
+        (16, 72, "q"),
+        (12, 64, "q, k, v with shift"),
+    ):
+        shift = "fp32" if "shift" in form else None
+        second, second_weight = ("bf16", "fp32") if "k" in form else (None, None)
+        pointers: dict[str, str | None] = {
+            **dict.fromkeys(("x", "d_x", "d_first"), "bf16"),
+            **dict.fromkeys(("shift", "d_shift"), shift),
+            **dict.fromkeys(("first_weight", "cos", "sin"), "fp32"),
+            **dict.fromkeys(("position_a", "position_b"), "i32"),
+            "d_second": second,
+            "second_weight": second_weight,
+            # Without a shift the tangent of v is handed out as it is.
+            "d_plain": None if shift is None else "bf16",
+        }
+        found.append(
+            _variant(
+                "qk_norm_rope_jvp",
+                f"{form}, {num_heads} heads of {head_dim}, bf16",
+                heads_jvp.jvp_kernel,
+                pointers,
+                heads_jvp.jvp_options(num_heads, head_dim),
+                types={"eps": "fp32"},
+                # 8 heads of 64 columns: two vectors of x and of its tangent, for q and for k; v's tangent.
+                wide_loads=4 * (1 + (second is not None)) + 2 * (shift is not None),
+            )
+        )
+    return found
+
+
+def _swiglu_jvp() -> list[Variant]:
+    found = []
+    for width, stored, rows in (
+        (3072, "bf16", "neighbours"),
+        (3072, "bf16", "anywhere"),
+        (384, "fp32", "neighbours"),
+        (576, "fp32", "neighbours"),
+    ):
+        names = ("gate", "up", "d_gate", "d_up", "d_out")
+        pointers: dict[str, str | None] = dict.fromkeys(names, stored)
+        pointers["rows"] = "i32" if rows == "anywhere" else None
+        vectors = 2 if stored == "bf16" else 4
+        found.append(
+            _variant(
+                "swiglu_jvp",
+                f"width {width}, {stored}, values {rows}",
+                swiglu_jvp.jvp_kernel,
+                pointers,
+                swiglu.tile_options(width),
+                types={"num_rows": "i32"},
+                wide_loads=4 * vectors,
+            )
+        )
+    return found
+
+
+def _varlen_attention_jvp() -> list[Variant]:
+    """Self- and cross-attention, from the logsumexp of the forward and without it."""
+    found = []
+    for num_heads, head_dim, form, lse in (
+        (16, 72, "self", "with"),
+        (16, 72, "self", "without"),
+        (16, 72, "cross", "with"),
+        (16, 72, "cross", "without"),
+        (12, 64, "self", "with"),
+        (12, 64, "cross", "with"),
+    ):
+        pointers: dict[str, str | None] = dict.fromkeys(("q", "k", "v", "d_q", "out", "d_out"), "bf16")
+        pointers |= dict.fromkeys(("d_k", "d_v"), "bf16" if form == "self" else None)
+        pointers["lse"] = "fp32" if lse == "with" else None
+        found.append(
+            _variant(
+                "varlen_attention_jvp",
+                f"{form}, {num_heads} heads of {head_dim}, bf16, {lse} logsumexp",
+                attention_jvp.jvp_kernel,
+                pointers,
+                attention_jvp.jvp_options(num_heads, head_dim, torch.bfloat16),
+                types={"scale": "fp32"},
+                # 128 rows of 64 columns on 256 threads: four vectors of q, of dq and of the output, and one
+                # of each tensor of the keys.
+                wide_loads=14 if form == "cross" else 16,
+                matrix=True,
+            )
+        )
+    return found

@@ -86,8 +86,10 @@ def dense_attention_tangent(
     d_k_BNLH: Tensor | None,
     d_v_BNLH: Tensor | None,
     mask: Tensor | None,
+    *,
+    scale: float | None = None,
 ) -> Tensor:
-    """d(softmax(q k / sqrt(H)) v) of segments of one shape: [B, N, T, H] in the dtype of q.
+    """d(softmax(scale q k) v) of segments of one shape: [B, N, T, H] in the dtype of q.
 
     With P the softmax and dS the tangent of the logits: (P dS - P rowsum(P dS)) v + P dv. Queries are taken
     in pieces, so that memory grows with the number of keys and not with its square.
@@ -95,9 +97,11 @@ def dense_attention_tangent(
     Args:
         d_k_BNLH, d_v_BNLH: None where keys and values stand still (captions).
         mask: bool, broadcasts to [B, N, T, L]; True where a key is real.
+        scale: 1 / sqrt(H) when not given.
     """
     wide = _wide(q_BNTH)
-    scale = 1 / math.sqrt(q_BNTH.shape[-1])
+    if scale is None:
+        scale = 1 / math.sqrt(q_BNTH.shape[-1])
     with torch.autocast(q_BNTH.device.type, enabled=False):
         k, v = k_BNLH.to(wide).transpose(-1, -2), v_BNLH.to(wide)
         d_k = None if d_k_BNLH is None else d_k_BNLH.to(wide).transpose(-1, -2)

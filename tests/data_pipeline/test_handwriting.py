@@ -100,7 +100,7 @@ def test_captions_read_as_documented(prompt, chained, listed):
         "a three in a row",
         "a gap",
         "a one, a two",
-        "a one before a two before a three before a four before a five",
+        " before ".join(["a one"] * 33),
     ],
 )
 def test_text_outside_the_grammar_is_refused(text):
@@ -112,7 +112,7 @@ def test_text_outside_the_grammar_is_refused(text):
     ("cells", "orientation"),
     [
         ((), "row"),
-        ((1,) * 5, "row"),
+        ((1,) * 33, "row"),
         ((10,), "row"),
         ((None, None), "row"),
         ((1, 2), "diagonal"),

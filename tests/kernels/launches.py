@@ -12,14 +12,23 @@ import torch
 from torch import Tensor
 
 from tim_kernels import (
+    AttentionTangentPlan,
     ChunkPlan,
+    TangentPlan,
     TargetCoefficients,
     gated_residual,
+    gated_residual_jvp,
     modulated_layer_norm,
+    modulated_layer_norm_jvp,
+    qk_norm_rope_jvp,
+    qkv_norm_rope_jvp,
     swiglu,
+    swiglu_jvp,
     swiglu_packed,
+    swiglu_packed_jvp,
     transition_loss,
     use_path,
+    varlen_attention_jvp,
 )
 from tim_kernels.qk_norm_rope import RotaryTable, kv_norm_rope, qk_norm_rope, qkv_norm_rope
 from tim_kernels.shipped import variants
@@ -60,6 +69,8 @@ def record_launches(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> li
         _qk_norm_rope(lengths, device)
         _swiglu(sum(lengths), device)
         _transition_loss(lengths, device)
+        _tangents(device)
+        _attention_tangents(device)
     return launches
 
 
@@ -149,3 +160,52 @@ def _gated_residual(lengths: tuple[int, ...], device: torch.device) -> None:
     branch = _leaf(sum(lengths), 1152, dtype=torch.bfloat16, device=device)
     gate = _leaf(len(lengths), 1152, dtype=torch.float32, device=device)
     gated_residual(x, branch, gate, plan).backward(torch.ones_like(x))
+
+
+def _tangents(device: torch.device) -> None:
+    """Of the rows of the second and the first segment, and, for swiglu, of neighbours too."""
+    fp32, bf16 = torch.float32, torch.bfloat16
+    plan = TangentPlan.from_lengths((1, 2), (1, 0), device=device)
+    neighbours = TangentPlan.from_lengths((1, 2), (1,), device=device)
+
+    def matrix(rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        return torch.ones(rows, width, dtype=dtype, device=device)
+
+    for width, stream, stored, residual in (
+        (1152, fp32, bf16, True),
+        (1152, bf16, bf16, True),
+        (1152, fp32, bf16, False),
+        (1152, fp32, fp32, False),
+        (768, fp32, bf16, True),
+    ):
+        x, branch = matrix(3, width, stream), matrix(3, width, stored)
+        vector = matrix(2, width, fp32)
+        joined = (branch, branch, vector, vector) if residual else (None, None, None, None)
+        modulated_layer_norm_jvp(x, x, *joined, vector, vector, vector, plan, h_dtype=stored)
+    x, branch, vector = matrix(3, 1152, fp32), matrix(3, 1152, bf16), matrix(2, 1152, fp32)
+    gated_residual_jvp(x, branch, branch, vector, vector, plan)
+    packed = matrix(3, 2 * 3072, bf16)
+    swiglu_packed_jvp(packed, packed, plan)
+    swiglu_packed_jvp(packed, packed[:2], neighbours)
+    for width in (384, 576):
+        x = matrix(3, width, fp32)
+        swiglu_jvp(x, x, x, x)
+    position = torch.arange(3, dtype=torch.int32, device=device)
+    for num_heads, head_dim, with_shift in ((16, 72, True), (16, 72, False), (12, 64, True)):
+        table = RotaryTable.from_positions(position, position, 3, head_dim)
+        qkv, weight = matrix(3, 3 * num_heads * head_dim, bf16), torch.ones(head_dim, device=device)
+        shift = matrix(2, 3 * num_heads * head_dim, fp32) if with_shift else None
+        qkv_norm_rope_jvp(qkv, qkv, num_heads, weight, weight, table, plan, shift_SE=shift, d_shift_SE=shift)
+        if head_dim == 72 and with_shift:
+            q = matrix(3, num_heads * head_dim, bf16).unflatten(1, (num_heads, head_dim))
+            qk_norm_rope_jvp(q, q, weight, table, plan)
+
+
+def _attention_tangents(device: torch.device) -> None:
+    plan = AttentionTangentPlan.from_lengths((1, 2), (1, 2), device=device)
+    for num_heads, head_dim, forms in ((16, 72, (True, False)), (12, 64, (True,))):
+        x = torch.ones(3, num_heads, head_dim, dtype=torch.bfloat16, device=device)
+        lse = torch.ones(3, num_heads, device=device)
+        for with_lse in forms:
+            for d_keys in (x, None):
+                varlen_attention_jvp(x, x, x, x, d_keys, d_keys, x, lse if with_lse else None, plan)

@@ -21,7 +21,7 @@ from torch import Tensor
 from tests.trainer.plain import steps_of
 from tests.trainer.ranks import engine_file, recipe, write_data
 from tim_ds.config.recipe import Recipe, recipe_hash
-from tim_ds.errors import CheckpointError, NonFiniteError
+from tim_ds.errors import CheckpointError, NonFiniteError, RequestError
 from tim_ds.model.export_folder import open_export, write_export
 from tim_ds.model.init import initial_values
 from tim_ds.model.tim import TiM
@@ -333,6 +333,29 @@ def _held(parameter: Any) -> Tensor:
 
 def _storages(tensors: list[Tensor]) -> dict[int, int]:
     return {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+
+
+def train_with_evaluations(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[str, str]:
+    """At ZeRO-3, in one go and stopped in between; and one whose data are missing."""
+    from data_pipeline.handwriting import Settings, build
+
+    data = folder / "handwriting"
+    if world.is_main:
+        build(data, Settings(samples=2, factor=2, text_width=8), progress=False)
+    world.barrier()
+    kinds = "kinds: [nfe, resolution], num_steps: [1], pictures: 65, held_back: 17, longest: 1"
+    evaluation = f"train.evaluation={{every_steps: 2, {kinds}, data: {data}}}"
+    missing = f"train.evaluation={{every_steps: 2, {kinds}, data: {folder / 'nothing'}}}"
+    file = shared_engine_file(world, folder, 3)
+    train(recipe(shards, evaluation), folder / "whole", file, world)
+    train(recipe(shards, evaluation, "train.steps=2"), folder / "resumed", file, world)
+    train(recipe(shards, evaluation), folder / "resumed", file, world)
+    refused = ""
+    try:
+        train(recipe(shards, missing), folder / "refused", file, world)
+    except RequestError as error:
+        refused = str(error)
+    return {"data": str(data), "refused": refused}
 
 
 def average_by_hand(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[str, Any]:
@@ -648,6 +671,7 @@ CASES: dict[str, Callable[[World, Path, Path, Path], Any]] = {
         begin_everywhere,
         hold_little,
         weigh,
+        train_with_evaluations,
         average_by_hand,
         borrow_average,
         watch_trace,

@@ -120,7 +120,7 @@ def test_what_holds_no_weights_is_refused(tmp_path: Path) -> None:
         ),
         (
             ("train.init_from=x", *ADAPTED, POWER),
-            r"train\.ema\.snapshots: hold what trains, and no export can be made of adapters alone",
+            r"train\.ema\.snapshots: a fit of adapters is not made",
         ),
         (
             ("train.init_from=x", "train.adapter={targets: [attn.qkv, cross_attn.q]}", *CLASSES),

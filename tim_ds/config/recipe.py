@@ -259,11 +259,6 @@ def _schedule_problems(recipe: Recipe) -> Iterator[str]:
             )
         if recipe.model.z_dim is not None:
             yield "model.z_dim: nothing trains the projector with train.adapter; set it to null"
-        if train.ema.snapshots.every_steps:
-            yield (
-                "train.ema.snapshots: hold what trains, and no export can be made of adapters alone; set "
-                f"every_steps to 0 with train.adapter, received {train.ema.snapshots.every_steps}"
-            )
         if recipe.model.condition == "class":
             for target in train.adapter.targets:
                 if target.startswith("cross_attn"):

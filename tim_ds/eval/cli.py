@@ -11,7 +11,7 @@ from typing import NamedTuple
 from data_pipeline.errors import DataError
 from data_pipeline.handwriting_words import NewName
 from tim_ds.errors import RequestError, TimError
-from tim_ds.eval import nfe, report, words
+from tim_ds.eval import nfe, report, resolution, resolution_report, words
 from tim_ds.eval.benchmark_cli import BENCHMARKS
 from tim_ds.pipeline import refuse_unwritable
 
@@ -45,12 +45,7 @@ def _add_nfe(parser: argparse.ArgumentParser) -> None:
 
 def _nfe(options: argparse.Namespace) -> None:
     """Quality against the number of steps, on handwriting."""
-    try:
-        steps = tuple(int(word) for word in options.steps.split(","))
-    except ValueError as error:
-        raise RequestError(
-            f"--steps: expected numbers with commas between, received {options.steps!r}"
-        ) from error
+    steps = _steps(options.steps)
     settings = nfe.Settings(
         steps=steps,
         num_seen=options.pictures,
@@ -66,6 +61,71 @@ def _nfe(options: argparse.Namespace) -> None:
     paths = report.write(evaluation, options.out)
     print(f"\n{report.table(evaluation)}\n")
     for path in (options.out / nfe.RESULTS_NAME, *paths):
+        print(f"written: {path}")
+
+
+def _steps(text: str) -> tuple[int, ...]:
+    try:
+        steps = tuple(int(word) for word in text.split(","))
+    except ValueError as error:
+        raise RequestError(f"--steps: expected numbers with commas between, received {text!r}") from error
+    if min(steps) < 1 or len(set(steps)) != len(steps):
+        raise RequestError(f"--steps: expected different numbers of at least 1, received {text!r}")
+    return steps
+
+
+def _add_resolution(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("export", type=Path, help="trained weights (RUN, RUN/export, a checkpoint, ...)")
+    parser.add_argument("--baseline", type=Path, help="trained weights of a network to compare with")
+    parser.add_argument("--label", help="name of the network in table and plot (default: of its run)")
+    parser.add_argument("--baseline-label", help="name of the baseline (default: of its run)")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", type=Path, help="handwriting data set of the training")
+    source.add_argument("--prompts-file", type=Path, help="captions of a text-to-image network, one a line")
+    parser.add_argument(
+        "--longest", type=int, default=6, help="--data: digits of a picture (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--pictures", type=int, default=100, help="--data: pictures of each size (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--sizes",
+        default=",".join(resolution.TABLE_4_SIZES),
+        help="--prompts-file: HEIGHTxWIDTH with commas between (default: those of the paper's Table 4)",
+    )
+    parser.add_argument(
+        "--scorer", help="--prompts-file: clip=FOLDER, or package.module:callable (default: time and memory)"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for table, pictures and plot")
+    parser.add_argument("--steps", default="4", help="step counts with commas between (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of prompts and noise (default: %(default)s)")
+    parser.add_argument("--cfg", type=float, help="guidance scale (default: the export's)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
+
+
+def _resolution(options: argparse.Namespace) -> None:
+    """Quality, time and memory against size and aspect ratio."""
+    steps = _steps(options.steps)
+    refuse_unwritable(options.out)
+    suite: resolution.Suite
+    if options.data is not None:
+        suite = resolution.HandwritingSuite(
+            options.data, pictures=options.pictures, longest=options.longest, seed=options.seed
+        )
+    else:
+        scorer = None if options.scorer is None else resolution.load_scorer(options.scorer, options.device)
+        suite = resolution.PromptSuite(
+            options.prompts_file, options.sizes.split(","), seed=options.seed, scorer=scorer
+        )
+    exports = [(options.label, options.export)]
+    if options.baseline is not None:
+        exports.append((options.baseline_label, options.baseline))
+    evaluation = resolution.run(
+        exports, suite, options.out, steps=steps, cfg_scale=options.cfg, device=options.device
+    )
+    paths = resolution_report.write(evaluation, options.out)
+    print(f"\n{resolution_report.table(evaluation)}\n")
+    for path in (options.out / resolution.RESULTS_NAME, *paths):
         print(f"written: {path}")
 
 
@@ -111,6 +171,11 @@ EVALUATIONS = {
         _add_nfe,
         _nfe,
         "runs/handwriting_tim/export --data runs/handwriting --out runs/handwriting_nfe",
+    ),
+    "resolution": _Evaluation(
+        _add_resolution,
+        _resolution,
+        "runs/handwriting_tim --data runs/handwriting --steps 1,4 --out runs/resolution",
     ),
     "words": _Evaluation(
         _add_words,

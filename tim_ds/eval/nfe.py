@@ -205,7 +205,7 @@ def draw_prompt_sets(data: Path, settings: Settings) -> tuple[PromptSet, PromptS
     Raises:
         RequestError: if the folder is not a handwriting data set.
     """
-    made = _read_manifest(data / MANIFEST_NAME)
+    made = read_manifest(data)
     phrasings: tuple[Phrasing, ...] = made["phrasings"]
     seen, held_back = [], []
     for i in range(settings.num_seen):
@@ -232,7 +232,13 @@ def _prompt_set(name: str, title: str, drawn: Sequence[tuple[Prompt, Phrasing]],
     )
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(data: Path) -> dict[str, Any]:
+    """What pictures a handwriting data set shows: `max_cells`, `gap_share`, `phrasings`.
+
+    Raises:
+        RequestError: if the folder is not one.
+    """
+    path = data / MANIFEST_NAME
     try:
         made = json.loads(path.read_text())["settings"]
         return {
@@ -319,7 +325,7 @@ class _Network:
             scores={s.name: scorer.score(s.prompts, outputs[s.name].images) for s in sets},
             reader_accuracy=scorer.reader_accuracy,
             versions=library_versions(),
-            device=_device_name(self.pipeline.device),
+            device=device_name(self.pipeline.device),
         )
 
 
@@ -332,9 +338,10 @@ def library_versions() -> dict[str, str]:
     }
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """What the numbers were made on."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return torch.cuda.getdevice_name(device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 

@@ -12,13 +12,10 @@ finished.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +26,14 @@ from tqdm import tqdm
 
 from data_pipeline.errors import DataError
 from tim_ds.errors import RequestError, TimError
+from tim_ds.eval.draw import draw, find_finished, form_batches, picture_path
 from tim_ds.eval.jobs import SAMPLER_KEYS, Job, Line, expand, read_drawn, read_lines
 from tim_ds.eval.sheet import gallery
-from tim_ds.model.memory import gib, peak_bytes, reset_peak
-from tim_ds.pipeline import Request, TiMPipeline, read_settings, refuse_unwritable, write_png
+from tim_ds.model.memory import gib
+from tim_ds.pipeline import TiMPipeline, read_settings, refuse_unwritable, write_png
 
 GRID_NAME = "grid.png"
 MAX_IN_GRID = 64
-
-# What follows from the other settings, or says only who wrote the file.
-_NOT_COMPARED = ("nfe", "version")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -115,14 +110,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Pictures of one network call."""
-
-    request: Request
-    jobs: tuple[Job, ...]
-
-
 def _sample(options: argparse.Namespace) -> None:
     rank, world = place_of_process()
     lines = [
@@ -154,97 +141,22 @@ def _sample(options: argparse.Namespace) -> None:
                 line.where,
                 options.export,
             )
-    batches = _batches(pipe, jobs)
-    mine = batches[rank::world]
-    finished = _finished(pipe, mine, options.out)
-    _draw(pipe, mine, finished, options.out, bar=rank == 0)
-    if all(_path(options.out, job).exists() for job in jobs):
+    batches = form_batches(pipe, jobs)[rank::world]
+    finished = find_finished(pipe, batches, options.out)
+    if finished:
+        print(f"{len(finished)} pictures are finished and kept")
+    drawn = draw(pipe, batches, finished, options.out, on_picture=_say, bar=rank == 0)
+    if drawn.count:
+        print(
+            f"{drawn.count} pictures, {drawn.nfe} network evaluations and "
+            f"{1000 * drawn.seconds / drawn.count:.1f} ms each, peak memory {gib(drawn.peak_bytes)}"
+        )
+    if all(picture_path(options.out, job).exists() for job in jobs):
         print(_write_grid(pipe, jobs, options.out))
 
 
-def _draw(pipe: TiMPipeline, batches: Sequence[_Batch], finished: set[str], out: Path, *, bar: bool) -> None:
-    """Draw what is missing and say what each picture took."""
-    begin, drawn, nfe, highest = time.perf_counter(), 0, 0, 0
-    missing = [batch for batch in batches if any(job.stem not in finished for job in batch.jobs)]
-    kept = sum(job.stem in finished for batch in batches for job in batch.jobs)
-    if kept:
-        print(f"{kept} pictures are finished and kept")
-    total = sum(len(batch.jobs) * batch.request.config.num_steps for batch in missing)
-    with tqdm(total=total, unit="step", desc="sample", leave=False, disable=not bar) as progress:
-        for batch in missing:
-            reset_peak(pipe.device)
-            # A batch of which some pictures are finished is drawn whole: so the others come out as they would
-            # have.
-            output = pipe.run(batch.request, progress)
-            peak = peak_bytes(pipe.device) or 0
-            highest, nfe = max(highest, peak), output.nfe
-            seconds = output.seconds / len(batch.jobs)
-            for i, job in enumerate(batch.jobs):
-                if job.stem in finished:
-                    continue
-                path = _path(out, job)
-                write_png(path, output.images[i], output.picture_settings(i))
-                drawn += 1
-                tqdm.write(f"{path}  {1000 * seconds:.1f} ms, peak memory {gib(peak)}", file=sys.stdout)
-    if drawn:
-        each = 1000 * (time.perf_counter() - begin) / drawn
-        print(
-            f"{drawn} pictures, {nfe} network evaluations and {each:.1f} ms each, peak memory {gib(highest)}"
-        )
-
-
-def _batches(pipe: TiMPipeline, jobs: Sequence[Job]) -> list[_Batch]:
-    """All batches, the same in every process. Checks every request before anything is drawn."""
-    groups: dict[str, list[Job]] = {}
-    for job in jobs:
-        groups.setdefault(json.dumps(dict(job.sampler), sort_keys=True), []).append(job)
-    batches = []
-    for group in groups.values():
-        request = pipe.request(
-            [job.prompt for job in group],
-            [job.size for job in group],
-            seeds=[job.seed for job in group],
-            **group[0].sampler,
-        )
-        for numbers in pipe.batches(request):
-            batches.append(_Batch(request.part(numbers), tuple(group[i] for i in numbers)))
-    return batches
-
-
-def _finished(pipe: TiMPipeline, batches: Sequence[_Batch], out: Path) -> set[str]:
-    """Stems of the pictures that are there already, drawn as asked for.
-
-    Raises:
-        RequestError: if a file of that name is another picture; it is not overwritten.
-    """
-    found = set()
-    for batch in batches:
-        settings = pipe.settings(batch.request.config)
-        for i, job in enumerate(batch.jobs):
-            path = _path(out, job)
-            if not path.exists():
-                continue
-            height, width = batch.request.sizes[i]
-            wanted = {
-                **settings,
-                "prompt": batch.request.prompts[i],
-                "size": f"{height}x{width}",
-                "seed": batch.request.seeds[i],
-            }
-            stored = {k: v for k, v in read_settings(path).items() if k not in _NOT_COMPARED}
-            if stored != wanted:
-                differs = [
-                    f"{key} is {json.dumps(stored.get(key), ensure_ascii=False)}, "
-                    f"asked for {json.dumps(wanted.get(key), ensure_ascii=False)}"
-                    for key in sorted({*stored, *wanted})
-                    if stored.get(key) != wanted.get(key)
-                ]
-                raise RequestError(
-                    f"{path}: exists and is another picture, which is not overwritten: {'; '.join(differs)}; "
-                    f"choose another --out, or move the file away"
-                )
-            found.add(job.stem)
-    return found
+def _say(path: Path, seconds: float, peak: int) -> None:
+    tqdm.write(f"{path}  {1000 * seconds:.1f} ms, peak memory {gib(peak)}", file=sys.stdout)
 
 
 def _write_grid(pipe: TiMPipeline, jobs: Sequence[Job], out: Path) -> Path:
@@ -252,19 +164,15 @@ def _write_grid(pipe: TiMPipeline, jobs: Sequence[Job], out: Path) -> Path:
     shown = jobs[:MAX_IN_GRID]
     images = []
     for job in shown:
-        with Image.open(_path(out, job)) as image:
+        with Image.open(picture_path(out, job)) as image:
             pixels = np.asarray(image)
         images.append(pixels[..., None] if pixels.ndim == 2 else pixels)
     path = out / GRID_NAME
     settings: dict[str, Any] = {"grid": [job.stem for job in shown], "pictures": len(jobs)}
-    common = read_settings(_path(out, shown[0]))
+    common = read_settings(picture_path(out, shown[0]))
     settings |= {key: common[key] for key in common if key not in ("prompt", "size", "seed")}
     write_png(path, gallery(images, [str(job.prompt) for job in shown]), settings)
     return path
-
-
-def _path(out: Path, job: Job) -> Path:
-    return out / f"{job.stem}.png"
 
 
 def place_of_process() -> tuple[int, int]:

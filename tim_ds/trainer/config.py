@@ -228,6 +228,62 @@ class EmaConfig:
         return next(a for a in self.averages if self.use in (None, a.name))
 
 
+EVALUATIONS = ("nfe", "resolution")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationConfig:
+    """Scores of the EMA weights while training, by the code of `launch/evaluate.py`."""
+
+    every_steps: int = 0
+    """0: none."""
+    kinds: tuple[str, ...] = ("nfe",)
+    """`nfe`: seen sizes and a held-back one; `resolution`: every size of a suite."""
+    num_steps: tuple[int, ...] = (1, 4)
+    pictures: int = 200
+    """Handwriting: of seen sizes (nfe), of each size (resolution)."""
+    held_back: int = 50
+    """Handwriting, nfe: pictures of four digits in a row."""
+    longest: int = 5
+    """Handwriting, resolution: digits of the longest rows and columns."""
+    data: str | None = None
+    """Handwriting data set that the prompts follow and the reader learns from; null: data.shards."""
+    prompts_file: str | None = None
+    """resolution of a text-to-image network: captions, one a line, instead of handwriting."""
+    sizes: tuple[str, ...] = ()
+    """With prompts_file: HEIGHTxWIDTH."""
+    scorer: str | None = None
+    """With prompts_file: package.module:callable that gives a scorer for a device."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("every_steps", "seed"):
+            if getattr(self, name) < 0:
+                raise ConfigError(
+                    f"train.evaluation.{name}: expected 0 or more, received {getattr(self, name)}"
+                )
+        if not self.kinds or any(kind not in EVALUATIONS for kind in self.kinds):
+            raise ConfigError(
+                f"train.evaluation.kinds: expected some of {', '.join(EVALUATIONS)}, "
+                f"received {list(self.kinds)}"
+            )
+        if not self.num_steps or min(self.num_steps) < 1:
+            raise ConfigError(
+                f"train.evaluation.num_steps: expected numbers of at least 1, received {list(self.num_steps)}"
+            )
+        if self.prompts_file is None and (self.sizes or self.scorer is not None):
+            raise ConfigError(
+                "train.evaluation.sizes, scorer: belong to prompts_file; remove them or give it"
+            )
+        if self.prompts_file is not None and (not self.sizes or self.scorer is None):
+            raise ConfigError("train.evaluation.prompts_file: needs sizes and a scorer beside it")
+        if self.prompts_file is not None and self.kinds != ("resolution",):
+            raise ConfigError(
+                "train.evaluation.kinds: prompts_file belongs to 'resolution' alone, "
+                f"received {list(self.kinds)}"
+            )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     FORMER_KEYS: ClassVar[dict[str, str]] = {
@@ -257,6 +313,7 @@ class TrainConfig:
     """Consecutive non-finite steps after which the run ends, with a checkpoint."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "max_skipped_steps"):

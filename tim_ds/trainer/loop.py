@@ -74,7 +74,8 @@ class Loop:
             disk. Called by all ranks.
         snapshot: writes the averages that `post_hoc` combines; called by all ranks.
         clock: times the phases of a step; `forward_phase` is the name of the forward, with all that it holds.
-        preview: samples pictures at a step; called by all ranks, while the module has the averaged weights.
+        preview, evaluate: sample pictures at a step; called by all ranks, while the module has the averaged
+            weights.
         log: on rank 0.
         stop: stops all ranks after the same step, where one was asked to.
         watch: told where this rank stands.
@@ -94,6 +95,7 @@ class Loop:
     clock: PhaseClock
     forward_phase: str = "forward"
     preview: Callable[[int], None] | None = None
+    evaluate: Callable[[int], None] | None = None
     log: MetricsLog | None = None
     stop: StopAgreement | None = None
     watch: Watch | None = None
@@ -130,7 +132,10 @@ class Loop:
                     self._report(bar)
                 if self.preview is not None and step % config.preview.every_steps == 0:
                     with self.clock.phase("preview"):
-                        self._preview(step)
+                        self._on_average(self.preview, step)
+                if self.evaluate is not None and step % config.evaluation.every_steps == 0:
+                    with self.clock.phase("preview"):
+                        self._on_average(self.evaluate, step)
                 if self._is_snapshot_step(step):
                     with self.clock.phase("save"):
                         self.snapshot(self.progress)
@@ -239,7 +244,6 @@ class Loop:
         applied = self.progress.applied_steps > 0
         return every > 0 and applied and (step % every == 0 or step == self.config.steps)
 
-    def _preview(self, step: int) -> None:
-        assert self.preview is not None  # the caller looked
+    def _on_average(self, action: Callable[[int], None], step: int) -> None:
         with self.ema.applied(), torch.no_grad():
-            self.preview(step)
+            action(step)

@@ -242,6 +242,12 @@ class MetricsLog:
         """A line about a step that was refused."""
         self._write({"step": step, "skipped": reason, "samples": list(samples)})
 
+    def evaluated(self, step: int, values: Mapping[str, float | None]) -> None:
+        """A line and the scalars of an evaluation."""
+        self._write({"step": step, "evaluation": dict(values)})
+        for name, value in values.items():
+            self._add(f"evaluation/{name}", value, step)
+
     def image(self, tag: str, image: Any, step: int) -> None:
         """A picture for TensorBoard: uint8 [height, width, 3]."""
         with self._writing():

@@ -64,6 +64,8 @@ class Previews:
         self._world = world
         self._log = log
         self._pipeline = TiMPipeline(network, export)
+        # Memory differs between ranks, and a rank that refused alone would leave the others waiting.
+        self._pipeline.checks_memory = False
 
     def __call__(self, step: int) -> None:
         """One sheet, a column a prompt and a row a step count: `previews/step_*.png` and TensorBoard."""

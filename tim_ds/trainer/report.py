@@ -335,7 +335,7 @@ def _checkpoint_table(record: RunRecord) -> str:
         (
             checkpoint.path.name,
             f"{checkpoint.step:,}",
-            number(sum(checkpoint.manifest["files"].values()) / 2**20) + " MiB",
+            number(sum(record.bytes for _, record in checkpoint.files) / 2**20) + " MiB",
             str(checkpoint.manifest.get("world_size", "")),
             str(checkpoint.manifest.get("zero_stage", "")),
         )

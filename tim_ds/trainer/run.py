@@ -60,6 +60,7 @@ from tim_ds.trainer.engine import (
     stop_world,
     zero_stage,
 )
+from tim_ds.trainer.evaluation import Evaluations
 from tim_ds.trainer.flops import StepFlops, flops_of, peak_flops
 from tim_ds.trainer.initial import InitialWeights, check_initial, read_initial, values_of
 from tim_ds.trainer.inputs import Prepare, StepInputs
@@ -104,6 +105,7 @@ MAY_CHANGE = (
     "train.activation_checkpointing",
     "train.checkpoint",
     "train.preview",
+    "train.evaluation",
     "train.ema.snapshots",
 )
 
@@ -252,6 +254,12 @@ def _run(
         preview = world.together(
             partial(Previews, recipe, export_now, root.network, run_dir, world, log), (TimError,)
         )
+    evaluate = None
+    if config.evaluation.every_steps:
+        export_now = describe_export(recipe, progress.step, recipe_hash(recipe))
+        evaluate = world.together(
+            partial(Evaluations, recipe, export_now, root.network, world, log), (TimError, DataError)
+        )
 
     def save(progress: Progress) -> None:
         if log is not None:
@@ -300,6 +308,7 @@ def _run(
         forward_phase=forward_phase,
         teacher=teacher,
         preview=preview,
+        evaluate=evaluate,
         log=log,
         stop=StopAgreement(signals, world),
         watch=watch,

@@ -94,7 +94,7 @@ def read_run(folder: Path) -> RunRecord:
     except (OSError, ValueError) as error:
         everything = []
         missing.append(f"curves ({METRICS_FILE}: {error})")
-    lines = tuple(line for line in everything if "skipped" not in line)
+    lines = tuple(line for line in everything if not {"skipped", "evaluation"} & line.keys())
     if not lines:
         missing.append(f"curves ({METRICS_FILE} has no line yet)")
     checkpoints = _checkpoints(folder / "checkpoints", missing)

@@ -10,7 +10,7 @@ import torch
 
 from tim_kernels import bench
 from tim_kernels.bench import report
-from tim_kernels.bench.cases import MIXES, cases, lengths_of
+from tim_kernels.bench.cases import MIXES, NotHere, cases, lengths_of
 from tim_kernels.bench.measure import CudaTimer, Row, rows
 
 TOKENS = (1024, 4096, 8192, 16384, 65536, 262144)
@@ -24,6 +24,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     known = sorted({case.op for case in cases()})
     parser.add_argument("--out", type=Path, help="store the results as JSON, and plots beside it")
+    parser.add_argument(
+        "--append",
+        action="store_true",
+        help="go on from the rows in --out; what is measured again is replaced",
+    )
     parser.add_argument("--render", type=Path, help="draw the plots of stored results, and do nothing else")
     parser.add_argument("--ops", nargs="+", choices=known, default=known)
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
@@ -32,8 +37,11 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
 
     if chosen.render:
-        print(*report.plot(*report.load(chosen.render), chosen.render), sep="\n")
+        where, stored = report.load(chosen.render)
+        print(report.goals(stored), *report.plot(where, stored, chosen.render), sep="\n")
         return 0
+    if chosen.append and not chosen.out:
+        parser.error("--append needs --out")
     measured = [case for case in cases() if case.op in chosen.ops]
     if not torch.cuda.is_available():
         print(report.without_gpu(measured))
@@ -43,22 +51,32 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
 
     device = torch.device("cuda", torch.cuda.current_device())
-    where, timer, found, refused = report.environment(device), CudaTimer(device), list[Row](), 0
+    where, timer, refused = report.environment(device), CudaTimer(device), 0
+    found: list[Row] = []
+    if chosen.append and chosen.out.exists():
+        found = report.earlier(chosen.out, where)
     print(", ".join(f"{key} {value}" for key, value in where.items()), report.header(), sep="\n\n")
     for case in measured:
         for mix in chosen.mixes:
             for tokens in chosen.tokens:
                 torch.compiler.reset()
                 lengths = lengths_of(mix, tokens)
+                new: list[Row] = []
                 for row in rows(case, mix, lengths, device, timer, compiled=not chosen.no_compile):
                     if isinstance(row, Row):
-                        found.append(row)
+                        new.append(row)
                         print(report.line(row), flush=True)
+                    elif isinstance(row, NotHere):
+                        print(f"left out: {mix}, {tokens} tokens: {row}", file=sys.stderr, flush=True)
                     else:
                         refused += 1
                         print(f"refused: {mix}, {tokens} tokens: {row}", file=sys.stderr, flush=True)
+                found = report.merged(found, new)
+                if chosen.out:
+                    # After every size: a run that is cut short keeps what it has measured.
+                    report.store(chosen.out, where, found)
+    print("", report.goals(found), sep="\n")
     if chosen.out:
-        report.store(chosen.out, where, found)
         print(*report.plot(where, found, chosen.out), sep="\n")
     return 1 if refused else 0
 

@@ -7,9 +7,10 @@ P grid positions.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as nnf
@@ -30,7 +31,8 @@ from tim_kernels.swiglu import swiglu_packed, swiglu_reference
 from tim_kernels.transition_loss import TargetCoefficients, transition_loss, transition_loss_reference
 
 Inputs = dict[str, Tensor]
-Function = Callable[[Inputs, ChunkPlan], tuple[Tensor, ...]]
+Function = Callable[[Inputs, Any], tuple[Tensor, ...]]
+"""Of the inputs and the case's plan."""
 
 MIXES: dict[str, tuple[int, ...]] = {
     "small": (64,),
@@ -42,6 +44,16 @@ MIXES: dict[str, tuple[int, ...]] = {
 
 NUM_POSITIONS = 64
 """Of a rotary table: the longer side of a picture of 2048 px."""
+CAPTION = 128
+"""Tokens of every caption."""
+
+
+class NotHere(Exception):
+    """A library that is not installed here, or not for these inputs."""
+
+
+def chunk_plan(lengths: Sequence[int], device: torch.device) -> ChunkPlan:
+    return ChunkPlan.from_lengths(lengths, device=device)
 
 
 def lengths_of(mix: str, tokens: int) -> tuple[int, ...]:
@@ -59,7 +71,7 @@ def lengths_of(mix: str, tokens: int) -> tuple[int, ...]:
 class Spec:
     """One input: its columns (None: a vector), dtype, leading axis, and whether it takes a gradient.
 
-    Axes: T, S, or a length of its own. Integers are grid positions.
+    Axes: T, S, L (tokens of captions, one a segment), or a length of its own. Integers are positions.
     """
 
     columns: int | None
@@ -83,7 +95,8 @@ class Case:
     twin: Function
     outputs_axis: str
     forward_bytes_per_token: int
-    backward_bytes_per_token: int
+    backward_bytes_per_token: int | None
+    """None: a tangent, which has no backward."""
     float32_tolerance: float = 1e-4
     """Largest deviation of a float32 result from the float64 twin, over its largest magnitude: sums of up to
     some thousand terms, which an implementation may take in any order."""
@@ -91,14 +104,23 @@ class Case:
     """Other implementations of the same function, where they are installed."""
     yardsticks: dict[str, Function] = field(default_factory=dict)
     """Library kernels that do a part of the work: no rival, but a measure."""
+    plan: Callable[[Sequence[int], torch.device], Any] = chunk_plan
+    prepare: Callable[[Inputs, Any], Inputs] | None = None
+    """Inputs that follow from others, to replace the random ones of their names."""
+    flops: Callable[[Sequence[int]], int] | None = None
+    """Of the forward, where arithmetic bounds the op and not memory."""
+    backward_per_forward: float = 0.0
+    """Arithmetic of the backward, in units of the forward's."""
 
     @property
     def name(self) -> str:
         return f"{self.op}, {self.label}"
 
-    def inputs(self, lengths: tuple[int, ...], device: torch.device, seed: int = 0) -> Inputs:
+    def inputs(
+        self, lengths: tuple[int, ...], device: torch.device, seed: int = 0, *, prepared: bool = True
+    ) -> Inputs:
         generator = torch.Generator(device).manual_seed(seed)
-        size = {"T": sum(lengths), "S": len(lengths)}
+        size = {"T": sum(lengths), "S": len(lengths), "L": CAPTION * len(lengths)}
         made = {}
         for name, spec in self.specs.items():
             rows = size[spec.axis] if isinstance(spec.axis, str) else spec.axis
@@ -108,17 +130,24 @@ class Case:
             else:
                 x = torch.randint(NUM_POSITIONS, shape, generator=generator, device=device)
             made[name] = x.to(spec.dtype).requires_grad_(spec.gradient)
+        if self.prepare is not None and prepared:
+            made |= self.prepare(made, self.plan(lengths, device))
         return made
 
 
 def cases(width: int = 1152, hidden: int = 3072, channels: int = 32, head_dim: int = 72) -> list[Case]:
     """Every op at the authors' XL sizes, or at others."""
+    from tim_kernels.bench.attention import attention_cases
+    from tim_kernels.bench.tangents import tangent_cases
+
     return [
         *_norms(width),
         _residual(width),
         *_heads(width, head_dim),
         _swiglu(hidden),
         _loss(channels),
+        *attention_cases(width, head_dim),
+        *tangent_cases(width, hidden, head_dim),
     ]
 
 
@@ -161,8 +190,46 @@ def _norms(width: int) -> Iterator[Case]:
             backward * width,
             # The float64 twin does not round x' to bfloat16.
             float32_tolerance=2**-7 if specs["x"].dtype == bf16 else 1e-4,
-            yardsticks={"torch layer_norm alone": norm_alone},
+            yardsticks={"torch layer_norm alone": norm_alone, **_library_norms(width)},
         )
+
+
+def _library_norms(width: int) -> dict[str, Function]:
+    """Norms with affine weights, and the sum with the branch before them where a library has that."""
+    found: dict[str, Function] = {}
+
+    def affine(x: Inputs) -> tuple[Tensor, Tensor]:
+        return x["x"].new_ones(width), x["x"].new_zeros(width)
+
+    try:
+        from liger_kernel.ops.layer_norm import (  # pyright: ignore[reportMissingImports]
+            LigerLayerNormFunction,
+        )
+
+        found["Liger LayerNorm alone"] = lambda x, plan: (
+            LigerLayerNormFunction.apply(x["x"], *affine(x), 1e-6),
+        )
+    except ImportError:
+        pass
+    try:
+        from flash_attn.ops.triton.layer_norm import (  # pyright: ignore[reportMissingImports]
+            layer_norm_fn,
+        )
+
+        def added_and_normed(x: Inputs, plan: ChunkPlan) -> tuple[Tensor, ...]:
+            if "branch" not in x:
+                return (layer_norm_fn(x["x"], *affine(x), eps=1e-6),)
+            in_fp32 = x["x"].dtype == torch.float32
+            return tuple(
+                layer_norm_fn(
+                    x["branch"], *affine(x), residual=x["x"], eps=1e-6, prenorm=True, residual_in_fp32=in_fp32
+                )
+            )
+
+        found["flash-attn residual and norm alone"] = added_and_normed
+    except ImportError:
+        pass
+    return found
 
 
 def _residual(width: int) -> Case:

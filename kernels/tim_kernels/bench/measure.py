@@ -10,8 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tim_kernels.bench.cases import Case, Function, Inputs
-from tim_kernels.chunks import ChunkPlan
+from tim_kernels.bench.cases import CAPTION, Case, Function, Inputs, NotHere
 from tim_kernels.dispatch import use_path
 
 MODES = ("forward", "backward", "full")
@@ -84,10 +83,19 @@ class Row:
     model_bytes: int
     gb_per_s: float | None
     share_of_copy: float | None
-    """Of the bandwidth of a copy of as many bytes, timed in the same run. None for a yardstick."""
+    """Of the bandwidth of a copy of as many bytes, timed in the same run. None for a yardstick, and where
+    arithmetic bounds the op."""
     peak_bytes: int | None
-    """Allocated by a forward and backward beyond the inputs; in the rows of mode full."""
+    """Allocated by a forward and backward beyond the inputs, in the rows of mode full; of a tangent by its
+    forward."""
     parity_error: float | None
+    tflop_per_s: float | None = None
+    """Where arithmetic bounds the op."""
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What a row is about: a later measurement of the same replaces it."""
+        return self.op, self.label, self.mix, str(self.tokens), self.mode, self.candidate
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -104,12 +112,12 @@ def candidates(case: Case, *, compiled: bool) -> dict[str, tuple[Function, bool]
 
 
 def outputs_and_gradients(
-    case: Case, function: Function, inputs: Inputs, cotangents: Sequence[Tensor], plan: ChunkPlan
+    case: Case, function: Function, inputs: Inputs, cotangents: Sequence[Tensor], plan: Any
 ) -> dict[str, tuple[str | int, Tensor]]:
     """Name -> (leading axis, value) of every output and of the gradient of every input that takes one."""
     outputs = function(inputs, plan)
     leaves = {name: inputs[name] for name, spec in case.specs.items() if spec.gradient}
-    gradients = torch.autograd.grad(outputs, list(leaves.values()), list(cotangents))
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), list(cotangents)) if leaves else ()
     found: dict[str, tuple[str | int, Tensor]] = {
         f"output {i}": (case.outputs_axis, y.detach()) for i, y in enumerate(outputs)
     }
@@ -124,7 +132,7 @@ def check(case: Case, function: Function, lengths: tuple[int, ...], device: torc
     Raises:
         ParityError: if an output or a gradient is beyond tolerance.
     """
-    plan, inputs = ChunkPlan.from_lengths(lengths, device=device), case.inputs(lengths, device)
+    plan, inputs = case.plan(lengths, device), case.inputs(lengths, device)
     chosen = _chosen_segments(lengths)
     starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
     index: dict[str | int, Any] = defaultdict(
@@ -132,6 +140,7 @@ def check(case: Case, function: Function, lengths: tuple[int, ...], device: torc
         {
             "S": torch.tensor(chosen, device=device),
             "T": torch.cat([torch.arange(starts[s], starts[s + 1], device=device) for s in chosen]),
+            "L": torch.cat([torch.arange(s * CAPTION, (s + 1) * CAPTION, device=device) for s in chosen]),
         },
     )
     rows = index[case.outputs_axis]
@@ -146,7 +155,7 @@ def check(case: Case, function: Function, lengths: tuple[int, ...], device: torc
         for name, x in inputs.items()
     }
     wide_cotangents = [c[rows].double() for c in cotangents]
-    chosen_plan = ChunkPlan.from_lengths([lengths[s] for s in chosen], device=device)
+    chosen_plan = case.plan([lengths[s] for s in chosen], device)
     truth = outputs_and_gradients(case, case.twin, wide, wide_cotangents, chosen_plan)
 
     worst = 0.0
@@ -164,14 +173,15 @@ def check(case: Case, function: Function, lengths: tuple[int, ...], device: torc
 
 def rows(
     case: Case, mix: str, lengths: tuple[int, ...], device: torch.device, timer: Timer, *, compiled: bool
-) -> Iterator[Row | ParityError | torch.OutOfMemoryError]:
+) -> Iterator[Row | ParityError | NotHere | torch.OutOfMemoryError]:
     """Measure every candidate at one size. One that fails its check yields the error and no row."""
+    copies: dict[int, Quantiles] = {}
     for name, (function, same_function) in candidates(case, compiled=compiled).items():
         try:
             with use_path("triton" if name == "ours" else "torch"):
                 error = check(case, function, lengths, device) if same_function else None
-                yield from _timed(case, mix, lengths, device, timer, name, function, error)
-        except (ParityError, torch.OutOfMemoryError) as problem:
+                yield from _timed(case, mix, lengths, device, timer, name, function, error, copies)
+        except (ParityError, NotHere, torch.OutOfMemoryError) as problem:
             yield problem
 
 
@@ -184,8 +194,9 @@ def _timed(
     name: str,
     function: Function,
     error: float | None,
+    copies: dict[int, Quantiles],
 ) -> Iterator[Row]:
-    plan, inputs = ChunkPlan.from_lengths(lengths, device=device), case.inputs(lengths, device)
+    plan, inputs = case.plan(lengths, device), case.inputs(lengths, device)
     cotangents = _cotangents(case, function, inputs, plan)
     leaves = [x for x in inputs.values() if x.requires_grad]
 
@@ -199,24 +210,29 @@ def _timed(
         with torch.no_grad():
             return forward()
 
-    peak = _peak_bytes(full, device)
-    outputs = forward()
-    runs: dict[str, Callable[[], object]] = {
-        "forward": forward_without_graph,
-        "backward": lambda: torch.autograd.grad(
-            outputs, leaves, cotangents, retain_graph=True, allow_unused=True
-        ),
-        "full": full,
-    }
+    runs: dict[str, Callable[[], object]] = {"forward": forward_without_graph}
     tokens = sum(lengths)
-    model = {
-        "forward": case.forward_bytes_per_token * tokens,
-        "backward": case.backward_bytes_per_token * tokens,
-    }
-    model["full"] = model["forward"] + model["backward"]
-    for mode in MODES:
-        taken = timer(runs[mode])
-        copy = timer(_copy(model[mode], device))
+    model = {"forward": case.forward_bytes_per_token * tokens}
+    flops = {"forward": 0.0 if case.flops is None else float(case.flops(lengths))}
+    if case.backward_bytes_per_token is not None:
+        peak = _peak_bytes(full, device)
+        outputs = forward()
+        runs["backward"] = lambda: torch.autograd.grad(
+            outputs, leaves, cotangents, retain_graph=True, allow_unused=True
+        )
+        runs["full"] = full
+        model["backward"] = case.backward_bytes_per_token * tokens
+        model["full"] = model["forward"] + model["backward"]
+        flops["backward"] = case.backward_per_forward * flops["forward"]
+        flops["full"] = flops["forward"] + flops["backward"]
+    else:
+        peak = _peak_bytes(forward_without_graph, device)
+    for mode, run in runs.items():
+        taken = timer(run)
+        if model[mode] not in copies:
+            copies[model[mode]] = timer(_copy(model[mode], device))
+        copy = copies[model[mode]]
+        by_bytes = error is not None and case.flops is None
         yield Row(
             case.op,
             case.label,
@@ -229,10 +245,11 @@ def _timed(
             taken.p50,
             taken.p80,
             model[mode],
-            None if error is None else model[mode] / taken.p50 / 1e6,
-            None if error is None else copy.p50 / taken.p50,
-            peak if mode == "full" else None,
+            model[mode] / taken.p50 / 1e6 if by_bytes else None,
+            copy.p50 / taken.p50 if by_bytes else None,
+            peak if mode == list(runs)[-1] else None,
             error,
+            flops[mode] / taken.p50 / 1e9 if error is not None and case.flops is not None else None,
         )
 
 
@@ -249,7 +266,7 @@ def _chosen_segments(lengths: tuple[int, ...]) -> list[int]:
     return sorted(chosen)
 
 
-def _cotangents(case: Case, function: Function, inputs: Inputs, plan: ChunkPlan) -> list[Tensor]:
+def _cotangents(case: Case, function: Function, inputs: Inputs, plan: Any) -> list[Tensor]:
     with torch.no_grad():
         outputs = function(inputs, plan)
     generator = torch.Generator(outputs[0].device).manual_seed(1)

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from tim_kernels.gated_residual.reference import gated_residual_reference
+from tim_kernels.gated_residual.reference import gated_residual_jvp_reference, gated_residual_reference
+from tim_kernels.tangent import modulated_layer_norm_tangent
+from tim_kernels.tangent_plan import TangentPlan
 
 
 def modulated_layer_norm_reference(
@@ -34,3 +36,34 @@ def modulated_layer_norm_reference(
     normal_TD = nnf.layer_norm(x_TD.to(wide), (x_TD.shape[-1],), eps=eps)
     scale_TD, shift_TD = scale_SD.index_select(0, segment_ids), shift_SD.index_select(0, segment_ids)
     return x_TD, (normal_TD * (1 + scale_TD) + shift_TD).to(h_dtype)
+
+
+def modulated_layer_norm_jvp_reference(
+    x_TD: Tensor,
+    d_x_TD: Tensor,
+    branch_TD: Tensor | None,
+    d_branch_TD: Tensor | None,
+    gate_SD: Tensor | None,
+    d_gate_SD: Tensor | None,
+    scale_SD: Tensor,
+    d_shift_SD: Tensor,
+    d_scale_SD: Tensor,
+    plan: TangentPlan,
+    *,
+    eps: float,
+    h_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Tangents of (x', h); x is x'. d_x' is rounded to the dtype of d_x before the norm carries it."""
+    if branch_TD is not None and d_branch_TD is not None and gate_SD is not None and d_gate_SD is not None:
+        d_x_TD = gated_residual_jvp_reference(d_x_TD, branch_TD, d_branch_TD, gate_SD, d_gate_SD, plan)
+    d_h_TD = modulated_layer_norm_tangent(
+        plan.rows_of(x_TD),
+        d_x_TD,
+        plan.segments_of(scale_SD),
+        d_shift_SD,
+        d_scale_SD,
+        plan.segment_ids,
+        eps=eps,
+        h_dtype=h_dtype,
+    )
+    return d_x_TD, d_h_TD

@@ -487,15 +487,19 @@ class Layout:
     def num_parts(self) -> int:
         return self.num_normed + self.has_plain
 
+    def first_parts(self, x: Tensor, count: int) -> Tensor:
+        """The first parts of every row: what a kernel reads of it."""
+        return x if x.ndim == 3 else x[:, : count * self.part_size]
+
 
 def forward_options(num_heads: int, head_dim: int) -> dict[str, Any]:
-    return {**_head_options(num_heads, head_dim, FORWARD_ELEMENTS), "maxnreg": MAX_REGISTERS}
+    return {**head_options(num_heads, head_dim, FORWARD_ELEMENTS), "maxnreg": MAX_REGISTERS}
 
 
 def backward_options(num_heads: int, head_dim: int, *, has_shift: bool) -> dict[str, Any]:
     # Without a shift the compiler needs 128 registers, and spreads to the limit if one is set.
     limit = MAX_REGISTERS if has_shift else None
-    return {**_head_options(num_heads, head_dim, BACKWARD_ELEMENTS), "maxnreg": limit}
+    return {**head_options(num_heads, head_dim, BACKWARD_ELEMENTS), "maxnreg": limit}
 
 
 def launch_forward(
@@ -520,13 +524,13 @@ def launch_forward(
     grid, rows = _grid(num_rows, len(outputs), options, plan if shift_SE is not None else None)
     if num_rows:
         forward_kernel[grid](
-            _parts(x, len(outputs), layout),
+            layout.first_parts(x, len(outputs)),
             shift_SE,
             outputs[0],
             second,
             plain,
             *_weights_and_biases(norms),
-            *_table_tensors(table),
+            *table_tensors(table),
             None if plan is None or shift_SE is None else plan.chunks,
             num_rows,
             rows,
@@ -574,12 +578,12 @@ def launch_backward(
             gradients[0],
             gradients[1] if layout.num_normed == 2 else None,
             gradients[-1] if layout.has_plain else None,
-            None if x is None else _parts(x, layout.num_normed, layout),
+            None if x is None else layout.first_parts(x, layout.num_normed),
             shift_SE,
             d_x,
             weights[0],
             weights[2],
-            *_table_tensors(table),
+            *table_tensors(table),
             None if plan is None else plan.chunks,
             affine_partial,
             shift_partial,
@@ -597,7 +601,7 @@ def launch_backward(
     return d_x, sums, d_shift
 
 
-def _head_options(num_heads: int, head_dim: int, elements: int) -> dict[str, Any]:
+def head_options(num_heads: int, head_dim: int, elements: int) -> dict[str, Any]:
     """Compile-time arguments and warps of a program that holds at most about `elements` at a time.
 
     Heads are taken by a power of two: the largest that fits, or half of it where that idles fewer lanes.
@@ -608,11 +612,6 @@ def _head_options(num_heads: int, head_dim: int, elements: int) -> dict[str, Any
     half = max(most // 2, 1)
     heads = half if -(-num_heads // half) * half < -(-num_heads // most) * most else most
     return {"N": num_heads, "H": head_dim, "HEADS": heads, "BLOCKS": column_blocks(head_dim), "num_warps": 1}
-
-
-def _parts(x: Tensor, count: int, layout: Layout) -> Tensor:
-    """The first parts of every row: what a kernel reads of it."""
-    return x if x.ndim == 3 else x[:, : count * layout.part_size]
 
 
 def _grid(
@@ -635,5 +634,5 @@ def _weights_and_biases(norms: Sequence[tuple[Tensor, Tensor | None]]) -> list[T
     return found
 
 
-def _table_tensors(table: RotaryTable | None) -> tuple[Tensor | None, ...]:
+def table_tensors(table: RotaryTable | None) -> tuple[Tensor | None, ...]:
     return (None,) * 4 if table is None else (table.cos, table.sin, table.positions_a, table.positions_b)

@@ -158,7 +158,7 @@ class _QkNormRope(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         from tim_kernels.qk_norm_rope.kernel import launch_forward
 
-        x_rows = _adjacent_heads(x)
+        x_rows = adjacent_heads(x)
         shift_rows = None if shift_SE is None else unit_column_stride(shift_SE)
         affine = first_weight, first_bias, second_weight, second_bias
         outputs = launch_forward(x_rows, shift_rows, _norms(affine), table, plan, layout, eps)
@@ -204,7 +204,7 @@ def _layout(num_heads: int, head_dim: int, num_normed: int, has_plain: bool) -> 
     return Layout(num_heads, head_dim, num_normed, has_plain)
 
 
-def _adjacent_heads(x: Tensor) -> Tensor:
+def adjacent_heads(x: Tensor) -> Tensor:
     """x itself when each row lies in one piece, whatever the stride between rows; else a copy."""
     in_one_piece = x.stride(-1) == 1 and (x.ndim == 2 or x.shape[1] == 1 or x.stride(1) == x.shape[2])
     return x if in_one_piece else x.contiguous()

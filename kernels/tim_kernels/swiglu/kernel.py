@@ -92,7 +92,7 @@ def launch_forward(gate_TH: Tensor, up_TH: Tensor) -> Tensor:
     out = torch.empty((num_rows, width), dtype=gate_TH.dtype, device=gate_TH.device)
     options = tile_options(width)
     if num_rows:
-        forward_kernel[_grid(num_rows, options)](
+        forward_kernel[grid_of(num_rows, options)](
             gate_TH, up_TH, out, num_rows, gate_TH.stride(0), up_TH.stride(0), **options
         )
     return out
@@ -103,7 +103,7 @@ def launch_backward(d_out: Tensor, gate_TH: Tensor, up_TH: Tensor, d_gate: Tenso
     num_rows, width = gate_TH.shape
     options = tile_options(width)
     if num_rows:
-        backward_kernel[_grid(num_rows, options)](
+        backward_kernel[grid_of(num_rows, options)](
             d_out,
             gate_TH,
             up_TH,
@@ -119,7 +119,7 @@ def launch_backward(d_out: Tensor, gate_TH: Tensor, up_TH: Tensor, d_gate: Tenso
         )
 
 
-def _grid(num_rows: int, options: dict[str, Any]) -> tuple[int]:
+def grid_of(num_rows: int, options: dict[str, Any]) -> tuple[int]:
     row_blocks = -(-num_rows // options["ROWS"])
     column_blocks = -(-options["H"] // options["COLUMNS"])
     return (row_blocks * column_blocks,)

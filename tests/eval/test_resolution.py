@@ -1,0 +1,201 @@
+"""Quality against size: what is drawn at which size, rows and their reuse, the report, what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipeline.handwriting import Settings as DataSettings
+from data_pipeline.handwriting import build, parse
+from tests.eval.tiny_scorers import save_clip
+from tests.networks import export_of, write_tiny_export
+from tim_ds.errors import RequestError
+from tim_ds.eval import cli, resolution
+from tim_ds.eval.clip import Clip
+from tim_ds.pipeline import TiMPipeline, read_settings
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("resolution") / "data"
+    build(folder, DataSettings(samples=4, factor=4, text_width=16, max_cells=3), progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_export(tmp_path_factory.mktemp("resolution") / "export")
+
+
+class Brightness:
+    """A scorer whose numbers are known."""
+
+    def identity(self) -> dict[str, Any]:
+        return {"name": "brightness"}
+
+    def score(self, captions: Sequence[str], pictures: Sequence[np.ndarray]) -> dict[str, float | None]:
+        return {"brightness": float(np.mean([p.mean() for p in pictures])), "nothing": None}
+
+
+def brightness(device: str) -> Brightness:
+    return Brightness()
+
+
+class TestHandwriting:
+    def test_rows_and_columns_of_every_length_and_what_training_shows(self, data: Path) -> None:
+        suite = resolution.HandwritingSuite(data, pictures=65, longest=6, seed=0)
+        found = {group.name: (group.size, group.seen) for group in suite.groups}
+        assert found == {
+            **{f"row_{n}": (f"8x{8 * n}", n <= 3) for n in range(1, 7)},
+            **{f"column_{n}": (f"{8 * n}x8", n <= 3) for n in range(2, 7)},
+        }
+        for group in suite.groups:
+            assert len(group.captions) == len(set(group.seeds)) == 65
+            for text in group.captions:
+                height, width = parse(text).size_px
+                assert f"{height}x{width}" == group.size
+
+    def test_a_row_of_four_counts_as_unseen_where_columns_of_four_are_shown(self, tmp_path: Path) -> None:
+        build(tmp_path / "data", DataSettings(samples=2, factor=4, text_width=16), progress=False)
+        suite = resolution.HandwritingSuite(tmp_path / "data", pictures=65, longest=4, seed=0)
+        assert {g.name for g in suite.groups if not g.seen} == {"row_4"}
+
+    def test_the_whole_evaluation_resumes_and_reports(
+        self, data: Path, export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    ) -> None:
+        out = tmp_path / "out"
+        words = ["resolution", str(export), "--data", str(data), "--longest", "2", "--pictures", "65"]
+        words += ["--steps", "1,2", "--out", str(out)]
+        assert cli.main(words) == 0
+        printed = capsys.readouterr().out
+        rows = json.loads((out / "results.json").read_text())["rows"]
+        assert [(row["num_pictures"], row["nfe"], row["group"]) for row in rows] == [
+            (65, nfe, group) for nfe in (1, 2) for group in ("column_2", "row_1", "row_2")
+        ]
+        row = rows[1]
+        assert set(row["scores"]) >= {"frechet_distance", "digit_accuracy", "prompt_accuracy"}
+        assert row["seconds_per_picture"] > 0 and row["peak_bytes"] > 0 and row["seen"] is True
+        assert row["recipe_sha256"] == "f" * 64 and {"torch", "tim_ds"} <= row["versions"].keys()
+        assert "| tiny" in printed and (out / "table.md").read_text().strip() in printed
+        for name in ("resolution.png", "tiny_steps0001_samples.png", "tiny_steps0002_samples.png"):
+            assert Image.open(out / name).size[0] > 100
+        # The pictures are those of the pipeline, with their settings.
+        folder = next((out / "pictures").glob("*_steps0002")) / "row_2"
+        settings = read_settings(folder / "00003.png")
+        [again] = TiMPipeline.from_pretrained(export)(
+            settings["prompt"], "8x16", num_steps=2, seeds=[3]
+        ).images
+        assert np.abs(np.asarray(Image.open(folder / "00003.png"))[..., None].astype(int) - again).max() <= 1
+        # Nothing is drawn a second time; a lost picture is drawn again, and the scores are the same.
+        with monkeypatch.context() as patch:
+            patch.setattr(TiMPipeline, "run", lambda *_: pytest.fail("sampled"))
+            assert cli.main([*words, "--label", "other name"]) == 0
+            assert "| other name" in capsys.readouterr().out
+        before = (folder / "00003.png").read_bytes()
+        (folder / "00003.png").unlink()
+        assert cli.main(words) == 0
+        assert (folder / "00003.png").read_bytes() == before
+        again_rows = json.loads((out / "results.json").read_text())["rows"]
+        assert [r["scores"] for r in again_rows] == [r["scores"] for r in rows]
+
+
+class TestPrompts:
+    @pytest.fixture
+    def prompts(self, tmp_path: Path) -> Path:
+        path = tmp_path / "prompts.txt"
+        path.write_text("a three\na one above a two\n")
+        return path
+
+    def test_any_scorer_at_any_sizes(self, export: Path, prompts: Path, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        words = ["resolution", str(export), "--prompts-file", str(prompts), "--sizes", "8x16,16x16"]
+        scorer = "tests.eval.test_resolution:brightness"
+        assert cli.main([*words, "--scorer", scorer, "--out", str(out), "--steps", "1"]) == 0
+        rows = json.loads((out / "results.json").read_text())["rows"]
+        assert [(row["size"], row["seen"]) for row in rows] == [("16x16", None), ("8x16", None)]
+        for row in rows:
+            folder = next((out / "pictures").iterdir()) / row["group"]
+            means = [np.asarray(Image.open(p)).mean() for p in sorted(folder.iterdir())]
+            assert len(means) == 2 and row["scores"]["brightness"] == pytest.approx(np.mean(means))
+        assert "brightness" in (out / "table.md").read_text() and (out / "resolution.png").exists()
+
+    def test_the_clip_score_is_the_mean_cosine(self, tmp_path: Path) -> None:
+        folder = save_clip(tmp_path / "clip")
+        scorer = resolution.load_scorer(f"clip={folder}", "cpu")
+        rng = np.random.default_rng(0)
+        pictures = [rng.integers(0, 256, (32, 48, c), dtype=np.uint8) for c in (3, 1)]
+        clip = Clip.from_pretrained(str(folder))
+        images = [Image.fromarray(np.repeat(p, 3, axis=2) if p.shape[2] == 1 else p) for p in pictures]
+        cosines = (clip.encode_pictures(images) * clip.encode_captions(["a three", "a one"])).sum(dim=1)
+        found = scorer.score(["a three", "a one"], pictures)["clip_score"]
+        # Captions of one call are padded together: float32.
+        assert found == pytest.approx(100 * float(cosines.mean()), abs=1e-3)
+        assert scorer.identity()["weights"] == str(folder)
+
+    def test_without_a_scorer_time_and_memory_are_measured(
+        self, export: Path, prompts: Path, tmp_path: Path
+    ) -> None:
+        out = tmp_path / "out"
+        words = [
+            "resolution",
+            str(export),
+            "--prompts-file",
+            str(prompts),
+            "--sizes",
+            "8x8",
+            "--out",
+            str(out),
+        ]
+        assert cli.main(words) == 0
+        assert "peak memory" in (out / "table.md").read_text() and not (out / "resolution.png").exists()
+
+    @pytest.mark.parametrize(
+        ("extra", "message"),
+        [
+            (["--sizes", "8x8,8x8"], "--sizes: expected different sizes, received 8x8, 8x8"),
+            (["--sizes", "8x10"], "both sides must be multiples of 4"),
+            (["--sizes", "4000000x4000000"], "squares fit up to"),
+            (
+                ["--sizes", "8x8", "--scorer", "no.such:thing"],
+                "--scorer no.such:thing: expected clip=FOLDER",
+            ),
+            (["--sizes", "8x8", "--steps", "4,4"], "--steps: expected different numbers"),
+        ],
+    )
+    def test_bad_requests_are_refused_before_anything_is_drawn(
+        self, export: Path, prompts: Path, tmp_path: Path, capsys: Any, extra: list[str], message: str
+    ) -> None:
+        words = ["resolution", str(export), "--prompts-file", str(prompts), "--out", str(tmp_path / "out")]
+        assert cli.main([*words, *extra]) == 1
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+    def test_networks_that_cannot_draw_the_suite_are_refused(self, data: Path, tmp_path: Path) -> None:
+        suite = resolution.HandwritingSuite(data, pictures=65, longest=1, seed=0)
+        colour = write_tiny_export(tmp_path / "colour", export_of(channels=3))
+        with pytest.raises(RequestError, match="expected a network that draws grey pictures"):
+            resolution.run([(None, colour)], suite, tmp_path / "out", steps=(1,))
+        with pytest.raises(RequestError, match="expected at least 1 and 65"):
+            resolution.HandwritingSuite(data, pictures=64, longest=1, seed=0)
+
+    def test_results_of_something_else_are_not_overwritten(
+        self, export: Path, prompts: Path, tmp_path: Path, capsys: Any
+    ) -> None:
+        (tmp_path / "results.json").write_text('{"evaluation": "nfe", "rows": []}')
+        words = ["resolution", str(export), "--prompts-file", str(prompts), "--sizes", "8x8"]
+        assert cli.main([*words, "--out", str(tmp_path)]) == 1
+        assert "results of 'nfe'" in capsys.readouterr().err
+
+
+def test_the_sizes_of_the_paper_are_whole_latents() -> None:
+    sizes = [tuple(map(int, size.split("x"))) for size in resolution.TABLE_4_SIZES]
+    assert len(set(sizes)) == 13 and all(side % 32 == 0 for size in sizes for side in size)
+    assert {(h, w) for h, w in sizes if h != w} == {
+        pair for long in (2560, 1856, 1536) for pair in ((1024, long), (long, 1024))
+    }

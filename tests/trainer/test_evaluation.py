@@ -1,0 +1,102 @@
+"""Evaluation while training: the numbers of the CLI, the same after a resume, refused at the start."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.trainer.cases import run_cases
+from tests.trainer.conftest import Groups
+from tests.trainer.ranks import lines_without_clock, recipe, run_ranks
+from tim_ds.errors import ConfigError
+from tim_ds.eval import nfe
+
+
+@pytest.fixture(scope="module")
+def found(
+    tmp_path_factory: pytest.TempPathFactory, shards: Path, poisoned_shards: Path
+) -> tuple[Path, dict[str, str]]:
+    folder = tmp_path_factory.mktemp("evaluation")
+    case = "train_with_evaluations"
+    results = run_ranks(
+        run_cases, (case,), folder, shards, poisoned_shards, world_size=2, out=folder / "out", timeout_s=300
+    )
+    return folder / case, results[0][case]
+
+
+def evaluations(run: Path) -> dict[int, dict[str, Any]]:
+    return {line["step"]: line["evaluation"] for line in lines_without_clock(run) if "evaluation" in line}
+
+
+def test_scores_are_logged_and_are_those_of_the_evaluation_itself(
+    found: tuple[Path, dict[str, str]], tmp_path: Path
+) -> None:
+    """ZeRO-3 on two ranks against the export, in one process."""
+    folder, facts = found
+    logged = evaluations(folder / "whole")
+    assert logged.keys() == {2, 4}
+    sets = {"nfe/seen", "nfe/held_back", "resolution/8x8"}
+    assert {name.rsplit("/", 2)[0] for name in logged[4]} == sets
+    settings = nfe.Settings(steps=(1,), num_seen=65, num_held_back=17)
+    evaluation = nfe.run(
+        [(None, folder / "whole" / "export")], Path(facts["data"]), tmp_path, settings, progress=False
+    )
+    for name, scores in evaluation.rows[0].scores.items():
+        for key in ("frechet_distance", "digit_accuracy", "prompt_accuracy"):
+            # Weights that two ranks gather are the exported ones: the same pictures, up to float32 sums.
+            assert logged[4][f"nfe/{name}/1_steps/{key}"] == pytest.approx(getattr(scores, key), rel=1e-3)
+    assert logged[2] != logged[4]
+    board = EventAccumulator(str(folder / "whole" / "tensorboard"))
+    board.Reload()
+    scalars = board.Scalars("evaluation/nfe/seen/1_steps/frechet_distance")
+    assert [event.step for event in scalars] == [2, 4]
+    assert [event.step for event in board.Images("evaluation/resolution/8x8/1_steps")] == [2, 4]
+
+
+def test_a_resumed_run_logs_the_same(found: tuple[Path, dict[str, str]]) -> None:
+    folder, _ = found
+    whole, resumed = (lines_without_clock(folder / name) for name in ("whole", "resumed"))
+    assert whole == resumed and sum("evaluation" in line for line in whole) == 2
+
+
+def test_training_does_not_notice(found: tuple[Path, dict[str, str]], groups: Groups) -> None:
+    folder, _ = found
+    plain = Path(groups.results(2, "train_every_stage")[0]["zero3"])
+    without = [line for line in lines_without_clock(folder / "whole") if "evaluation" not in line]
+    assert without == lines_without_clock(plain)
+
+
+def test_missing_data_end_the_run_before_its_first_step(found: tuple[Path, dict[str, str]]) -> None:
+    folder, facts = found
+    assert "manifest.json: not found; build the data with" in facts["refused"]
+    assert lines_without_clock(folder / "refused") == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("every_steps: -1", "train.evaluation.every_steps: expected 0 or more, received -1"),
+        ("kinds: [geneval]", "train.evaluation.kinds: expected some of nfe, resolution"),
+        ("kinds: []", "train.evaluation.kinds: expected some of nfe, resolution"),
+        ("num_steps: [0]", "train.evaluation.num_steps: expected numbers of at least 1"),
+        ("sizes: [8x8]", "train.evaluation.sizes, scorer: belong to prompts_file"),
+        ("prompts_file: a.txt", "train.evaluation.prompts_file: needs sizes and a scorer"),
+        (
+            "prompts_file: a.txt, sizes: [8x8], scorer: 'a:b'",
+            "train.evaluation.kinds: prompts_file belongs to 'resolution' alone",
+        ),
+    ],
+)
+def test_contradictions_are_named(settings: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        recipe(Path("shards"), f"train.evaluation={{{settings}}}")
+    assert message in str(caught.value)
+
+
+def test_the_default_evaluates_nothing() -> None:
+    settings = recipe(Path("shards")).train.evaluation
+    assert settings.every_steps == 0 and replace(settings, every_steps=5).kinds == ("nfe",)

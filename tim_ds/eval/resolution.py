@@ -1,0 +1,436 @@
+"""Quality against size and aspect ratio (`python launch/evaluate.py resolution`), the protocol of Table 4.
+
+One network draws the same prompts at every size of a suite. Text-to-image networks are asked for the sizes
+of the paper, scored by whatever scorer is given; handwriting networks for rows and columns of more digits
+than training shows, read back by the bundled classifier. Every finished (network, steps, size) row is kept
+in `results.json`, and every picture in `pictures/`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from data_pipeline.draws import generator
+from data_pipeline.handwriting import CELL_PX, REFERENCE_NAME, Orientation, Prompt, caption
+from tim_ds.errors import RequestError
+from tim_ds.eval.clip import Clip
+from tim_ds.eval.draw import draw, find_finished, form_batches, picture_path
+from tim_ds.eval.handwriting import HandwritingScorer, Scores
+from tim_ds.eval.jobs import Job, read_lines
+from tim_ds.eval.nfe import device_name, library_versions, read_manifest
+from tim_ds.model.weights import write_aside
+from tim_ds.pipeline import TiMPipeline, read_settings, sha256
+
+PROTOCOL = 1
+"""Raised whenever the meaning of a score changes: rows of an older protocol are computed again."""
+
+RESULTS_NAME = "results.json"
+PICTURES_FOLDER = "pictures"
+
+TABLE_4_SIZES = (
+    *("1024x2560", "1024x1856", "1024x1536", "1536x1024", "1856x1024", "2560x1024"),
+    *("1024x1024", "1280x1280", "1536x1536", "2048x2048", "2560x2560", "3072x3072", "4096x4096"),
+)
+"""HEIGHTxWIDTH: the six aspect ratios of the paper, then its squares."""
+
+Picture = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The pictures of one size."""
+
+    name: str
+    size: str
+    seen: bool | None
+    """Whether training shows this size; None where that is not known."""
+    family: str
+    """Sizes of one family are joined by a line in the plot."""
+    captions: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+
+class Suite(Protocol):
+    """What is drawn, and how it is scored."""
+
+    groups: tuple[Group, ...]
+
+    @property
+    def plotted(self) -> Mapping[str, str]:
+        """Scores that the report draws, with their titles; empty for all."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides the scores besides the pictures."""
+        ...
+
+    def check(self, pipeline: TiMPipeline) -> None:
+        """Raises RequestError if the network cannot draw this suite."""
+        ...
+
+    def score(self, group: Group, pictures: Sequence[Picture]) -> dict[str, float | None]: ...
+
+
+class Scorer(Protocol):
+    """Scores pictures of text-to-image networks. `--scorer package.module:name` names a callable that takes
+    the device and returns one."""
+
+    def identity(self) -> dict[str, Any]: ...
+
+    def score(self, captions: Sequence[str], pictures: Sequence[Picture]) -> dict[str, float | None]: ...
+
+
+class HandwritingSuite:
+    """Rows of 1 to `longest` digits and columns of 2 to `longest`.
+
+    Args:
+        data: handwriting data set of the training, which says what was shown.
+    Raises:
+        RequestError: if the folder is no such data set.
+    """
+
+    plotted: Mapping[str, str] = MappingProxyType(
+        {
+            "frechet_distance": "Frechet distance to held-back scans (lower is better)",
+            "digit_accuracy": "Digits read as asked for, %",
+            "prompt_accuracy": "Pictures that show what the prompt says, %",
+        }
+    )
+
+    def __init__(self, data: Path, *, pictures: int, longest: int, seed: int) -> None:
+        if longest < 1 or pictures < 65:
+            raise RequestError(
+                f"--longest, --pictures: expected at least 1 and 65 (for a Frechet distance of {CELL_PX**2} "
+                f"pixels), received {longest} and {pictures}"
+            )
+        made = read_manifest(data)
+        self._scorer = HandwritingScorer.from_folder(data)
+        self._scans_sha256 = sha256(data / REFERENCE_NAME)
+        self._prompts: dict[str, tuple[Prompt, ...]] = {}
+        groups = []
+        families: tuple[tuple[Orientation, int], ...] = (("row", 1), ("column", 2))
+        for family, first in families:
+            for count in range(first, longest + 1):
+                name = f"{family}_{count}"
+                prompts, captions = [], []
+                for i in range(pictures):
+                    rng = generator(seed, f"resolution.{name}", 0, i)
+                    prompts.append(Prompt(tuple(int(d) for d in rng.integers(0, 10, count)), family))
+                    phrasing = made["phrasings"][int(rng.integers(len(made["phrasings"])))]
+                    captions.append(caption(prompts[-1], phrasing))
+                self._prompts[name] = tuple(prompts)
+                height, width = prompts[0].size_px
+                seen = count <= made["max_cells"] and not (family == "row" and count == 4)
+                seeds = tuple(range(seed, seed + pictures))
+                groups.append(Group(name, f"{height}x{width}", seen, family, tuple(captions), seeds))
+        self.groups = tuple(groups)
+
+    def identity(self) -> dict[str, Any]:
+        return {"suite": "handwriting", "scans_sha256": self._scans_sha256}
+
+    def check(self, pipeline: TiMPipeline) -> None:
+        check_handwriting(pipeline)
+
+    def score(self, group: Group, pictures: Sequence[Picture]) -> dict[str, float | None]:
+        return shares(self._scorer.score(self._prompts[group.name], pictures))
+
+
+class PromptSuite:
+    """The same captions at every size, scored by `scorer`; without one, time and memory alone are measured.
+
+    `plotted` is empty: all scores are drawn.
+
+    Raises:
+        RequestError: if there is no prompt or no size, or a size twice.
+    """
+
+    plotted: Mapping[str, str] = MappingProxyType({})
+
+    def __init__(
+        self, prompts: Path, sizes: Sequence[str], *, seed: int, scorer: Scorer | None = None
+    ) -> None:
+        captions = tuple(str(line.prompt) for line in read_lines(prompts))
+        if not sizes or len(set(sizes)) != len(sizes):
+            raise RequestError(f"--sizes: expected different sizes, received {', '.join(sizes) or 'none'}")
+        self._scorer = scorer
+        seeds = tuple(range(seed, seed + len(captions)))
+        self.groups = tuple(Group(size, size, None, _family(size), captions, seeds) for size in sizes)
+
+    def identity(self) -> dict[str, Any]:
+        return {"suite": "prompts", "scorer": None if self._scorer is None else self._scorer.identity()}
+
+    def check(self, pipeline: TiMPipeline) -> None:
+        if pipeline.export.model.condition != "text":
+            raise RequestError(f"{pipeline.export.source.name}: expected a network that draws from captions")
+
+    def score(self, group: Group, pictures: Sequence[Picture]) -> dict[str, float | None]:
+        return {} if self._scorer is None else self._scorer.score(group.captions, pictures)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """Scores of one network at one size."""
+
+    label: str
+    identity: dict[str, Any]
+    """Everything that decides the pictures and scores; a row is reused while it is equal."""
+    group: str
+    size: str
+    seen: bool | None
+    num_pictures: int
+    scores: dict[str, float | None]
+    nfe: int
+    seconds_per_picture: float | None
+    """Sampling and decoding; None if every picture was there already."""
+    peak_bytes: int | None
+    """Of the device on a GPU, of the process on a CPU."""
+    export: str
+    model: str
+    recipe_sha256: str | None
+    step: int
+    versions: dict[str, str]
+    device: str
+
+    @property
+    def num_steps(self) -> int:
+        return self.identity["settings"]["num_steps"]
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """All that the report shows."""
+
+    suite: Suite
+    rows: list[Row]
+    """By network and steps, then by size."""
+    folders: dict[tuple[str, int, str], Path] = field(default_factory=dict)
+    """Pictures by (label, steps, group)."""
+
+
+def run(
+    exports: Sequence[tuple[str | None, Path]],
+    suite: Suite,
+    out: Path,
+    *,
+    steps: Sequence[int],
+    cfg_scale: float | None = None,
+    device: str = "cpu",
+    progress: bool = True,
+) -> Evaluation:
+    """Draw and score every network at every step count and size.
+
+    Raises:
+        RequestError: if a network cannot draw the suite, a size is too large for the device (before
+        anything is
+            drawn), or `out` holds something else.
+        CheckpointError: if an export is not whole, or the disk refuses.
+    """
+    pipelines = [(label, path, TiMPipeline.from_pretrained(path, device=device)) for label, path in exports]
+    for _, _, pipe in pipelines:
+        suite.check(pipe)
+        for num_steps in steps:
+            for group in suite.groups:
+                pipe.request(group.captions[0], group.size, num_steps=num_steps, cfg_scale=cfg_scale)
+    finished = _read_rows(out / RESULTS_NAME)
+    evaluation = Evaluation(suite, [])
+    pictures = sum(len(group.captions) for group in suite.groups)
+    total = pictures * sum(steps) * len(exports)
+    with tqdm(total=total, unit="step", unit_scale=True, desc="resolution", disable=not progress) as bar:
+        for given, path, pipe in pipelines:
+            label = given or pipe.export.source.name
+            for num_steps in steps:
+                for group in suite.groups:
+                    bar.set_postfix_str(f"{label}, {num_steps} steps, {group.size}")
+                    folder = (
+                        out
+                        / PICTURES_FOLDER
+                        / f"{pipe.weights_sha256[:12]}_steps{num_steps:04d}"
+                        / group.name
+                    )
+                    row = _row(
+                        pipe,
+                        suite,
+                        group,
+                        folder,
+                        finished,
+                        bar,
+                        label=label,
+                        export=path,
+                        num_steps=num_steps,
+                        cfg_scale=cfg_scale,
+                    )
+                    finished = [row, *(other for other in finished if other.identity != row.identity)]
+                    _write_rows(out / RESULTS_NAME, finished)
+                    evaluation.rows.append(row)
+                    evaluation.folders[label, num_steps, group.name] = folder
+    return evaluation
+
+
+def _row(
+    pipe: TiMPipeline,
+    suite: Suite,
+    group: Group,
+    folder: Path,
+    finished: Sequence[Row],
+    bar: tqdm,
+    *,
+    label: str,
+    export: Path,
+    num_steps: int,
+    cfg_scale: float | None,
+) -> Row:
+    sampler = {name: v for name, v in (("num_steps", num_steps), ("cfg_scale", cfg_scale)) if v is not None}
+    jobs = [
+        Job(stem=f"{i:05d}", prompt=text, size=group.size, seed=seed, sampler=sampler)
+        for i, (text, seed) in enumerate(zip(group.captions, group.seeds, strict=True))
+    ]
+    batches = form_batches(pipe, jobs)
+    identity = {
+        "protocol": PROTOCOL,
+        **suite.identity(),
+        "group": group.name,
+        "size": group.size,
+        "prompts_sha256": _digest([group.captions, group.seeds]),
+        "settings": pipe.settings(batches[0].request.config),
+    }
+    identity = json.loads(json.dumps(identity))
+    kept = find_finished(pipe, batches, folder)
+    row = next((row for row in finished if row.identity == identity), None)
+    bar.update(len(kept) * num_steps)
+    if row is not None and len(kept) == len(jobs):
+        return replace(row, label=label)
+    drawn = draw(pipe, batches, kept, folder, bar=bar)
+    scores = suite.score(group, [load_picture(picture_path(folder, job)) for job in jobs])
+    return Row(
+        label=label,
+        identity=identity,
+        group=group.name,
+        size=group.size,
+        seen=group.seen,
+        num_pictures=len(jobs),
+        scores=scores,
+        nfe=drawn.nfe or _stored_nfe(picture_path(folder, jobs[0])),
+        seconds_per_picture=round(drawn.seconds / drawn.count, 6) if drawn.count else None,
+        peak_bytes=drawn.peak_bytes if drawn.count else None,
+        export=str(export),
+        model=pipe.export.source.name,
+        recipe_sha256=pipe.export.source.recipe_sha256,
+        step=pipe.export.step,
+        versions=library_versions(),
+        device=device_name(pipe.device),
+    )
+
+
+def check_handwriting(pipeline: TiMPipeline) -> None:
+    """Raises RequestError unless the network draws grey pictures from captions."""
+    condition, channels = pipeline.export.model.condition, pipeline.autoencoder.pixel_channels
+    if condition != "text" or channels != 1:
+        raise RequestError(
+            f"{pipeline.export.source.name}: expected a network that draws grey pictures from captions, "
+            f"received condition {condition!r} and {channels} colour channels"
+        )
+
+
+def shares(scores: Scores) -> dict[str, float | None]:
+    """The scores that are compared, by name."""
+    return {
+        "frechet_distance": scores.frechet_distance,
+        "frechet_floor": scores.frechet_floor,
+        "digit_accuracy": scores.digit_accuracy,
+        "count_accuracy": scores.count_accuracy,
+        "prompt_accuracy": scores.prompt_accuracy,
+    }
+
+
+class ClipScorer:
+    """Mean cosine of pictures and their captions, times 100: the CLIP score of `mjhq`.
+
+    Args:
+        name: folder or hub id of a CLIP model.
+    """
+
+    def __init__(self, name: str, device: str) -> None:
+        self._name = name
+        self._clip = Clip.from_pretrained(name, device=device)
+
+    def identity(self) -> dict[str, Any]:
+        return {"name": "clip_score", "weights": self._name}
+
+    def score(self, captions: Sequence[str], pictures: Sequence[Picture]) -> dict[str, float | None]:
+        cosines = []
+        for text, pixels in zip(captions, pictures, strict=True):
+            image = Image.fromarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
+            vectors = self._clip.encode_pictures([image]), self._clip.encode_captions([text])
+            cosines.append(float((vectors[0] * vectors[1]).sum()))
+        return {"clip_score": 100 * sum(cosines) / len(cosines)}
+
+
+def load_scorer(name: str, device: str) -> Scorer:
+    """The scorer that `package.module:callable` gives for a device, or the CLIP score with `clip=FOLDER`.
+
+    Raises:
+        RequestError: if there is no such callable or no such model.
+    """
+    if name.startswith("clip="):
+        return ClipScorer(name.removeprefix("clip="), device)
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)(device)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise RequestError(
+            f"--scorer {name}: expected clip=FOLDER, or package.module:callable that takes the device "
+            f"and returns a scorer ({error})"
+        ) from error
+
+
+def _read_rows(path: Path) -> list[Row]:
+    """Rows of an earlier run; those of another protocol are left out."""
+    if not path.exists():
+        return []
+    try:
+        stored = json.loads(path.read_text())
+        if stored["evaluation"] != "resolution":
+            raise ValueError(f"results of {stored['evaluation']!r}")
+        return [Row(**row) for row in stored["rows"] if row["identity"]["protocol"] == PROTOCOL]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RequestError(
+            f"{path}: not the results of this evaluation ({error}); choose another --out, or delete the file"
+        ) from error
+
+
+def _write_rows(path: Path, rows: Sequence[Row]) -> None:
+    ordered = sorted(rows, key=lambda row: (row.label, row.num_steps, row.group))
+    text = json.dumps({"evaluation": "resolution", "rows": [asdict(row) for row in ordered]}, indent=2) + "\n"
+    write_aside(path, len(text.encode()), lambda aside: aside.write_text(text))
+
+
+def _stored_nfe(path: Path) -> int:
+    return int(read_settings(path)["nfe"])
+
+
+def _family(size: str) -> str:
+    height, width = size.split("x")
+    return "square" if height == width else "aspect"
+
+
+def load_picture(path: Path) -> Picture:
+    """uint8 [H, W, 1 or 3] of a PNG."""
+    with Image.open(path) as image:
+        pixels = np.asarray(image)
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

@@ -1,0 +1,141 @@
+"""Evaluation while training: the suites of `launch/evaluate.py` on the averaged weights, every so many
+steps."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from torch import nn
+
+from tim_ds.config.recipe import Recipe
+from tim_ds.errors import NonFiniteError
+from tim_ds.eval import nfe, resolution
+from tim_ds.eval.handwriting import HandwritingScorer
+from tim_ds.eval.resolution import Picture
+from tim_ds.eval.sheet import gallery
+from tim_ds.model.export_folder import Export
+from tim_ds.pipeline import TiMPipeline
+from tim_ds.trainer.config import EvaluationConfig
+from tim_ds.trainer.metrics import MetricsLog
+from tim_ds.trainer.world import World
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = 16
+"""Pictures of a set that TensorBoard shows."""
+
+
+@dataclass(frozen=True)
+class _Set:
+    """Pictures that are scored together."""
+
+    name: str
+    captions: tuple[str, ...]
+    sizes: tuple[str, ...]
+    seeds: tuple[int, ...]
+    score: Callable[[Sequence[Picture]], dict[str, float | None]]
+
+
+class Evaluations:
+    """Draws on every rank, since under ZeRO-3 each holds a part of the weights; rank 0 scores and logs.
+
+    Everything that an evaluation needs is loaded here, so that what is missing ends the run before its
+    first step. Prompts and seeds are fixed: an evaluation depends on the weights alone, before and after a
+    resume.
+
+    Args:
+        export: as `describe_export`; its sampler decides all but the step counts.
+        network: the network that is sampled from, inside the root module.
+    Raises:
+        RequestError: if data, prompts or the scorer are missing, or the network cannot draw them.
+    """
+
+    def __init__(
+        self, recipe: Recipe, export: Export, network: nn.Module, world: World, log: MetricsLog | None
+    ) -> None:
+        self._config = recipe.train.evaluation
+        self._world = world
+        self._log = log
+        self._pipeline = TiMPipeline(network, export)
+        # Memory differs between ranks, and a rank that refused alone would leave the others waiting.
+        self._pipeline.checks_memory = False
+        data = Path(self._config.data or recipe.data.shards)
+        self._sets = [
+            found
+            for kind in self._config.kinds
+            for found in (_nfe_sets if kind == "nfe" else _resolution_sets)(
+                self._config, data, self._pipeline, str(world.device)
+            )
+        ]
+        for one in self._sets:
+            self._pipeline.request(one.captions, one.sizes, seeds=one.seeds)
+
+    def __call__(self, step: int) -> None:
+        """Scores of every set at every step count: a line of the metrics and TensorBoard scalars."""
+        values: dict[str, float | None] = {}
+        for num_steps in self._config.num_steps:
+            for one in self._sets:
+                name = f"{one.name}/{num_steps}_steps"
+                try:
+                    output = self._pipeline(one.captions, one.sizes, num_steps=num_steps, seeds=one.seeds)
+                except NonFiniteError as error:
+                    # The weights are finite, or the step would have been refused: no reason to stop.
+                    if self._world.is_main:
+                        logger.warning("step %d: no evaluation of %s: %s", step, name, error)
+                    continue
+                if self._log is None:
+                    continue
+                values |= {f"{name}/{key}": value for key, value in one.score(output.images).items()}
+                sheet = gallery(output.images[:_SHOWN], one.captions[:_SHOWN])
+                self._log.image(f"evaluation/{name}", sheet, step)
+        if self._log is not None:
+            self._log.evaluated(step, values)
+
+
+def _nfe_sets(config: EvaluationConfig, data: Path, pipeline: TiMPipeline, device: str) -> list[_Set]:
+    settings = nfe.Settings(num_seen=config.pictures, num_held_back=config.held_back, seed=config.seed)
+    drawn = nfe.draw_prompt_sets(data, settings)
+    scorer = HandwritingScorer.from_folder(data)
+    resolution.check_handwriting(pipeline)
+
+    def score(prompts: nfe.PromptSet, pictures: Sequence[Picture]) -> dict[str, float | None]:
+        return resolution.shares(scorer.score(prompts.prompts, pictures))
+
+    return [
+        _Set(
+            f"nfe/{prompts.name}",
+            prompts.captions,
+            tuple(f"{h}x{w}" for h, w in (prompt.size_px for prompt in prompts.prompts)),
+            prompts.seeds,
+            partial(score, prompts),
+        )
+        for prompts in drawn
+    ]
+
+
+def _resolution_sets(config: EvaluationConfig, data: Path, pipeline: TiMPipeline, device: str) -> list[_Set]:
+    suite: resolution.Suite
+    if config.prompts_file is None:
+        suite = resolution.HandwritingSuite(
+            data, pictures=config.pictures, longest=config.longest, seed=config.seed
+        )
+    else:
+        scorer = None if config.scorer is None else resolution.load_scorer(config.scorer, device)
+        suite = resolution.PromptSuite(
+            Path(config.prompts_file), config.sizes, seed=config.seed, scorer=scorer
+        )
+    suite.check(pipeline)
+    return [
+        _Set(
+            f"resolution/{group.size}",
+            group.captions,
+            (group.size,) * len(group.captions),
+            group.seeds,
+            partial(suite.score, group),
+        )
+        for group in suite.groups
+    ]
