@@ -1,10 +1,11 @@
 """Stopping a run from outside: SIGTERM, SIGUSR1 and Ctrl-C let the step end, save and leave.
 
 A signal that reaches one rank stops all of them after the same step. Nothing is added to the step's
-collectives for this, and no device is waited for: a rank that was asked writes the number of the next step into
-the key-value store of the process group, and every rank looks there after every step. The gradient's norm,
-which every rank reads before the optimiser moves, cannot be known before the writer has taken part in that next
-step, and the writer wrote before: so all see the number, and stop one step after the one of the signal.
+collectives for this, and no device is waited for: a rank that was asked writes the number of the next step
+into the key-value store of the process group, and every rank looks there after every step. The gradient's
+norm, which every rank reads before the optimiser moves, cannot be known before the writer has taken part in
+that next step, and the writer wrote before: so all see the number, and stop one step after the one of the
+signal.
 """
 
 from __future__ import annotations
