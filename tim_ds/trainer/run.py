@@ -210,7 +210,7 @@ def _run(
     encoders = world.from_main(loader.encoders if world.is_main else {})
     if checkpoint is not None:
         check_same_encoders(checkpoint.manifest.get("encoders", {}), encoders, str(checkpoint.path))
-    initial = world.together(partial(_initial, recipe, checkpoint), (TimError,))
+    initial = world.together(partial(initial_weights, recipe, checkpoint), (TimError,))
     merged_config = merge_config(
         engine_config, config, packs_per_step=recipe.data.packs_per_step, world_size=world.size
     )
@@ -326,7 +326,7 @@ def _run(
     return f"{run_dir}: finished at step {progress.step}. Weights: {run_dir / EXPORT}"
 
 
-def _initial(recipe: Recipe, checkpoint: Checkpoint | None) -> InitialWeights | None:
+def initial_weights(recipe: Recipe, checkpoint: Checkpoint | None) -> InitialWeights | None:
     """Weights that the run needs from elsewhere: its first ones, or with adapters, always, the frozen ones.
 
     Raises:
@@ -567,11 +567,11 @@ def _read(recipe: Recipe, engine_file: Path, world: World) -> tuple[dict[str, An
         engine_config, recipe.train, packs_per_step=recipe.data.packs_per_step, world_size=world.size
     )
     data = DataFacts.of(load_index(recipe.data.shards))
-    _check_parts(recipe, engine_config, data)
+    check_parts(recipe, engine_config, data)
     return engine_config, data
 
 
-def _check_parts(recipe: Recipe, engine_config: Mapping[str, Any], data: DataFacts) -> None:
+def check_parts(recipe: Recipe, engine_config: Mapping[str, Any], data: DataFacts) -> None:
     """What recipe, engine file and shards must agree on before anything is built.
 
     Raises:
@@ -674,7 +674,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("recipe", nargs="+", help="a YAML file, and section.key=value to override settings")
     parser.add_argument("--ds", required=True, type=Path, help="engine file: ds_configs/*.json")
-    parser.add_argument("--run", required=True, type=Path, help="folder of the run, made or continued")
+    parser.add_argument("--run", type=Path, help="folder of the run, made or continued")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="verify everything, take one step, write nothing, and say what would be",
+    )
+    parser.add_argument("--no-step", action="store_true", help="with --check: without the step")
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        metavar="N",
+        help="with --check and no launcher: ranks that the run will have (1)",
+    )
+    parser.add_argument("--per-node", type=int, metavar="N", help="with --check: ranks of a node (8)")
+    parser.add_argument(
+        "--card-gib", type=float, metavar="GIB", help="with --check: GPU memory, if not this one's"
+    )
     parser.add_argument(
         "--hung-after",
         type=float,
@@ -696,10 +712,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     paths, overrides = split_arguments(options.recipe)
     if len(paths) != 1:
         parser.error(f"expected one recipe, received {len(paths)}: {' '.join(paths)}")
+    if options.run is None and not options.check:
+        parser.error("the following arguments are required: --run")
     is_main = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(
         level=logging.INFO if is_main else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
     )
+    if options.check:
+        # It assembles a run as this module does, and so imports it.
+        from tim_ds.trainer.preflight import check
+
+        return check(
+            paths[0],
+            overrides,
+            options.ds,
+            options.run,
+            ranks=options.ranks,
+            per_node=options.per_node,
+            card_gib=options.card_gib,
+            with_step=not options.no_step,
+        )
     with StopSignals().installed() as signals:
         return _main(options, paths[0], overrides, signals, is_main)
 

@@ -3,10 +3,10 @@
     python -m tim_ds.trainer.scaling RECIPE --ds FILE --gpus 8,16,64,512 --mfu 0.4 --peak-tflops 989 \\
         --intra-gbs 400 --inter-gbs 200 --overlap 0.7 [--packs-per-gpu 4] [section.key=value ...]
 
-Operations of a step are those of `flops.py`. Bytes of a step follow from what DeepSpeed gathers and reduces at
-the stage of the engine file. How fast a GPU computes (its peak and the share of it that a step reaches alone),
-how fast GPUs of a node and nodes talk, and how much of that passes behind the computation are inputs: none is
-assumed here, and none of the results is more true than they are.
+Operations of a step are those of `flops.py`. Bytes of a step follow from what DeepSpeed gathers and reduces
+at the stage of the engine file. How fast a GPU computes (its peak and the share that a step reaches alone),
+how fast GPUs of a node and nodes talk, and how much of that passes behind the computation are inputs: none
+is assumed here, and none of the results is more true than they are.
 """
 
 from __future__ import annotations
@@ -284,9 +284,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(
         f"A model, nothing is measured. {recipe.name}, ZeRO stage {zero_stage(engine)}; "
         f"the global batch {batch}.\n"
-        f"Given: {options.peak_tflops:g} TFLOP/s a GPU at {options.mfu:.0%}; {options.intra_gbs:g} GB/s a GPU "
-        f"in a node of {options.per_node}, {options.inter_gbs:g} GB/s a node; overlap {options.overlap:.0%}; "
-        f"{options.message_us:g} us a message.\n"
+        f"Given: {options.peak_tflops:g} TFLOP/s a GPU at {options.mfu:.0%}; {options.intra_gbs:g} GB/s a "
+        f"GPU in a node of {options.per_node}, {options.inter_gbs:g} GB/s a node; "
+        f"overlap {options.overlap:.0%}; {options.message_us:g} us a message.\n"
         f"Packs of {len(pack.image_lengths)} images of {pack.image_lengths[0]} tokens.\n"
     )
     print(table(rows))
