@@ -74,6 +74,8 @@ def _torchrun(recipe: Path, run: Path, *more: str) -> list[str]:
         "torch.distributed.run",
         "--nproc_per_node=2",
         *more,
+        # Without it torchrun takes --run for the beginning of an option of its own.
+        "--",
         TRAIN,
         str(recipe),
         "--ds",
@@ -83,7 +85,7 @@ def _torchrun(recipe: Path, run: Path, *more: str) -> list[str]:
     ]
 
 
-def test_torchrun_trains_passes_a_signal_on_and_continues(tmp_path: Path, shards: Path) -> None:
+def test_torchrun_trains_on_two_ranks_and_passes_a_signal_on(tmp_path: Path, shards: Path) -> None:
     recipe, run = write_recipe(tmp_path, shards), tmp_path / "run"
     command = [*_torchrun(recipe, run, f"--master_port={free_port()}"), "train.steps=10000"]
     process = subprocess.Popen(command, env=clean_environment(), stderr=subprocess.PIPE, text=True)
@@ -96,10 +98,7 @@ def test_torchrun_trains_passes_a_signal_on_and_continues(tmp_path: Path, shards
     step = find_checkpoints(run / "checkpoints")[0].step
     assert 0 < step < 10000, said[-3000:]
     assert "SIGTERM: the run stops after this step or the next, and saves" in said
-    again = [*_torchrun(recipe, run, f"--master_port={free_port()}"), f"train.steps={step + 1}"]
-    done = subprocess.run(again, env=clean_environment(), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and f"finished at step {step + 1}" in done.stdout, done.stderr[-3000:]
-    assert [line["step"] for line in read_metrics(run)] == list(range(1, step + 2))
+    assert [line["step"] for line in read_metrics(run)] == list(range(1, step + 1))
 
 
 @pytest.mark.slow

@@ -36,6 +36,7 @@ def test_a_missing_rank_is_named_and_ends_the_job_in_time(tmp_path: Path, shards
         assert "time.sleep(1000)" in (out / "output_1.txt").read_text(), "the stack of the rank itself"
 
 
+@pytest.mark.slow
 def test_when_rank_0_dies_the_others_say_so(tmp_path: Path, shards: Path) -> None:
     """It keeps the store that the ranks write to."""
     out, port = tmp_path / "out", free_port()
