@@ -257,9 +257,9 @@ def qkv_norm_rope_tangent(
     plan: TangentPlan,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tangents of q, k and v of `qkv_norm_rope`: [T', N, H] each."""
-    weights = (None if norm is None else norm[0] for norm in (q_norm, k_norm))
+    q_weight, k_weight = (None if norm is None else norm[0] for norm in (q_norm, k_norm))
     return tim_kernels.qkv_norm_rope_jvp(
-        qkv_TE, d_qkv_TE, num_heads, *weights, table, plan,
+        qkv_TE, d_qkv_TE, num_heads, q_weight, k_weight, table, plan,
         shift_SE=shift_SE, d_shift_SE=d_shift_SE, eps=QK_NORM_EPS,
     )  # fmt: skip
 
