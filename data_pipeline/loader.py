@@ -34,6 +34,7 @@ from data_pipeline.packing import Plan, StepPlan
 from data_pipeline.reader import ShardReader, StoredSample
 from data_pipeline.schema import MANIFEST_NAME, NULL_NAME, check_states
 from data_pipeline.storage import open_storage
+from data_pipeline.workers import outlive_signals
 
 logger = logging.getLogger(__name__)
 
@@ -174,6 +175,7 @@ class StepLoader(Generic[T]):
                 batch_size=None,
                 sampler=items,
                 num_workers=self._workers,
+                worker_init_fn=outlive_signals if self._workers else None,
                 generator=torch.Generator(),
                 prefetch_factor=PREFETCH if self._workers else None,
                 pin_memory=torch.cuda.is_available(),

@@ -16,14 +16,7 @@ from tim_kernels.qk_norm_rope import (
     qkv_norm_rope_jvp,
 )
 from tim_kernels.swiglu import swiglu, swiglu_jvp, swiglu_packed, swiglu_packed_jvp
-from tim_kernels.tangent import (
-    dense_attention_tangent,
-    gated_residual_tangent,
-    head_norm_tangent,
-    modulated_layer_norm_tangent,
-    silu_tangent,
-    swiglu_tangent,
-)
+from tim_kernels.tangent import silu_tangent
 from tim_kernels.tangent_plan import TangentPlan
 from tim_kernels.transition_loss import TargetCoefficients, transition_loss
 from tim_kernels.varlen_attention import (
@@ -43,15 +36,11 @@ __all__ = [
     "RotaryTable",
     "TangentPlan",
     "TargetCoefficients",
-    "dense_attention_tangent",
     "gated_residual",
     "gated_residual_jvp",
-    "gated_residual_tangent",
-    "head_norm_tangent",
     "kv_norm_rope",
     "modulated_layer_norm",
     "modulated_layer_norm_jvp",
-    "modulated_layer_norm_tangent",
     "path_taken",
     "prove_attention_backends",
     "qk_norm_rope",
@@ -63,7 +52,6 @@ __all__ = [
     "swiglu_jvp",
     "swiglu_packed",
     "swiglu_packed_jvp",
-    "swiglu_tangent",
     "transition_loss",
     "use_attention_backend",
     "use_path",

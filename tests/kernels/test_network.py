@@ -14,12 +14,18 @@ from tim_ds.objective.config import ObjectiveConfig, WeightConfig
 from tim_ds.objective.loss import LossTerms, transition_loss
 from tim_ds.objective.time_sampling import Times
 from tim_ds.objective.transport import OTFM
+from tim_ds.packed import Direction
 
 SEAM_OPS = ("modulated_layer_norm", "gated_residual", "qk_norm_rope", "swiglu")
+TANGENT_OPS = (*(f"{op}_jvp" for op in SEAM_OPS), "varlen_attention_jvp")
 
 
 def _taken() -> dict[str, str | None]:
     return {op: tim_kernels.path_taken(op) for op in (*SEAM_OPS, "varlen_attention")}
+
+
+def _tangents_taken() -> dict[str, str | None]:
+    return {op: tim_kernels.path_taken(op) for op in TANGENT_OPS}
 
 
 def _expected(path: str) -> dict[str, str]:
@@ -62,6 +68,43 @@ def test_on_the_cpu_the_definitions_run_unless_the_kernels_are_asked_for():
     with torch.no_grad():
         random_network(config, dtype=torch.float32)(*random_pack(config, dtype=torch.float32))
     assert _taken() == _expected("torch")
+
+
+@pytest.mark.parametrize(
+    ("config", "indices"),
+    [
+        (text_config(depth=1, encoder_depth=1), (2, 0)),
+        (class_config(depth=1, encoder_depth=1, qk_norm=False), (1, 2)),
+    ],
+    ids=["text", "class"],
+)
+def test_the_derivative_that_a_forward_carries_takes_the_path_of_the_forward(config, indices, device):
+    """And is the same on the kernels and on their definitions."""
+    network = random_network(config, dtype=torch.float32).to(device)
+    grids, text_lengths = ((2, 2), (1, 1), (1, 3)), (3, 0, 2)
+    x, t, r, segments, condition = random_pack(config, grids, text_lengths, dtype=torch.float32)
+    tokens = sum(segments.lengths[i] for i in indices)
+    dx = torch.randn(tokens, x.shape[1], generator=torch.Generator().manual_seed(2))
+    direction = Direction(indices, dx.to(device), torch.full((len(indices),), 0.7, device=device))
+    pack = [part.to(device) for part in (x, t, r, segments, condition)]
+
+    def run(path: str) -> torch.Tensor:
+        with tim_kernels.use_path(path), torch.no_grad():  # type: ignore[arg-type]  # one of the paths
+            dF_TC = network(*pack, direction=direction).dF_TC
+        assert _tangents_taken() == dict.fromkeys(TANGENT_OPS, path)
+        return dF_TC
+
+    received, expected = run("triton"), run("torch")
+    # float32, sums in another order
+    assert (received - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_on_the_cpu_a_derivative_is_carried_by_the_definitions():
+    config = class_config(depth=1, encoder_depth=1)
+    x, *rest = random_pack(config, dtype=torch.float32)
+    with torch.no_grad():
+        random_network(config, dtype=torch.float32)(x, *rest, direction=Direction((1,), x[:1], torch.ones(1)))
+    assert _tangents_taken() == dict.fromkeys(TANGENT_OPS, "torch")
 
 
 @pytest.mark.parametrize("path", ["triton", "torch"])

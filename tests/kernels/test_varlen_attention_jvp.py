@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import tim_kernels.tangent
 from tests.kernels.compare import far_apart, normal
 from tim_kernels import (
     AttentionPlan,
@@ -144,7 +145,9 @@ def test_columns_of_a_head():
 
 
 @pytest.mark.parametrize("keys_move", [True, False])
-def test_the_twin_is_forward_mode_of_the_op(keys_move):
+@pytest.mark.parametrize("logits_at_once", [2**24, 1], ids=["whole", "query by query"])
+def test_the_twin_is_forward_mode_of_the_op(monkeypatch, logits_at_once, keys_move):
+    monkeypatch.setattr(tim_kernels.tangent, "LOGITS_AT_ONCE", logits_at_once)
     pack = ((3, 1, 4, 2), (5, 0, 2, 1), (2, 1, 0), None)
     inputs, plan, moving = _wide(_inputs(pack, keys_move=keys_move)), _plan(pack), (2, 1, 0)
     values = tuple(x for x in (inputs["q"], inputs["k"], inputs["v"]) if x is not None)

@@ -1,4 +1,4 @@
-"""The derivative that a forward carries: each rule and the whole network against forward mode, in float64.
+"""The derivative that a forward carries, against forward mode in float64.
 
 And what it must leave alone: the value, its gradients, and what autograd keeps.
 """
@@ -12,17 +12,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.func import jvp
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import tim_kernels.tangent
 from tests.model.networks import class_config, derivative_along, random_network, random_pack, text_config
 from tim_ds.errors import ShapeError
 from tim_ds.model import ops
 from tim_ds.objective.derivative import central_difference
 from tim_ds.objective.time_sampling import Times
 from tim_ds.objective.transport import OTFM
-from tim_ds.packed import Direction, Segments, TextCondition
+from tim_ds.packed import Direction, TextCondition
 
 CONFIGS = {
     "text-plain": text_config(qk_norm=False, distance_aware=False, separate_interval_embedder=False),
@@ -33,103 +30,10 @@ CONFIGS = {
         for kind in ("t-r", "r", "t,r", "t,t-r", "r,t-r", "t,r,t-r")
     },
 }
-SEGMENTS = Segments.from_lengths((3, 1, 2))
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def check_rule(op: Callable[..., Tensor], tangent: Callable[..., Tensor], *shapes: tuple[int, ...]) -> None:
-    """`tangent(*values, *tangents)` is forward mode of `op(*values)`."""
-    values = [normal(*shape, seed=i) for i, shape in enumerate(shapes)]
-    moves = [normal(*shape, seed=50 + i) for i, shape in enumerate(shapes)]
-    with sdpa_kernel(SDPBackend.MATH):
-        expected = jvp(op, tuple(values), tuple(moves))[1]
-    received = tangent(*values, *moves)
-    # float64, sums of at most 12 terms
-    torch.testing.assert_close(received, expected, rtol=1e-12, atol=1e-13)
-    assert not received.requires_grad
-
-
-def test_rule_of_the_gated_residual() -> None:
-    chunks, ids = ops.plan_chunks(SEGMENTS), SEGMENTS.segment_ids
-    check_rule(
-        lambda x, b, g: ops.gated_residual(x, b, g, chunks),
-        lambda x, b, g, dx, db, dg: ops.gated_residual_tangent(dx, b, db, g, dg, ids),
-        (6, 10), (6, 10), (3, 10),
-    )  # fmt: skip
-
-
-def test_rule_of_the_modulated_norm() -> None:
-    chunks, ids = ops.plan_chunks(SEGMENTS), SEGMENTS.segment_ids
-    check_rule(
-        lambda x, shift, scale: ops.residual_modulated_norm(x, None, None, shift, scale, chunks)[1],
-        lambda x, shift, scale, dx, d_shift, d_scale: ops.residual_modulated_norm_tangent(
-            x, dx, scale, d_shift, d_scale, ids, x.dtype
-        ),
-        (6, 10), (3, 10), (3, 10),
-    )  # fmt: skip
-
-
-def test_rule_of_swiglu() -> None:
-    check_rule(ops.swiglu, ops.swiglu_tangent, (6, 10), (6, 10))
-
-
-def normed(head_dim: int, seed: int) -> tuple[Tensor, Tensor]:
-    return normal(head_dim, seed=seed), normal(head_dim, seed=seed + 1)
-
-
-@pytest.mark.parametrize("has_norm", [True, False])
-def test_rule_of_the_head_norm_and_rotation(has_norm: bool) -> None:
-    norm = normed(8, 8) if has_norm else None
-    table = ops.rotary_table(Segments.from_grids([(2, 3)]), 8, "row_major", torch.float64)
-    check_rule(
-        lambda x: ops.q_norm_rope(x, norm, table),
-        lambda x, dx: ops.q_norm_rope_tangent(x, dx, norm, table),
-        (6, 2, 8),
-    )
-
-
-@pytest.mark.parametrize("has_shift", [True, False])
-@pytest.mark.parametrize("has_norm", [True, False])
-def test_rule_of_the_packed_projection(has_norm: bool, has_shift: bool) -> None:
-    segments = Segments.from_grids([(1, 3), (1, 1), (2, 1)])
-    chunks, ids = ops.plan_chunks(segments), segments.segment_ids
-    table = ops.rotary_table(segments, 8, "row_major", torch.float64)
-    norms = (normed(8, 30), normed(8, 32)) if has_norm else (None, None)
-
-    def value(x: Tensor, shift: Tensor | None = None) -> Tensor:
-        return torch.stack(ops.qkv_norm_rope(x, 2, *norms, table, shift, chunks))
-
-    def tangent(x: Tensor, shift: Tensor | None, dx: Tensor, d_shift: Tensor | None) -> Tensor:
-        return torch.stack(ops.qkv_norm_rope_tangent(x, dx, 2, *norms, table, shift, d_shift, ids))
-
-    if has_shift:
-        check_rule(value, tangent, (6, 48), (3, 48))
-    else:
-        check_rule(value, lambda x, dx: tangent(x, None, dx, None), (6, 48))
-
-
-@pytest.mark.parametrize("keys_move", [True, False])
-@pytest.mark.parametrize("logits_at_once", [2**24, 1], ids=["whole", "query by query"])
-def test_rule_of_attention(monkeypatch: pytest.MonkeyPatch, logits_at_once: int, keys_move: bool) -> None:
-    """Several lengths, so that keys are padded and masked, and one segment without keys."""
-    monkeypatch.setattr(tim_kernels.tangent, "LOGITS_AT_ONCE", logits_at_once)
-    plan = ops.plan_attention(Segments.from_lengths((4, 1, 4, 2, 4)), Segments.from_lengths((3, 2, 5, 0, 1)))
-    k, v = normal(11, 2, 8, seed=5), normal(11, 2, 8, seed=6)
-    if keys_move:
-        check_rule(
-            lambda q, k, v: ops.attention(q, k, v, plan),
-            lambda q, k, v, dq, dk, dv: ops.attention_tangent(q, k, v, dq, dk, dv, plan),
-            (15, 2, 8), (11, 2, 8), (11, 2, 8),
-        )  # fmt: skip
-    else:
-        check_rule(
-            lambda q: ops.attention(q, k, v, plan),
-            lambda q, dq: ops.attention_tangent(q, k, v, dq, None, None, plan),
-            (15, 2, 8),
-        )
 
 
 def direction_of(pack: tuple[Any, ...], indices: tuple[int, ...]) -> Direction:

@@ -82,37 +82,15 @@ class SelfAttention(_Heads):
             shift = self.qkv_d(context.interval_SD, side)
         norms = self.affine(self.q_norm), self.affine(self.k_norm)
         q, k, v = ops.qkv_norm_rope(qkv, self.num_heads, *norms, context.table, shift, context.chunks)
-        if stream is not None:
-            d_shift = None if side is None else side.value
-            self._carry(stream, qkv, shift, d_shift, q, k, v)
-        return self.proj(ops.attention(q, k, v, context.self_plan).flatten(-2), stream)
-
-    def _carry(
-        self,
-        stream: TangentStream,
-        qkv: Tensor,
-        shift: Tensor | None,
-        d_shift: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-    ) -> None:
-        """The stream's value, tangent of the packed q, k and v, becomes that of the attention's output."""
-        rows = stream.rows
-        d_q, d_k, d_v = ops.qkv_norm_rope_tangent(
-            rows.of(qkv),
-            stream.value,
-            self.num_heads,
-            self.affine(self.q_norm),
-            self.affine(self.k_norm),
-            stream.table,
-            None if shift is None else stream.segment_rows.of(shift),
-            d_shift,
-            stream.segments.segment_ids,
+        if stream is None:
+            return self.proj(ops.attention(q, k, v, context.self_plan).flatten(-2))
+        d_shift = None if side is None else side.value
+        moved = ops.qkv_norm_rope_tangent(
+            qkv, stream.value, self.num_heads, *norms, context.table, shift, d_shift, stream.plan
         )
-        stream.value = ops.attention_tangent(
-            rows.of(q), rows.of(k), rows.of(v), d_q, d_k, d_v, stream.self_plan
-        ).flatten(-2)
+        out, sums = ops.attention_with_sums(q, k, v, context.self_plan)
+        stream.value = ops.attention_tangent(q, k, v, *moved, out, sums, stream.self_plan).flatten(-2)
+        return self.proj(out.flatten(-2), stream)
 
 
 class CrossAttention(_Heads):
@@ -131,19 +109,17 @@ class CrossAttention(_Heads):
         q = ops.q_norm_rope(raw_q, self.affine(self.q_norm), context.table)
         k, v = ops.kv_norm(self.kv(text_LD), self.num_heads, self.affine(self.k_norm))
         assert context.cross_plan is not None, "a text network always plans its cross-attention"
-        if stream is not None:
-            self._carry(stream, raw_q, q, k, v)
-        return self.proj(ops.attention(q, k, v, context.cross_plan).flatten(-2), stream)
-
-    def _carry(self, stream: TangentStream, raw_q: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """The stream's value, tangent of q before its norm, becomes that of the attention's output."""
-        assert stream.text_rows is not None and stream.cross_plan is not None, "a text network plans both"
-        d_q = self.split(stream.value)
-        d_q = ops.q_norm_rope_tangent(stream.rows.of(raw_q), d_q, self.affine(self.q_norm), stream.table)
-        k, v = stream.text_rows.of(k), stream.text_rows.of(v)
-        stream.value = ops.attention_tangent(
-            stream.rows.of(q), k, v, d_q, None, None, stream.cross_plan
-        ).flatten(-2)
+        if stream is None:
+            return self.proj(ops.attention(q, k, v, context.cross_plan).flatten(-2))
+        assert stream.cross_plan is not None, "a text network plans it for both"
+        d_q = ops.q_norm_rope_tangent(
+            raw_q, self.split(stream.value), self.affine(self.q_norm), context.table, stream.plan
+        )
+        out, sums = ops.attention_with_sums(q, k, v, context.cross_plan)
+        stream.value = ops.attention_tangent(q, k, v, d_q, None, None, out, sums, stream.cross_plan).flatten(
+            -2
+        )
+        return self.proj(out.flatten(-2), stream)
 
 
 class TransitionBlock(nn.Module):
@@ -204,9 +180,8 @@ class _Modulation:
         x, h = ops.residual_modulated_norm(x_TD, branch_TD, gate, m[at], m[at + 1], context.chunks, h_dtype)
         stream = context.active_stream
         if stream is not None and d_m is not None:
-            if branch_TD is not None and gate is not None:
-                stream.add_branch(branch_TD, gate, d_m[at - 1])
-            stream.norm(x, m[at + 1], d_m[at], d_m[at + 1], h.dtype)
+            d_gate = None if gate is None else d_m[at - 1]
+            stream.norm(x, branch_TD, gate, d_gate, m[at + 1], d_m[at], d_m[at + 1], h.dtype)
         return x, h
 
     def again(

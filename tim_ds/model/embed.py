@@ -65,7 +65,7 @@ class SwiGLU(nn.Module):
         other = None if side is None else side.fork()
         gate, up = self.fc1_g(v, side), self.fc1_x(v, other)
         if side is not None and other is not None:
-            side.value = ops.swiglu_tangent(side.rows.of(gate), side.rows.of(up), side.value, other.value)
+            side.value = ops.swiglu_tangent(gate, up, side.value, other.value, side.plan)
         product = ops.swiglu(gate, up)
         if isinstance(self.fc2, Linear):
             return self.fc2(product, side, ops.swiglu_again(gate, up))
@@ -138,11 +138,11 @@ class TimeEmbedder(nn.Module):
         """`side` enters with the tangent of t."""
         features = time_features(t_S)
         if side is not None:
-            side.value = time_features_tangent(side.rows.of(t_S), side.value)
+            side.value = time_features_tangent(side.plan.rows_of(t_S), side.value)
         inward, activation, outward = self.mlp
         hidden = inward(features, side)
         if side is not None:
-            side.value = ops.silu_tangent(side.rows.of(hidden), side.value)
+            side.value = ops.silu_tangent(hidden, side.value, side.plan)
         return outward(activation(hidden), side)
 
 

@@ -4,7 +4,10 @@ The operations of `tim_kernels` choose between their Triton kernel and their pla
 choice can be forced (`tim_kernels.use_path`, TIM_KERNELS) and is logged once. The definitions work in any
 floating dtype, under autocast, with forward-mode derivatives; nothing here asks the device for a length.
 
-T image tokens, L text tokens, S segments, D model width, N heads, H head width, E = 2 D or 3 D.
+The tangent of an operation reads the values whole, as the forward left them, and holds the rows that move.
+
+T image tokens, L text tokens, S segments, D model width, N heads, H head width, E = 2 D or 3 D. T' and S' are
+the tokens and segments that move.
 """
 
 from __future__ import annotations
@@ -23,7 +26,14 @@ import tim_kernels
 from tim_ds.errors import ConfigError
 from tim_ds.model.rope import token_positions
 from tim_ds.packed import Segments
-from tim_kernels import AttentionPlan, ChunkPlan, RotaryTable, TargetCoefficients
+from tim_kernels import (
+    AttentionPlan,
+    AttentionTangentPlan,
+    ChunkPlan,
+    RotaryTable,
+    TangentPlan,
+    TargetCoefficients,
+)
 
 LAYER_NORM_EPS = 1e-6
 """Of the norms without affine parameters; the authors' value."""
@@ -149,20 +159,36 @@ def gated_residual(x_TD: Tensor, branch_TD: Tensor, gate_SD: Tensor, chunks: Chu
     return tim_kernels.gated_residual(x_TD, branch_TD, gate_SD, chunks)
 
 
+def plan_tangent(segments: Segments, moving: Sequence[int]) -> TangentPlan:
+    """Where the tokens of the segments `moving` lie in a pack. Built once a forward, on the host."""
+    return TangentPlan.from_lengths(segments.lengths, moving, device=segments.cu_seqlens.device)
+
+
+def plan_segment_tangent(segments: Segments, moving: Sequence[int]) -> TangentPlan:
+    """The same for tensors with a row a segment."""
+    lengths = [1] * segments.num_segments
+    return TangentPlan.from_lengths(lengths, moving, device=segments.cu_seqlens.device)
+
+
 def residual_modulated_norm_tangent(
     x_TD: Tensor,
     d_x_TD: Tensor,
+    branch_TD: Tensor | None,
+    d_branch_TD: Tensor | None,
+    gate_SD: Tensor | None,
+    d_gate_SD: Tensor | None,
     scale_SD: Tensor,
     d_shift_SD: Tensor,
     d_scale_SD: Tensor,
-    segment_ids: Tensor,
+    plan: TangentPlan,
     h_dtype: torch.dtype,
-) -> Tensor:
-    """Tangent of h in `residual_modulated_norm`. x_TD is x', the residual stream with the branch added, and
-    d_x_TD its tangent (`gated_residual_tangent`)."""
-    return tim_kernels.modulated_layer_norm_tangent(
-        x_TD, d_x_TD, scale_SD, d_shift_SD, d_scale_SD, segment_ids, eps=LAYER_NORM_EPS, h_dtype=h_dtype
-    )
+) -> tuple[Tensor, Tensor]:
+    """Tangents of (x', h) of `residual_modulated_norm`. x_TD is the x' that it returned, d_x_TD the tangent
+    of the x that it was given."""
+    return tim_kernels.modulated_layer_norm_jvp(
+        x_TD, d_x_TD, branch_TD, d_branch_TD, gate_SD, d_gate_SD, scale_SD, d_shift_SD, d_scale_SD, plan,
+        eps=LAYER_NORM_EPS, h_dtype=h_dtype,
+    )  # fmt: skip
 
 
 def gated_residual_tangent(
@@ -171,10 +197,10 @@ def gated_residual_tangent(
     d_branch_TD: Tensor,
     gate_SD: Tensor,
     d_gate_SD: Tensor,
-    segment_ids: Tensor,
+    plan: TangentPlan,
 ) -> Tensor:
-    """Tangent of x + gate[s] * branch."""
-    return tim_kernels.gated_residual_tangent(d_x_TD, branch_TD, d_branch_TD, gate_SD, d_gate_SD, segment_ids)
+    """Tangent of `gated_residual`."""
+    return tim_kernels.gated_residual_jvp(d_x_TD, branch_TD, d_branch_TD, gate_SD, d_gate_SD, plan)
 
 
 def rotary_table(
@@ -219,7 +245,6 @@ def kv_norm(kv_LE: Tensor, num_heads: int, norm: Affine | None) -> tuple[Tensor,
     return tim_kernels.kv_norm_rope(kv_LE, num_heads, norm, eps=QK_NORM_EPS)
 
 
-@torch.no_grad()
 def qkv_norm_rope_tangent(
     qkv_TE: Tensor,
     d_qkv_TE: Tensor,
@@ -229,26 +254,22 @@ def qkv_norm_rope_tangent(
     table: RotaryTable,
     shift_SE: Tensor | None,
     d_shift_SE: Tensor | None,
-    segment_ids: Tensor,
+    plan: TangentPlan,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Tangents of the results of `qkv_norm_rope`, in the dtype of qkv; the table is that of these tokens."""
-    x, d_x = at_least_float32(qkv_TE), at_least_float32(d_qkv_TE)
-    if shift_SE is not None and d_shift_SE is not None:
-        x, d_x = (y + s.index_select(0, segment_ids) for y, s in ((x, shift_SE), (d_x, d_shift_SE)))
-    q, k, _ = (y.unflatten(-1, (num_heads, -1)) for y in x.chunk(3, dim=-1))
-    d_q, d_k, d_v = (y.unflatten(-1, (num_heads, -1)) for y in d_x.chunk(3, dim=-1))
-    d_q, d_k = q_norm_rope_tangent(q, d_q, q_norm, table), q_norm_rope_tangent(k, d_k, k_norm, table)
-    return d_q.to(qkv_TE.dtype), d_k.to(qkv_TE.dtype), d_v.to(qkv_TE.dtype)
+    """Tangents of q, k and v of `qkv_norm_rope`: [T', N, H] each."""
+    q_weight, k_weight = (None if norm is None else norm[0] for norm in (q_norm, k_norm))
+    return tim_kernels.qkv_norm_rope_jvp(
+        qkv_TE, d_qkv_TE, num_heads, q_weight, k_weight, table, plan,
+        shift_SE=shift_SE, d_shift_SE=d_shift_SE, eps=QK_NORM_EPS,
+    )  # fmt: skip
 
 
-@torch.no_grad()
-def q_norm_rope_tangent(q_TNH: Tensor, d_q_TNH: Tensor, norm: Affine | None, table: RotaryTable) -> Tensor:
-    """Tangent of `q_norm_rope` at q, in the dtype of q; the table is that of these tokens."""
-    d_q = at_least_float32(d_q_TNH)
-    if norm is not None:
-        d_q = tim_kernels.head_norm_tangent(q_TNH, d_q, norm[0], eps=QK_NORM_EPS)
-    # The rotation is linear: its tangent is itself.
-    return tim_kernels.qk_norm_rope(d_q, None, None, table).to(q_TNH.dtype)
+def q_norm_rope_tangent(
+    q_TNH: Tensor, d_q_TNH: Tensor, norm: Affine | None, table: RotaryTable, plan: TangentPlan
+) -> Tensor:
+    """Tangent of `q_norm_rope` at q, the queries before their norm."""
+    weight = None if norm is None else norm[0]
+    return tim_kernels.qk_norm_rope_jvp(q_TNH, d_q_TNH, weight, table, plan, eps=QK_NORM_EPS)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -261,14 +282,15 @@ def swiglu_again(gate: Tensor, up: Tensor) -> Again | None:
     return _again("swiglu", swiglu, (gate, up))
 
 
-def swiglu_tangent(gate: Tensor, up: Tensor, d_gate: Tensor, d_up: Tensor) -> Tensor:
-    """Tangent of `swiglu` at these rows."""
-    return tim_kernels.swiglu_tangent(gate, up, d_gate, d_up)
+def swiglu_tangent(gate: Tensor, up: Tensor, d_gate: Tensor, d_up: Tensor, plan: TangentPlan) -> Tensor:
+    """Tangent of `swiglu`."""
+    return tim_kernels.swiglu_jvp(gate, up, d_gate, d_up, plan)
 
 
-def silu_tangent(x: Tensor, d_x: Tensor) -> Tensor:
+@torch.no_grad()
+def silu_tangent(x: Tensor, d_x: Tensor, plan: TangentPlan) -> Tensor:
     """Tangent of SiLU at x."""
-    return tim_kernels.silu_tangent(x, d_x)
+    return tim_kernels.silu_tangent(plan.rows_of(x), d_x)
 
 
 def plan_attention(queries: Segments, keys: Segments) -> AttentionPlan:
@@ -297,7 +319,27 @@ def attention(q_TNH: Tensor, k_LNH: Tensor, v_LNH: Tensor, plan: AttentionPlan) 
     return tim_kernels.varlen_attention(q_TNH, k_LNH, v_LNH, plan)
 
 
-@torch.no_grad()
+def attention_with_sums(
+    q_TNH: Tensor, k_LNH: Tensor, v_LNH: Tensor, plan: AttentionPlan
+) -> tuple[Tensor, Tensor | None]:
+    """`attention`, and for its tangent the logsumexp of every query [T, N] where the kernel has it at hand.
+
+    No kernel of a CPU has: there it would be computed for its own sake.
+    """
+    if q_TNH.device.type == "cpu":
+        return attention(q_TNH, k_LNH, v_LNH, plan), None
+    return tim_kernels.varlen_attention_with_lse(q_TNH, k_LNH, v_LNH, plan)
+
+
+def plan_attention_tangent(
+    queries: Segments, keys: Segments, moving: Sequence[int], read: Sequence[int]
+) -> AttentionTangentPlan:
+    """Query segment moving[i] sees key segment read[i]. Built once a forward, on the host."""
+    return AttentionTangentPlan.from_lengths(
+        queries.lengths, keys.lengths, moving, read, device=queries.cu_seqlens.device
+    )
+
+
 def attention_tangent(
     q_TNH: Tensor,
     k_LNH: Tensor,
@@ -305,55 +347,14 @@ def attention_tangent(
     d_q_TNH: Tensor,
     d_k_LNH: Tensor | None,
     d_v_LNH: Tensor | None,
-    plan: AttentionPlan,
+    out_TNH: Tensor,
+    lse_TN: Tensor | None,
+    plan: AttentionTangentPlan,
 ) -> Tensor:
-    """Tangent of `attention` at these queries, keys and values; keys and values may stand still."""
-    if plan.filled is None:
-        return _filled_attention_tangent(q_TNH, k_LNH, v_LNH, d_q_TNH, d_k_LNH, d_v_LNH, plan)
-    index_q, index_k = plan.filled.index_q, plan.filled.index_k
-    q, d_q = (_in_order(x, index_q) for x in (q_TNH, d_q_TNH))
-    k, v = (_in_order(x, index_k) for x in (k_LNH, v_LNH))
-    d_k, d_v = (None if x is None else _in_order(x, index_k) for x in (d_k_LNH, d_v_LNH))
-    out = _filled_attention_tangent(q, k, v, d_q, d_k, d_v, plan.filled.plan)
-    # Without keys the result is zero wherever the query goes.
-    return out if index_q is None else torch.zeros_like(q_TNH).index_copy(0, index_q, out)
-
-
-def _filled_attention_tangent(
-    q_TNH: Tensor,
-    k_LNH: Tensor,
-    v_LNH: Tensor,
-    d_q_TNH: Tensor,
-    d_k_LNH: Tensor | None,
-    d_v_LNH: Tensor | None,
-    plan: AttentionPlan,
-) -> Tensor:
-    """Every segment has queries and keys."""
-    batches = plan.padded_groups
-    ordered_q = [_in_order(x, batches.index_q) for x in (q_TNH, d_q_TNH)]
-    ordered_k = [
-        None if x is None else _in_order(x, batches.index_k) for x in (k_LNH, v_LNH, d_k_LNH, d_v_LNH)
-    ]
-    outputs = [q_TNH[:0]]
-    at_q = at_k = 0
-    for g in batches.groups:
-        size_q, size_k = g.num * g.length_q, g.num * g.max_k
-        q, d_q = (_batch(x[at_q : at_q + size_q], g.num) for x in ordered_q)
-        k, v, d_k, d_v = (None if x is None else _batch(x[at_k : at_k + size_k], g.num) for x in ordered_k)
-        assert k is not None and v is not None, "only their tangents may be absent"
-        out = tim_kernels.dense_attention_tangent(q, k, v, d_q, d_k, d_v, g.mask)
-        outputs.append(out.transpose(1, 2).flatten(0, 1))
-        at_q, at_k = at_q + size_q, at_k + size_k
-    return _in_order(torch.cat(outputs), batches.inverse_q)
-
-
-def _in_order(x: Tensor, index: Tensor | None) -> Tensor:
-    return x if index is None else x.index_select(0, index)
-
-
-def _batch(x: Tensor, num: int) -> Tensor:
-    """Tokens of `num` equal segments [num * length, N, H] -> [num, N, length, H]."""
-    return x.unflatten(0, (num, -1)).transpose(1, 2)
+    """Tangent of `attention_with_sums`, from what it returned; keys and values may stand still."""
+    return tim_kernels.varlen_attention_jvp(
+        q_TNH, k_LNH, v_LNH, d_q_TNH, d_k_LNH, d_v_LNH, out_TNH, lse_TN, plan
+    )
 
 
 def transition_loss_terms(

@@ -18,7 +18,7 @@ from tim_ds.model.blocks import BlockContext, FinalLayer, TransitionBlock
 from tim_ds.model.config import ModelConfig
 from tim_ds.model.embed import CaptionEmbedder, LabelEmbedder, Linear, PatchEmbedder, TimeEmbedder
 from tim_ds.model.init import initialise
-from tim_ds.model.tangent import Rows, Side, TangentStream
+from tim_ds.model.tangent import Side, TangentStream
 from tim_ds.packed import ClassCondition, Condition, Direction, NetworkOutput, Segments, TextCondition
 
 
@@ -83,8 +83,8 @@ class TiM(nn.Module):
         side_x = side_t = side_interval = None
         if direction is not None:
             self._check_direction(direction, segments)
-            side_x = Side(Rows.of_tokens(segments, direction.indices), direction.dx_TC)
-            side_t = Side(Rows.of_segments(direction.indices, x_TC.device), direction.dt_S)
+            side_x = Side(ops.plan_tangent(segments, direction.indices), direction.dx_TC)
+            side_t = Side(ops.plan_segment_tangent(segments, direction.indices), direction.dt_S)
             side_interval = side_t.fork()
         interval_SD = self._interval(t_S, r_S, side_interval)
         modulation_SD = self.t_embedder(t_S, side_t) + interval_SD
@@ -160,25 +160,20 @@ class TiM(nn.Module):
         interval: Side,
     ) -> TangentStream:
         """What the blocks need to carry the tangents of the images `indices`: those of embedded tokens, times
-        and intervals, and a context for these images alone."""
-        moving = segments.select(indices)
+        and intervals, and where these images and their captions lie in the pack."""
         residual_TD = ops.at_least_float32(x.value)
-        text_rows, cross_plan = None, None
+        cross_plan = None
         if isinstance(condition, TextCondition):
             captions = [i // condition.images_per_caption for i in indices]
-            text_rows = Rows.of_tokens(condition.segments, captions)
-            cross_plan = ops.plan_attention(moving, condition.segments.select(captions))
+            cross_plan = ops.plan_attention_tangent(segments, condition.segments, indices, captions)
         return TangentStream(
-            rows=x.rows,
+            plan=x.plan,
             value=residual_TD,
-            segments=moving,
-            segment_rows=t.rows,
+            segment_plan=t.plan,
             residual_TD=residual_TD,
             modulation_SD=t.value + interval.value,
             interval_SD=interval.value,
-            table=ops.rotary_table(moving, self.config.head_dim, self.config.rope_layout, residual_TD.dtype),
-            self_plan=ops.plan_attention(moving, moving),
-            text_rows=text_rows,
+            self_plan=ops.plan_attention_tangent(segments, segments, indices, indices),
             cross_plan=cross_plan,
         )
 
