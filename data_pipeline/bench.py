@@ -24,7 +24,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data_pipeline import loader as loader_module
 from data_pipeline.batch import Latents
 from data_pipeline.config import AutoencoderConfig, DataConfig
 from data_pipeline.draws import generator
@@ -317,7 +316,7 @@ def read_packs(folder: Path, tokens_per_pack: int) -> Iterator[Tensor]:
         packs_per_step=1,
         autoencoder=AutoencoderConfig(kind="dc_ae", path="synthetic"),
     )
-    loader = build_loader(config, patch_size=1, num_steps=sys.maxsize)
+    loader = build_loader(config, patch_size=1, num_steps=sys.maxsize, cache_bytes=0)
     return (batch.latents.values for step in islice(loader, loader.steps_per_epoch) for batch in step)
 
 
@@ -407,7 +406,6 @@ def reading_lines(
 ) -> Iterator[str]:
     """The table of reading speed, as Markdown."""
     torch.set_num_threads(1)
-    loader_module.CACHE_BYTES = 0
     with tempfile.TemporaryDirectory(prefix="tim_ds_bench_", dir=where) as name:
         folder = Path(name)
         write_latents(folder, count, side=side)

@@ -492,12 +492,12 @@ def check_encoders(config: DataConfig, index: Index) -> None:
         )
 
 
-def _cache_bytes(config: DataConfig, encoders: FrozenEncoders | None) -> int:
+def _is_cached(config: DataConfig, encoders: FrozenEncoders | None) -> bool:
     if encoders is not None and config.text_encoder is not None and config.text_encoder.padding == "constant":
         # The number of padding states is that of a batch: kept, it would depend on what was read before.
-        return 0
+        return False
     # What this process encodes is kept whoever reads it: encoding costs more than reading.
-    return CACHE_BYTES if config.workers == 0 or encoders is not None else 0
+    return config.workers == 0 or encoders is not None
 
 
 def _check_what_is_encoded(config: DataConfig, index: Index) -> None:
@@ -549,6 +549,7 @@ def build_loader(
     num_steps: int,
     finish: Callable[[PackedBatch], T] | None = None,
     device: torch.device | None = None,
+    cache_bytes: int = CACHE_BYTES,
 ) -> StepLoader[T]:
     """Loader of steps `start_step` up to `start_step + num_steps`, for one rank.
 
@@ -563,6 +564,7 @@ def build_loader(
             processes are spawned. Without it the loader yields `PackedBatch`. Where encoders run while
             training, it is applied in this process.
         device: where encoders run, for shards that leave something to encode; the CPU by default.
+        cache_bytes: samples of up to so many bytes in all are kept in memory, where keeping them is of use.
 
     Raises:
         DataError: if shards, index, budget, ranks and patch size do not fit together.
@@ -603,7 +605,7 @@ def build_loader(
         seed=seed,
         caption_dropout=config.caption_dropout,
         null_states=load_null_states(config.shards, index.text_width) if index.has_text else None,
-        cache_bytes=_cache_bytes(config, encoders),
+        cache_bytes=cache_bytes if _is_cached(config, encoders) else 0,
         finish=finish,
         encoders=encoders,
         pixel_channels=latent_shape(config.autoencoder).pixel_channels if encoders is not None else 3,

@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from data_pipeline import loader as loader_module
 from data_pipeline.batch import PackedBatch
 from data_pipeline.config import AutoencoderConfig, TextEncoderConfig
 from data_pipeline.errors import DataError
@@ -124,10 +123,9 @@ def test_finish_is_applied_to_every_batch(text_folder, workers):
     assert list(build_loader(config, patch_size=1, num_steps=3, finish=total)) == plain
 
 
-def test_an_uncached_loader_reads_the_same(text_folder, monkeypatch):
+def test_an_uncached_loader_reads_the_same(text_folder):
     cached = list(build_loader(data_config(text_folder), patch_size=1, num_steps=6))
-    monkeypatch.setattr(loader_module, "CACHE_BYTES", 0)
-    read = list(build_loader(data_config(text_folder), patch_size=1, num_steps=6))
+    read = list(build_loader(data_config(text_folder), patch_size=1, num_steps=6, cache_bytes=0))
     for expected, received in zip(cached, read, strict=True):
         assert all(batches_equal(a, b) for a, b in zip(expected, received, strict=True))
 
