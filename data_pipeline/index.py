@@ -22,7 +22,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -84,6 +84,26 @@ DTYPES: dict[str, Any] = {
 """safetensors' names of the types that an index uses."""
 
 
+class Row(NamedTuple):
+    """What a read of one sample needs, as plain integers; see `COLUMNS`."""
+
+    sample_id: int
+    shard: int
+    offset: int
+    size: int
+    crc32: int
+    latent_start: int
+    latent_size: int
+    text_start: int
+    text_size: int
+    meta_start: int
+    meta_size: int
+    height: int
+    width: int
+    text_length: int
+    label: int
+
+
 @dataclass(frozen=True, eq=False)
 class Index:
     """All samples of a folder of shards, in shard order; a sample's id is its row."""
@@ -143,10 +163,26 @@ class Index:
         """shard:key, as messages name a sample."""
         return f"{self.shards[int(self.columns['shard'][sample_id])]}:{self.key(sample_id)}"
 
-    def grid(self, sample_id: int, patch_size: int) -> tuple[int, int]:
-        """(height, width) of a sample in tokens."""
-        columns = self.columns
-        return int(columns["height"][sample_id]) // patch_size, int(columns["width"][sample_id]) // patch_size
+    def names(self, sample_ids: np.ndarray) -> tuple[str, ...]:
+        """`name` of many samples at once."""
+        ends = self.columns["key_end"]
+        starts = np.where(sample_ids > 0, ends[sample_ids - 1], 0).tolist()
+        shards, keys = self.columns["shard"][sample_ids].tolist(), self.key_bytes.data
+        return tuple(
+            f"{self.shards[shard]}:{str(keys[start:end], 'utf-8')}"
+            for shard, start, end in zip(shards, starts, ends[sample_ids].tolist(), strict=True)
+        )
+
+    def rows(self, sample_ids: Sequence[int]) -> list[Row]:
+        """The rows of samples. One look-up a column: numpy takes a microsecond for each."""
+        ids = np.asarray(sample_ids, dtype=np.int64)
+        columns = [self.columns[name][ids].tolist() for name in Row._fields[1:]]
+        return list(map(Row._make, zip(ids.tolist(), *columns, strict=True)))
+
+    def grids(self, sample_ids: np.ndarray, patch_size: int) -> tuple[tuple[int, int], ...]:
+        """(height, width) of samples in tokens."""
+        sides = (self.columns[name][sample_ids] // patch_size for name in ("height", "width"))
+        return tuple(zip(*(side.tolist() for side in sides), strict=True))
 
     def groups(self, patch_size: int) -> LengthGroups:
         """The samples grouped by size, those of the fewest tokens first. Reads the table of sizes alone.
@@ -352,7 +388,7 @@ def _fetch(remote: Remote) -> Path:
         length = int.from_bytes(remote.read_range(INDEX_NAME, 0, 8), "little")
         if not 0 < length < total:
             raise DataError(f"{where}: not a readable index ({total} bytes, a header of {length})")
-        head = remote.read_range(INDEX_NAME, 0, 8 + length)
+        head = bytes(remote.read_range(INDEX_NAME, 0, 8 + length))
         # The header holds the hash of the content: equal headers, equal content.
         name = blake2b(head, digest_size=16).hexdigest()
         path = cache_folder() / f"{name}.{INDEX_NAME}"

@@ -23,7 +23,7 @@ from safetensors.torch import load
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data_pipeline.batch import PackedBatch
+from data_pipeline.batch import Latents, PackedBatch
 from data_pipeline.config import DataConfig
 from data_pipeline.draws import generator, uniforms
 from data_pipeline.encoders.identity import latent_shape
@@ -31,9 +31,10 @@ from data_pipeline.errors import DataError
 from data_pipeline.index import Index, load_index
 from data_pipeline.online import FrozenEncoders, OnlineReader, RawSample
 from data_pipeline.packing import Plan, StepPlan
-from data_pipeline.reader import ShardReader, StoredSample, image_tokens
+from data_pipeline.reader import ShardReader, StoredSample
 from data_pipeline.schema import MANIFEST_NAME, NULL_NAME, check_states
 from data_pipeline.storage import open_storage
+from data_pipeline.workers import outlive_signals
 
 logger = logging.getLogger(__name__)
 
@@ -174,6 +175,7 @@ class StepLoader(Generic[T]):
                 batch_size=None,
                 sampler=items,
                 num_workers=self._workers,
+                worker_init_fn=outlive_signals if self._workers else None,
                 generator=torch.Generator(),
                 prefetch_factor=PREFETCH if self._workers else None,
                 pin_memory=torch.cuda.is_available(),
@@ -323,16 +325,15 @@ class _Packs(Dataset["_Item"], Generic[T]):
         else:
             stored = self.index.columns["label"][ids].astype(np.int64)
             labels = torch.from_numpy(np.where(dropped, self.index.num_classes, stored))
-        grids = tuple(self.index.grid(i, self._patch_size) for i in sample_ids)
+        grids = self.index.grids(ids, self._patch_size)
         flips = self._draw("flip", epoch, ids)
         return PackedBatch(
-            latents_TC=self._tokens(samples, grids, flips),
-            grids=grids,
+            latents=Latents(_latents(samples, flips), grids, self._patch_size, self.index.channels),
             text_LE=None if texts is None else torch.cat(texts).to(torch.float32),
             text_lengths=None if texts is None else tuple(text.shape[0] for text in texts),
             labels_S=labels,
             sample_ids=sample_ids,
-            keys=tuple(self.index.name(i) for i in sample_ids),
+            keys=self.index.names(ids),
             epoch=epoch,
             step=step,
             images_in_step=images_in_step,
@@ -343,17 +344,6 @@ class _Packs(Dataset["_Item"], Generic[T]):
 
     def _draw(self, stream: str, epoch: int, ids: np.ndarray) -> np.ndarray:
         return uniforms(self._seed, stream, epoch, ids)
-
-    def _tokens(
-        self, samples: list[StoredSample], grids: tuple[tuple[int, int], ...], flips: np.ndarray
-    ) -> Tensor:
-        """Tokens of all samples, each written where it belongs: nothing is copied twice."""
-        lengths = [h * w for h, w in grids]
-        tokens = torch.empty(sum(lengths), self._patch_size**2 * self.index.channels)
-        for place, sample, flip in zip(tokens.split(lengths), samples, flips, strict=True):
-            latent = sample.flipped if sample.flipped is not None and flip < 0.5 else sample.latent
-            place.copy_(image_tokens(latent, self._patch_size))
-        return tokens
 
     def _load(
         self, sample_ids: tuple[int, ...], epoch: int, raw: Mapping[int, RawSample] | None = None
@@ -401,9 +391,10 @@ class _Packs(Dataset["_Item"], Generic[T]):
                 self._damage.add(sample_id, str(sample))
                 continue
             found[sample_id] = sample
-            if isinstance(sample, StoredSample) and sample.num_bytes <= self._cache_room:
+            if self._cache_room and isinstance(sample, StoredSample) and sample.num_bytes <= self._cache_room:
                 self._cache_room -= sample.num_bytes
-                self._cache[sample_id] = sample
+                # As read, its tensors are views that keep all bytes of the sample in memory.
+                self._cache[sample_id] = sample.copied()
         return found
 
     def _read_wanted(
@@ -421,6 +412,15 @@ class _Packs(Dataset["_Item"], Generic[T]):
             encoded = self.encoders.encode(list(good.values()), [self.index.name(i) for i in good])
         whole = dict(zip(good, encoded, strict=True))
         return [whole[i] if i in whole else cast(DataError, read[i]) for i in wanted]
+
+
+def _latents(samples: Sequence[StoredSample], flips: np.ndarray) -> Tensor:
+    """Latents of all samples as they were stored, end to end, that of the mirror image where it is used."""
+    chosen = [
+        sample.flipped if sample.flipped is not None and flip < 0.5 else sample.latent
+        for sample, flip in zip(samples, flips.tolist(), strict=True)
+    ]
+    return torch.cat([latent.reshape(-1) for latent in chosen])
 
 
 def _features(samples: Sequence[StoredSample], flips: np.ndarray) -> Tensor | None:

@@ -24,7 +24,7 @@ from data_pipeline.encoders.identity import latent_shape, revision, text_width
 from data_pipeline.encoders.image import ImageEncoder, build_image_encoder, feature_width
 from data_pipeline.encoders.text import TextEncoder, build_text_encoder
 from data_pipeline.errors import DataError
-from data_pipeline.index import Index
+from data_pipeline.index import Index, Row
 from data_pipeline.pictures import Refused, apply_fit, normalise, open_picture, to_pixels
 from data_pipeline.reader import ShardReader, StoredSample
 from data_pipeline.resolution import Fit
@@ -63,45 +63,41 @@ class OnlineReader(ShardReader):
 
     def read_raw(self, sample_ids: Sequence[int]) -> list[RawSample | DataError]:
         """The samples, each with its checksum and shapes checked, or the error of its reading."""
-        return self._each(self._raw_or_error, sample_ids)
+        return self._each(self._raw_or_error, self.index.rows(sample_ids))
 
-    def _raw_or_error(self, sample_id: int) -> RawSample | DataError:
+    def _raw_or_error(self, row: Row) -> RawSample | DataError:
         try:
-            return self._raw(sample_id)
+            return self._raw(row)
         except DataError as error:
             return error
 
-    def _raw(self, sample_id: int) -> RawSample:
-        columns, online = self.index.columns, self.index.online
-        span = self._span(sample_id)
+    def _raw(self, row: Row) -> RawSample:
+        online = self.index.online
+        span = self._span(row)
         latent = flipped = pixels = None
         if "picture" in online:
-            pixels = self._pixels(span, sample_id)
+            pixels = self._pixels(span, row)
         else:
-            height, width = int(columns["height"][sample_id]), int(columns["width"][sample_id])
-            expected = (self.index.channels, height, width)
-            tensors = self._tensors(span, sample_id, "latent")
-            latent = self._checked(tensors, "latent", expected, sample_id)
-            flipped = self._checked(tensors, "flipped", expected, sample_id) if "flipped" in tensors else None
+            latent, flipped = self._latents(span, row)
         if not self.index.has_text:
-            return RawSample(latent, flipped, pixels, (), (), int(columns["label"][sample_id]))
-        where = self.index.name(sample_id)
-        data = self._member(span, sample_id, "text")
+            return RawSample(latent, flipped, pixels, (), (), row.label)
+        where = self.index.name(row.sample_id)
+        data = self._member(span, row, "text")
         states: tuple[Tensor, ...] = ()
         texts: tuple[Any, ...] = ()
         if "ids" in online:
             texts = schema.take_variants(schema.decode_tensors(data, where), "ids", where)
         elif "caption" in online:
-            meta = schema.decode_meta(self._member(span, sample_id, "meta"), where)
+            meta = schema.decode_meta(self._member(span, row, "meta"), where)
             texts = (schema.decode_caption(data, where), *meta.get("captions", [])[1:])
         else:
             states = schema.take_variants(schema.decode_tensors(data, where), "states", where)
         return RawSample(latent, flipped, pixels, states, texts, None)
 
-    def _pixels(self, span: bytes, sample_id: int) -> Tensor:
-        where = self.index.name(sample_id)
-        meta = schema.decode_meta(self._member(span, sample_id, "meta"), where)
-        image = decode_picture(self._member(span, sample_id, "latent"), meta, where)
+    def _pixels(self, span: memoryview, row: Row) -> Tensor:
+        where = self.index.name(row.sample_id)
+        meta = schema.decode_meta(self._member(span, row, "meta"), where)
+        image = decode_picture(self._member(span, row, "latent"), meta, where)
         return to_pixels(image, self._pixel_channels)
 
 

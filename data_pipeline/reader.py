@@ -2,26 +2,48 @@
 
 from __future__ import annotations
 
-import zlib
+import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from struct import Struct
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
+from zlib_ng.zlib_ng import crc32
 
 from data_pipeline import schema
 from data_pipeline.errors import DataError
-from data_pipeline.index import Index
+from data_pipeline.index import Index, Row
 from data_pipeline.storage import Remote, Storage, open_storage
 
 T = TypeVar("T")
 
 REMOTE_READS = 16
 """Requests under way at once, where a read waits for a network."""
+
+KNOWN_LAYOUTS = 4096
+"""Distinct headers of members that a reader keeps parsed."""
+
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I32": torch.int32}
+"""safetensors' names of the types that the schema allows."""
+
+
+HEADER_BYTES = Struct("<Q")
+"""How a member begins: the length of its header."""
+
+
+class _Place(NamedTuple):
+    """Where a tensor lies in its member."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    count: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +62,22 @@ class StoredSample:
     """[tokens, Z] of an image encoder that runs while training."""
     flipped_features: Tensor | None = None
     """The same of the mirror image."""
+
+    def copied(self) -> StoredSample:
+        """The same with tensors that own their memory."""
+
+        def own(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.clone()
+
+        return replace(
+            self,
+            latent=self.latent.clone(),
+            states=own(self.states),
+            flipped=own(self.flipped),
+            more_states=tuple(states.clone() for states in self.more_states),
+            features=own(self.features),
+            flipped_features=own(self.flipped_features),
+        )
 
     @property
     def num_bytes(self) -> int:
@@ -60,6 +98,7 @@ class ShardReader:
     def __init__(self, index: Index, storage: Storage | None = None) -> None:
         self.index = index
         self._storage = storage or open_storage(index.folder)
+        self._layouts: dict[tuple[int, bytes], tuple[_Place, ...]] = {}
 
     def read(self, sample_id: int) -> StoredSample:
         """Sample `sample_id`, with its checksum and shapes checked.
@@ -69,21 +108,21 @@ class ShardReader:
         Raises:
             DataError: naming shard and key, if anything about it is wrong.
         """
-        return self._decode(sample_id, self._span(sample_id))
+        return self._read(self.index.rows([sample_id])[0])
 
     def read_all(self, sample_ids: Sequence[int]) -> list[StoredSample | DataError]:
         """`read` of each sample, or the error it raised. From a URL, several are fetched at once."""
-        return self._each(self._read_or_error, sample_ids)
+        return self._each(self._read_or_error, self.index.rows(sample_ids))
 
-    def _each(self, read: Callable[[int], T], sample_ids: Sequence[int]) -> list[T]:
-        if not isinstance(self._storage, Remote) or len(sample_ids) < 2:
-            return [read(i) for i in sample_ids]
-        with ThreadPoolExecutor(min(REMOTE_READS, len(sample_ids))) as threads:
-            return list(threads.map(read, sample_ids))
+    def _each(self, read: Callable[[Row], T], rows: Sequence[Row]) -> list[T]:
+        if not isinstance(self._storage, Remote) or len(rows) < 2:
+            return [read(row) for row in rows]
+        with ThreadPoolExecutor(min(REMOTE_READS, len(rows))) as threads:
+            return list(threads.map(read, rows))
 
-    def _read_or_error(self, sample_id: int) -> StoredSample | DataError:
+    def _read_or_error(self, row: Row) -> StoredSample | DataError:
         try:
-            return self.read(sample_id)
+            return self._read(row)
         except DataError as error:
             return error
 
@@ -102,83 +141,111 @@ class ShardReader:
         Raises:
             DataError: naming shard and key, if the sample is damaged.
         """
-        return self._member(self._span(sample_id), sample_id, name)
+        row = self.index.rows([sample_id])[0]
+        return self._member(self._span(row), row, name)
 
-    def _decode(self, sample_id: int, span: bytes) -> StoredSample:
-        index, columns = self.index, self.index.columns
-        tensors = self._tensors(span, sample_id, "latent")
-        expected = (index.channels, int(columns["height"][sample_id]), int(columns["width"][sample_id]))
-        latent = self._checked(tensors, "latent", expected, sample_id)
-        flipped = self._checked(tensors, "flipped", expected, sample_id) if "flipped" in tensors else None
+    def _read(self, row: Row) -> StoredSample:
+        index, span = self.index, self._span(row)
+        latent, flipped = self._latents(span, row)
         if not index.has_text:
-            return StoredSample(latent, None, int(columns["label"][sample_id]), flipped)
-        tensors = self._tensors(span, sample_id, "text")
-        expected = (int(columns["text_length"][sample_id]), index.text_width)
-        states = self._checked(tensors, "states", expected, sample_id)
+            return StoredSample(latent, None, row.label, flipped)
+        tensors = self._tensors(span, row, "text")
+        states = self._checked(tensors, "states", (row.text_length, index.text_width), row)
         more: list[Tensor] = []
         while (further := tensors.get(f"states.{len(more) + 1}")) is not None:
             # The index knows the length of the first caption only.
             name, expected = f"states.{len(more) + 1}", (further.shape[0], index.text_width)
-            more.append(self._checked(tensors, name, expected, sample_id))
+            more.append(self._checked(tensors, name, expected, row))
         return StoredSample(latent, states, None, flipped, tuple(more))
 
-    def _checked(
-        self, tensors: dict[str, Tensor], name: str, expected: tuple[int, ...], sample_id: int
-    ) -> Tensor:
+    def _latents(self, span: memoryview, row: Row) -> tuple[Tensor, Tensor | None]:
+        """The latent, and that of the mirror image where it is stored."""
+        tensors = self._tensors(span, row, "latent")
+        expected = (self.index.channels, row.height, row.width)
+        latent = self._checked(tensors, "latent", expected, row)
+        return latent, self._checked(tensors, "flipped", expected, row) if "flipped" in tensors else None
+
+    def _checked(self, tensors: dict[str, Tensor], name: str, expected: tuple[int, ...], row: Row) -> Tensor:
         tensor = tensors.get(name)
-        if tensor is None or tuple(tensor.shape) != expected or tensor.dtype not in schema.FLOAT_DTYPES:
+        if tensor is None or tensor.shape != expected or tensor.dtype not in schema.FLOAT_DTYPES:
             received = "none" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
             raise DataError(
-                f"{self.index.name(sample_id)}: {name}: the index says a floating {list(expected)}, "
+                f"{self.index.name(row.sample_id)}: {name}: the index says a floating {list(expected)}, "
                 f"the shard holds {received}"
             )
         return tensor
 
-    def _tensors(self, span: bytes, sample_id: int, name: str) -> dict[str, Tensor]:
+    def _tensors(self, span: memoryview, row: Row, name: str) -> dict[str, Tensor]:
+        """All tensors of a member, as views of `span`.
+
+        A header says where everything lies, and few differ: safetensors parses and checks each of them once.
+        """
+        start, size = _member_place(row, name)
+        length = 8 + (HEADER_BYTES.unpack_from(span, start)[0] if size >= HEADER_BYTES.size else 0)
+        # The same header belongs to members of one size; with another, safetensors says what is wrong.
+        head = (size, span[start : start + min(length, size)].tobytes())
+        places = self._layouts.get(head)
+        if places is None:
+            tensors = self._parsed(self._member(span, row, name), row)
+            places = _places(span[start + 8 : start + length], length, tensors)
+            if places is None:
+                return tensors
+            if len(self._layouts) == KNOWN_LAYOUTS:
+                self._layouts.clear()
+            self._layouts[head] = places
+        return {
+            name: torch.frombuffer(span, dtype=dtype, count=count, offset=start + offset).view(shape)
+            for name, dtype, shape, offset, count in places
+        }
+
+    def _parsed(self, member: bytes, row: Row) -> dict[str, Tensor]:
         try:
-            return load(self._member(span, sample_id, name))
+            return load(member)
         except (SafetensorError, ValueError, KeyError) as error:
-            where = self.index.name(sample_id)
+            where = self.index.name(row.sample_id)
             raise DataError(f"{where}: not a readable safetensors member ({error})") from error
 
-    def _span(self, sample_id: int) -> bytes:
-        index, columns = self.index, self.index.columns
-        size, offset = int(columns["size"][sample_id]), int(columns["offset"][sample_id])
-        shard = index.shards[int(columns["shard"][sample_id])]
+    def _span(self, row: Row) -> memoryview:
+        name, size = self.index.name, row.size
         try:
-            span = self._storage.read_range(shard, offset, size)
+            span = self._storage.read_range(self.index.shards[row.shard], row.offset, size)
         except OSError as error:
-            raise DataError(f"{index.name(sample_id)}: cannot be read ({error})") from error
+            raise DataError(f"{name(row.sample_id)}: cannot be read ({error})") from error
         if len(span) != size:
             raise DataError(
-                f"{index.name(sample_id)}: expected {size} bytes at {offset}, received {len(span)}: "
+                f"{name(row.sample_id)}: expected {size} bytes at {row.offset}, received {len(span)}: "
                 f"the shard is truncated"
             )
-        if zlib.crc32(span) != int(columns["crc32"][sample_id]):
-            raise DataError(f"{index.name(sample_id)}: checksum differs from the index: the shard is damaged")
+        if crc32(span) != row.crc32:
+            raise DataError(f"{name(row.sample_id)}: checksum differs from the index: the shard is damaged")
         return span
 
-    def _member(self, span: bytes, sample_id: int, name: str) -> bytes:
-        columns = self.index.columns
-        start = int(columns[f"{name}_start"][sample_id])
-        return span[start : start + int(columns[f"{name}_size"][sample_id])]
+    def _member(self, span: memoryview, row: Row, name: str) -> bytes:
+        start, size = _member_place(row, name)
+        return bytes(span[start : start + size])
 
     def close(self) -> None:
         """Close what this process opened."""
         self._storage.close()
 
 
-def image_tokens(latent: Tensor, patch_size: int) -> Tensor:
-    """Latent [C, H, W] -> float32 tokens [h*w, p*p*C], row-major.
+def _member_place(row: Row, name: str) -> tuple[int, int]:
+    """First byte of a member within its sample's bytes, and its size."""
+    if name == "latent":
+        return row.latent_start, row.latent_size
+    if name == "text":
+        return row.text_start, row.text_size
+    return row.meta_start, row.meta_size
 
-    The last axis runs (row in patch, col in patch, channel), as `PackedBatch.latents_TC` states. A view where
-    the layout allows; copy it into place.
-    """
-    channels, height, width = latent.shape
-    p = patch_size
-    # Converted first: a copy that transposes and converts at once takes three times as long.
-    x = latent.to(torch.float32)
-    if p == 1:
-        return x.reshape(channels, height * width).T
-    x = x.reshape(channels, height // p, p, width // p, p)
-    return x.permute(1, 3, 2, 4, 0).reshape((height // p) * (width // p), p * p * channels)
+
+def _places(header: memoryview, start: int, tensors: dict[str, Tensor]) -> tuple[_Place, ...] | None:
+    """Where the `tensors` of a member lie whose data begin at byte `start`; None where views will not do:
+    a tensor without values, or one that does not begin at a multiple of its width."""
+    entries = json.loads(bytes(header))
+    places = []
+    for name, tensor in tensors.items():
+        dtype, offset = DTYPES.get(entries[name]["dtype"]), start + entries[name]["data_offsets"][0]
+        if dtype is None or tensor.numel() == 0 or offset % dtype.itemsize:
+            return None
+        places.append(_Place(name, dtype, tuple(tensor.shape), offset, tensor.numel()))
+    return tuple(places)

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from data_pipeline.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -45,13 +47,15 @@ class Folder:
         """
         return (self.location / name).read_bytes()
 
-    def read_range(self, name: str, offset: int, size: int) -> bytes:
-        """Up to `size` bytes from `offset` on; fewer where the file ends.
+    def read_range(self, name: str, offset: int, size: int) -> memoryview:
+        """Up to `size` bytes from `offset` on; fewer where the file ends. Writable: tensors may be views.
 
         Raises:
             OSError
         """
-        return os.pread(self._file(name), size, offset)
+        # Not mapped: a shard that is cut short while it is read must be an error, not a signal that kills.
+        data = np.empty(size, np.uint8).data
+        return data[: os.preadv(self._file(name), [data], offset)]
 
     def size(self, name: str) -> int:
         """Bytes of a file.
@@ -105,8 +109,8 @@ class Remote:
         """
         return self._try(name, lambda files, path: self._call(files, "cat_file", path))
 
-    def read_range(self, name: str, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset` on.
+    def read_range(self, name: str, offset: int, size: int) -> memoryview:
+        """`size` bytes from `offset` on. Writable: tensors may be views of it.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -119,7 +123,7 @@ class Remote:
                 raise OSError("the server ignores byte ranges")
             return data
 
-        return self._try(name, fetch)
+        return memoryview(bytearray(self._try(name, fetch)))
 
     def size(self, name: str) -> int:
         """Bytes of a file.

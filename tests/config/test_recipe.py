@@ -103,7 +103,10 @@ def test_the_two_handwriting_recipes_train_the_same_network_on_the_same_data_and
             ["objective.weight={time_type: constant, warp: odds}"],
             "objective.weight.time_type: 'constant' reads neither warp nor of_interval",
         ),
-        (["objective.derivative_step=0.2"], "objective.derivative_step: expected at most 0.1"),
+        (
+            ["objective.derivative=dde", "objective.derivative_step=0.2"],
+            "objective.derivative_step: expected at most 0.1",
+        ),
         (
             ["objective.guided_target={end: 1.5}"],
             "objective.guided_target.end: expected a time of ot_fm",

@@ -262,13 +262,13 @@ def test_samples_are_grouped_by_size(text_folder):
     assert np.array_equal(np.sort(index.members), np.arange(150))
     for n in (0, 77, 149):
         same = index.same_size(n)
-        assert n in same and {index.grid(int(i), 1) for i in same} == {index.grid(n, 1)}
+        assert n in same and len(set(index.grids(same, 1))) == 1
         for shape in index.smaller_shapes(n):
-            assert index.shapes[shape, :2].prod() <= np.prod(index.grid(n, 1))
+            assert index.shapes[shape, :2].prod() <= np.prod(index.grids(np.array([n]), 1))
     groups = index.groups(2)
     assert np.all(np.diff(groups.lengths) >= 0) and len(groups) == 150
     for length, start, count in zip(groups.lengths, groups.starts, groups.counts, strict=True):
-        assert {int(np.prod(index.grid(int(i), 2))) for i in groups.members[start : start + count]} == {
+        assert {int(np.prod(grid)) for grid in index.grids(groups.members[start : start + count], 2)} == {
             int(length)
         }
 

@@ -336,7 +336,7 @@ def test_batches_are_pinned_where_there_is_a_device(text_folder):
     for workers in (0, 2):
         for step in build_loader(data_config(text_folder, workers=workers), patch_size=1, num_steps=2):
             for batch in step:
-                assert batch.latents_TC.is_pinned()
+                assert batch.latents.values.is_pinned()
                 assert batch.text_LE is not None and batch.text_LE.is_pinned()
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
+from tim_ds.objective.config import ObjectiveConfig
 from tim_ds.objective.transport import EDM, OTFM, VE, VP, TiMTransport, Transport, TrigFlow
 from tim_ds.packed import ClassCondition, Condition, Direction, Network, NetworkOutput, Segments
 
@@ -20,6 +21,11 @@ TRANSPORTS: dict[str, Transport] = {
     "ve": VE(),
     "tim": TiMTransport(),
 }
+
+
+def differenced(**settings: Any) -> ObjectiveConfig:
+    """Settings for networks that carry no tangents: `dde` needs nothing of a network but its calls."""
+    return ObjectiveConfig(derivative="dde", **settings)
 
 
 def invert_c_noise(transport: Transport, c: Tensor) -> Tensor:

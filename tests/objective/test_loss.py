@@ -12,7 +12,7 @@ import torch.nn.functional as nnf
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.objective.networks import TRANSPORTS, SmoothNetwork
+from tests.objective.networks import TRANSPORTS, SmoothNetwork, differenced
 from tim_ds.errors import ConfigError, ShapeError, TimeDomainError
 from tim_ds.objective.config import GuidedTargetConfig, ObjectiveConfig, TransportConfig, WeightConfig
 from tim_ds.objective.loss import LossTerms, non_finite_samples, transition_loss
@@ -82,7 +82,7 @@ def test_stored_losses(name: str, directional: bool) -> None:
         transport.dde_step,
         projected,
     )
-    config = ObjectiveConfig(
+    config = differenced(
         transport=TransportConfig(kind=name.split("_sd")[0]),  # type: ignore[arg-type]
         weight=WEIGHTS[name],
         directional=directional,
@@ -123,7 +123,7 @@ def test_stored_guided_loss() -> None:
         return NetworkOutput(torch.cat([F_cond, F_null]), None)
 
     mg = DESCRIPTION["mg"]
-    config = ObjectiveConfig(
+    config = differenced(
         guided_target=GuidedTargetConfig(
             w_gt=mg["w_gt"], w_cond=mg["w_cond"], start=mg["w_start"], end=mg["w_end"]
         )
@@ -167,7 +167,7 @@ def loss(
 
 def test_an_image_counts_the_same_alone_or_in_a_pack() -> None:
     network = SmoothNetwork(8)
-    config = ObjectiveConfig()
+    config = differenced()
     together = loss(network, config)
     x, z, times, segments, condition = pack()
     for i in range(3):
@@ -190,7 +190,7 @@ def test_an_image_counts_the_same_alone_or_in_a_pack() -> None:
 def test_terms_compose_as_stated() -> None:
     network = SmoothNetwork(8)
     features = torch.randn(19, 3, generator=torch.Generator().manual_seed(41), dtype=torch.float64)
-    config = ObjectiveConfig(repa_weight=0.5)
+    config = differenced(repa_weight=0.5)
     terms = loss(network, config, features_TZ=features)
     per_image = terms.denoising_S + terms.directional_S
     expected = terms.weight_S * terms.adaptive_S * per_image + 0.5 * terms.alignment_S
@@ -198,7 +198,7 @@ def test_terms_compose_as_stated() -> None:
     torch.testing.assert_close(terms.adaptive_S, 1 / (per_image + 1e-5), rtol=1e-14, atol=0)
     assert terms.weight_S[0] == 1 and (terms.weight_S[1:] < 1).all() and (terms.alignment_S > 0).all()
     assert terms.total_S.requires_grad and not any(term.requires_grad for term in terms[1:])
-    bare = loss(network, ObjectiveConfig(directional=False, weight=PLAIN))
+    bare = loss(network, differenced(directional=False, weight=PLAIN))
     assert (
         torch.equal(bare.total_S, bare.denoising_S)
         and not bare.directional_S.any()
@@ -210,14 +210,14 @@ def test_divided_by_its_kind_an_image_keeps_its_share_of_the_gradient() -> None:
     """Segment 0 trains r = t, segments 1 and 2 r < t: the two share one detached divisor, their mean."""
     network = SmoothNetwork(8)
     weight = WeightConfig(time_type="constant", adaptive_over="kind")
-    terms = loss(network, ObjectiveConfig(weight=weight))
+    terms = loss(network, differenced(weight=weight))
     per_image = terms.denoising_S + terms.directional_S
     means = torch.stack([per_image[0], per_image[1:].mean(), per_image[1:].mean()])
     torch.testing.assert_close(terms.adaptive_S, 1 / (means + 1e-5), rtol=1e-14, atol=0)
     terms.total_S.sum().backward()
     received = [p.grad.clone() for p in network.parameters() if p.grad is not None]
     network.zero_grad()
-    (loss(network, ObjectiveConfig(weight=PLAIN)).total_S / (means + 1e-5)).sum().backward()
+    (loss(network, differenced(weight=PLAIN)).total_S / (means + 1e-5)).sum().backward()
     expected = [p.grad for p in network.parameters() if p.grad is not None]
     assert len(received) == len(expected) > 4
     for a, b in zip(received, expected, strict=True):
@@ -226,12 +226,12 @@ def test_divided_by_its_kind_an_image_keeps_its_share_of_the_gradient() -> None:
 
 def test_the_gradient_is_that_of_the_main_call_against_a_fixed_target() -> None:
     network = SmoothNetwork(8)
-    loss(network, ObjectiveConfig(weight=PLAIN, directional=False)).total_S.sum().backward()
+    loss(network, differenced(weight=PLAIN, directional=False)).total_S.sum().backward()
     received = [p.grad.clone() for p in network.parameters() if p.grad is not None]
     x, z, times, segments, condition = pack()
     transport = TRANSPORTS["tim"]
     x_t = transport.interpolate(x, z, segments.expand(times.t_S)[:, None])
-    fixed = transition_target(network, transport, ObjectiveConfig(), x, z, x_t, times, segments, condition)
+    fixed = transition_target(network, transport, differenced(), x, z, x_t, times, segments, condition)
     network.zero_grad()
     F = network(x_t, times.t_S, times.r_S, segments, condition).F_TC
     sum(part.square().mean() for part in segments.split(F - fixed)).backward()  # type: ignore[union-attr]
@@ -243,10 +243,10 @@ def test_the_gradient_is_that_of_the_main_call_against_a_fixed_target() -> None:
 
 def test_calls_without_gradient_come_first_and_features_only_from_the_main_call() -> None:
     network, bare = SmoothNetwork(8), SmoothNetwork(8)
-    loss(network, ObjectiveConfig(repa_weight=1.0), features_TZ=torch.ones(19, 3).double())
+    loss(network, differenced(repa_weight=1.0), features_TZ=torch.ones(19, 3).double())
     assert [call.with_features for call in network.calls] == [False, True]
     assert network.calls[1].segments.grids == tuple(GRIDS)
-    loss(bare, ObjectiveConfig())
+    loss(bare, differenced())
     assert [call.with_features for call in bare.calls] == [False, False]
 
 
@@ -265,7 +265,7 @@ def test_direction_is_compared_per_latent_cell() -> None:
     ) -> NetworkOutput:
         return NetworkOutput(torch.sin(3 * x_TC) + 0.3, None)
 
-    config = ObjectiveConfig(diffusion_share=1.0, weight=PLAIN)
+    config = differenced(diffusion_share=1.0, weight=PLAIN)
     x, z, times, segments, condition = pack()
     times = Times.from_tensors(TRANSPORTS["tim"], times.t_S, times.t_S)
     terms = transition_loss(
@@ -282,7 +282,7 @@ def test_direction_is_compared_per_latent_cell() -> None:
 def test_a_zero_initialised_output_has_a_bounded_gradient() -> None:
     network = SmoothNetwork(8)
     torch.nn.init.zeros_(network.outward)
-    terms = loss(network, ObjectiveConfig(weight=PLAIN))
+    terms = loss(network, differenced(weight=PLAIN))
     torch.testing.assert_close(terms.directional_S, torch.ones(3).double(), rtol=0, atol=0)
     terms.total_S.mean().backward()
     assert network.outward.grad is not None
@@ -307,7 +307,7 @@ def test_bfloat16_outputs_meet_a_float32_target() -> None:
     terms = transition_loss(
         network,
         TRANSPORTS["tim"],
-        ObjectiveConfig(),
+        differenced(),
         x.bfloat16(),
         z.float(),
         times32,
@@ -342,18 +342,18 @@ def broken(index: int, value: float):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_non_finite_loss_is_kept_and_named(value: float) -> None:
-    terms = loss(broken(1, value), ObjectiveConfig())
+    terms = loss(broken(1, value), differenced())
     assert terms.total_S.isfinite().tolist() == [True, False, True]
     assert non_finite_samples(terms, ["a.tar:0", "a.tar:1", "b.tar:7"]) == ["a.tar:1"]
 
 
 def test_a_bad_image_is_named_alone_where_its_kind_shares_a_divisor() -> None:
-    config = ObjectiveConfig(weight=WeightConfig(adaptive_over="kind"))
+    config = differenced(weight=WeightConfig(adaptive_over="kind"))
     assert non_finite_samples(loss(broken(1, math.nan), config), ["a", "b", "c"]) == ["b"]
 
 
 def test_finite_losses_name_nobody() -> None:
-    terms = loss(SmoothNetwork(8), ObjectiveConfig())
+    terms = loss(SmoothNetwork(8), differenced())
     assert non_finite_samples(terms, ["a", "b", "c"]) == []
     with pytest.raises(ShapeError, match="3 images, 2 keys"):
         non_finite_samples(terms, ["a", "b"])
@@ -362,7 +362,7 @@ def test_finite_losses_name_nobody() -> None:
 def test_what_does_not_fit_together_is_refused() -> None:
     network = SmoothNetwork(8)
     x, z, times, segments, condition = pack()
-    transport, config = TRANSPORTS["tim"], ObjectiveConfig()
+    transport, config = TRANSPORTS["tim"], differenced()
     with pytest.raises(ShapeError, match="expected x and z"):
         transition_loss(network, transport, config, x[1:], z, times, segments, condition, latent_channels=2)
     with pytest.raises(ShapeError, match="3 segments, 3 times, 2 conditions"):
@@ -384,7 +384,7 @@ def test_what_does_not_fit_together_is_refused() -> None:
             latent_channels=2,
         )
     with pytest.raises(ShapeError, match="network: F is"):
-        loss(lambda *_, **__: NetworkOutput(torch.zeros(19, 4), None), ObjectiveConfig(diffusion_share=1.0))
+        loss(lambda *_, **__: NetworkOutput(torch.zeros(19, 4), None), differenced(diffusion_share=1.0))
     with pytest.raises(TimeDomainError, match="tangent"):
         edm = TRANSPORTS["edm_sd1"]
         edm_times = Times.from_tensors(edm, times.t_S, torch.full_like(times.t_S, 0.1))
@@ -394,8 +394,8 @@ def test_what_does_not_fit_together_is_refused() -> None:
 def test_alignment_without_its_inputs_is_refused() -> None:
     features = torch.ones(19, 3, dtype=torch.float64)
     with pytest.raises(ConfigError, match=r"objective\.repa_weight: 1\.0, but encoder features are missing"):
-        loss(SmoothNetwork(8), ObjectiveConfig(repa_weight=1.0))
+        loss(SmoothNetwork(8), differenced(repa_weight=1.0))
     with pytest.raises(ConfigError, match=r"objective\.repa_weight: 0\.0, but encoder features are given"):
-        loss(SmoothNetwork(8), ObjectiveConfig(), features_TZ=features)
+        loss(SmoothNetwork(8), differenced(), features_TZ=features)
     with pytest.raises(ConfigError, match=r"returned no features; set model\.z_dim"):
-        loss(broken(0, 0.0), ObjectiveConfig(repa_weight=1.0), features_TZ=features)
+        loss(broken(0, 0.0), differenced(repa_weight=1.0), features_TZ=features)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.objective.networks import TRANSPORTS, CarryingNetwork, SmoothNetwork, random_times
+from tests.objective.networks import TRANSPORTS, CarryingNetwork, SmoothNetwork, differenced, random_times
 from tim_ds.objective.config import GuidedTargetConfig, ObjectiveConfig
 from tim_ds.objective.derivative import central_difference
 from tim_ds.objective.target import output_and_parts, transition_target
@@ -37,7 +37,7 @@ def output_and_target(network, transport, config, x, z, x_t, times, segments, co
 def test_only_segments_with_r_below_t_enter_the_derivative() -> None:
     transport, x, z, x_t, times, segments, condition = pack([0.9, 0.1, 0.6, 0.3])
     network = SmoothNetwork(4)
-    received = transition_target(network, transport, ObjectiveConfig(), x, z, x_t, times, segments, condition)
+    received = transition_target(network, transport, differenced(), x, z, x_t, times, segments, condition)
     (call,) = network.calls
     assert call.segments.grids == ((1, 3), (1, 3), (3, 2), (3, 2))
     dF = central_difference(network, transport, x, z, times, segments, condition, (1, 3), None)
@@ -58,7 +58,7 @@ def test_the_sequence_of_calls_does_not_depend_on_the_draw(guided: GuidedTargetC
     for r in ([0.9, 0.4, 0.6, 0.8], [0.9, 0.4, 0.6, 0.0], [0.1, 0.1, 0.1, 0.1]):
         transport, x, z, x_t, times, segments, condition = pack(r)
         network, teacher = SmoothNetwork(4), SmoothNetwork(4)
-        config = ObjectiveConfig(guided_target=guided)
+        config = differenced(guided_target=guided)
         transition_target(
             network,
             transport,
@@ -79,7 +79,7 @@ def test_the_sequence_of_calls_does_not_depend_on_the_draw(guided: GuidedTargetC
 def test_without_transitions_the_derivative_is_made_on_segment_0_and_has_no_effect() -> None:
     transport, x, z, x_t, times, segments, condition = pack(T)
     network = SmoothNetwork(4)
-    received = transition_target(network, transport, ObjectiveConfig(), x, z, x_t, times, segments, condition)
+    received = transition_target(network, transport, differenced(), x, z, x_t, times, segments, condition)
     assert network.calls[0].segments.grids == ((2, 2), (2, 2))
     assert torch.equal(received, transport.diffusion_target(x, z, segments.expand(times.t_S)[:, None]))
 
@@ -88,7 +88,7 @@ def test_a_derivative_that_is_not_used_cannot_spoil_the_target() -> None:
     transport, x, z, x_t, times, segments, condition = pack(T)
     network = SmoothNetwork(4)
     torch.nn.init.constant_(network.outward, float("nan"))
-    received = transition_target(network, transport, ObjectiveConfig(), x, z, x_t, times, segments, condition)
+    received = transition_target(network, transport, differenced(), x, z, x_t, times, segments, condition)
     assert len(network.calls) == 1 and received.isfinite().all()
 
 

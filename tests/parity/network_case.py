@@ -464,6 +464,7 @@ class _Case:
             warp = "odds"
         return ObjectiveConfig(
             transport=transport_config(entry),
+            derivative="dde",
             derivative_step=entry["differential_epsilon"],
             weight=WeightConfig(
                 time_type=TIME_TYPES[schedule["weight_time_type"]],  # type: ignore[arg-type]

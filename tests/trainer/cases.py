@@ -343,7 +343,7 @@ def train_with_evaluations(world: World, folder: Path, shards: Path, poisoned: P
     if world.is_main:
         build(data, Settings(samples=2, factor=2, text_width=8), progress=False)
     world.barrier()
-    kinds = "kinds: [nfe, resolution], num_steps: [1], pictures: 65, held_back: 17, longest: 2"
+    kinds = "kinds: [nfe, resolution], num_steps: [1], pictures: 65, held_back: 17, longest: 1"
     evaluation = f"train.evaluation={{every_steps: 2, {kinds}, data: {data}}}"
     missing = f"train.evaluation={{every_steps: 2, {kinds}, data: {folder / 'nothing'}}}"
     file = shared_engine_file(world, folder, 3)

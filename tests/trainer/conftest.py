@@ -8,6 +8,8 @@ from tests.trainer.cases import CASES, run_cases
 from tests.trainer.ranks import run_ranks, write_data
 
 POISONED_SAMPLE = 17
+OF_THEIR_OWN = ("continue_elsewhere", "train_with_evaluations")
+"""Cases that their tests start by themselves."""
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +38,7 @@ class Groups:
         """What the case returned on each rank."""
         if world_size not in self._results:
             one_rank_is_enough = ("train_every_stage", "meet_poison")
-            every = tuple(name for name in CASES if name != "continue_elsewhere")
+            every = tuple(name for name in CASES if name not in OF_THEIR_OWN)
             cases = every if world_size > 1 else one_rank_is_enough
             folder = self.folder / str(world_size)
             self._results[world_size] = run_ranks(

@@ -39,6 +39,8 @@ model:
   num_heads: 2
   text_dim: {TEXT_WIDTH}
   z_dim: null
+objective:
+  derivative: dde
 data:
   shards: SHARDS
   tokens_per_pack: 24
@@ -123,7 +125,7 @@ def start_rank(
 
 
 def run_ranks(
-    function: Callable[..., Any], *arguments: Any, world_size: int, out: Path, timeout_s: float = 120.0
+    function: Callable[..., Any], *arguments: Any, world_size: int, out: Path, timeout_s: float = 600.0
 ) -> list[Any]:
     """`function(*arguments)` on every rank of a new group; what each rank returned.
 

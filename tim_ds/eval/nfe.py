@@ -341,7 +341,7 @@ def library_versions() -> dict[str, str]:
 def device_name(device: torch.device) -> str:
     """What the numbers were made on."""
     if device.type == "cuda":
-        return torch.cuda.getdevice_name(device)
+        return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 

@@ -101,7 +101,7 @@ class ObjectiveConfig:
     diffusion_time: Literal["larger", "first"] = "larger"
     """t of an image that trains r = t: the larger of its two draws of time (the authors' code), or the first,
     which follows the transport's distribution itself and reaches small t more often."""
-    derivative: Literal["dde", "paired", "jvp"] = "dde"
+    derivative: Literal["dde", "paired", "jvp"] = "paired"
     """How dF/dt is found: central difference (Eq. 10), tangent carried by the main forward, forward mode."""
     derivative_step: float | None = None
     """Half-width e of the central difference (Eq. 10); null: the transport's own."""

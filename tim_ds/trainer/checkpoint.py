@@ -374,7 +374,7 @@ class CheckpointFolder:
     def leave(self) -> None:
         """Called by one rank alone, on its way out with an error: gives a checkpoint that is being written a
         while to become complete, and then up."""
-        writing, self._writing = self._writing, None
+        writing = self._writing
         if writing is not None and not writing.done.wait(LEAVE_S):
             writing.cancelled.set()
 

@@ -36,10 +36,13 @@ from pydantic import ValidationError
 
 from tim_ds.errors import ConfigError
 from tim_ds.trainer.config import OptimizerConfig, TrainConfig
+from tim_ds.trainer.watch import HUNG_AFTER_S
 from tim_ds.trainer.world import World
 
-TIMEOUT = timedelta(minutes=30)
-"""How long a rank waits for the others: a first compiled step can take more than DeepSpeed's ten minutes."""
+TIMEOUT_MARGIN_S = 120.0
+"""By which the collectives wait longer than the watch, so that who is missing is named before one fails."""
+TIMEOUT_S = HUNG_AFTER_S + TIMEOUT_MARGIN_S
+"""How long a collective waits for the other ranks, where nothing else is said."""
 
 STATE_KEYS = ("exp_avg", "exp_avg_sq")
 """Tensors that AdamW keeps for every parameter."""
@@ -124,8 +127,12 @@ class Shard:
         return self.master.numel()
 
 
-def start_world() -> World:
-    """Join the process group of the launcher, or be a group of one without a launcher."""
+def start_world(timeout_s: float = TIMEOUT_S) -> World:
+    """Join the process group of the launcher, or be a group of one without a launcher.
+
+    Args:
+        timeout_s: how long a collective waits for the other ranks before it fails.
+    """
     if "RANK" not in os.environ:
         # No launcher. DeepSpeed would look for MPI. Port 0: whichever is free when the one rank listens.
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
@@ -139,7 +146,9 @@ def start_world() -> World:
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(
-        dist_backend=accelerator.communication_backend_name(), timeout=TIMEOUT, verbose=False
+        dist_backend=accelerator.communication_backend_name(),
+        timeout=timedelta(seconds=timeout_s),
+        verbose=False,
     )
     device = torch.device(accelerator.current_device_name())
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:

@@ -1,19 +1,21 @@
 """From the loader's pack to what one micro-step reads, noise and times included.
 
 `Prepare` runs in the loader (in its workers, when it has some), so that the training process only moves
-tensors. Everything random is drawn per sample from counters (seed, purpose, epoch, sample): the same sample
-in the same epoch gets the same noise and the same (t, r) on any rank, in any pack, and after any resume.
+tensors. Latents travel as they were stored; the device makes tokens of them. Everything random is drawn per
+sample from counters (seed, purpose, epoch, sample): the same sample in the same epoch gets the same noise and
+the same (t, r) on any rank, in any pack, and after any resume.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.batch import PackedBatch
+from data_pipeline.batch import Latents, PackedBatch
 from data_pipeline.draws import generator
 from tim_ds.objective.config import ObjectiveConfig
 from tim_ds.objective.time_sampling import Times, draw_times
@@ -26,11 +28,11 @@ class StepInputs:
     """One micro-step of one rank.
 
     Shapes:
-        x_TC, z_TC: float32 [T, C], clean tokens and unit noise.
+        z_TC: float32 [T, C], unit noise.
         features_TZ: [T, Z], of an image encoder in its dtype; None without feature alignment.
     """
 
-    x_TC: Tensor
+    latents: Latents
     z_TC: Tensor
     times: Times
     segments: Segments
@@ -45,6 +47,11 @@ class StepInputs:
     features_TZ: Tensor | None = None
     num_replaced: int = 0
     """Images that stand in for damaged samples."""
+
+    @cached_property
+    def x_TC(self) -> Tensor:
+        """Clean tokens, float32 [T, C], made at the first use by the device that holds the latents."""
+        return self.latents.tokens()
 
     @property
     def num_images(self) -> int:
@@ -61,7 +68,7 @@ class StepInputs:
         features = None if self.features_TZ is None else self.features_TZ.pin_memory()
         return replace(
             self,
-            x_TC=self.x_TC.pin_memory(),
+            latents=self.latents.pin_memory(),
             z_TC=self.z_TC.pin_memory(),
             condition=condition,
             features_TZ=features,
@@ -69,12 +76,12 @@ class StepInputs:
 
     def to(self, device: torch.device) -> StepInputs:
         """The same inputs on `device`, copied without waiting."""
-        if self.x_TC.device == device:
+        if self.z_TC.device == device:
             return self
         null, features = self.null_condition, self.features_TZ
         return replace(
             self,
-            x_TC=self.x_TC.to(device, non_blocking=True),
+            latents=self.latents.to(device, non_blocking=True),
             z_TC=self.z_TC.to(device, non_blocking=True),
             times=self.times.to(device, non_blocking=True),
             segments=self.segments.to(device, non_blocking=True),
@@ -103,7 +110,7 @@ class Prepare:
     def __call__(self, batch: PackedBatch) -> StepInputs:
         segments = Segments.from_grids(batch.grids)
         return StepInputs(
-            x_TC=batch.latents_TC,
+            latents=batch.latents,
             z_TC=draw_noise(batch, self.seed),
             times=self._times(batch),
             segments=segments,
@@ -145,7 +152,7 @@ class Prepare:
 
 def draw_noise(batch: PackedBatch, seed: int) -> Tensor:
     """Unit noise of every image of the pack, drawn for the image alone: float32 [T, C]."""
-    channels = batch.latents_TC.shape[1]
+    channels = batch.latents.token_channels
     parts = [
         generator(seed, "noise", batch.epoch, sample_id).standard_normal((h * w, channels), dtype=np.float32)
         for sample_id, (h, w) in zip(batch.sample_ids, batch.grids, strict=True)

@@ -22,7 +22,9 @@ from tim_ds.trainer.inputs import StepInputs
 from tim_ds.trainer.lr import learning_rate
 from tim_ds.trainer.metrics import MetricsLog, Sums
 from tim_ds.trainer.phases import PhaseClock, over_ranks
+from tim_ds.trainer.signals import RunStopped, StopAgreement
 from tim_ds.trainer.step import StepOutput
+from tim_ds.trainer.watch import Watch
 from tim_ds.trainer.world import World
 
 logger = logging.getLogger(__name__)
@@ -75,6 +77,8 @@ class Loop:
         preview, evaluate: sample pictures at a step; called by all ranks, while the module has the averaged
             weights.
         log: on rank 0.
+        stop: stops all ranks after the same step, where one was asked to.
+        watch: told where this rank stands.
     """
 
     config: TrainConfig
@@ -93,6 +97,8 @@ class Loop:
     preview: Callable[[int], None] | None = None
     evaluate: Callable[[int], None] | None = None
     log: MetricsLog | None = None
+    stop: StopAgreement | None = None
+    watch: Watch | None = None
     _lr: float = 0.0
     _last_refusal: str = ""
 
@@ -100,6 +106,7 @@ class Loop:
         """Train up to `config.steps`.
 
         Raises:
+            RunStopped: on every rank, where one was asked to stop; a checkpoint is written before.
             NonFiniteError: on every rank, after `config.max_skipped_steps` refused steps in a row; a
                 checkpoint is written before.
         """
@@ -112,6 +119,10 @@ class Loop:
             disable=not self.world.is_main,
             mininterval=0.5 if sys.stderr.isatty() else 30.0,
         )
+        if self.stop is not None and self.stop.before_first():
+            self.world.raise_everywhere(
+                RunStopped(f"stopped before step {self.progress.step + 1} ({self.stop.reason})")
+            )
         with bar:
             for micro_batches in self._steps():
                 self._step(micro_batches)
@@ -129,13 +140,21 @@ class Loop:
                     with self.clock.phase("save"):
                         self.snapshot(self.progress)
                 exhausted = self.progress.consecutive_skips >= config.max_skipped_steps
-                if exhausted or self._is_checkpoint_step(step):
+                stopped = self.stop is not None and self.stop.after(step)
+                if exhausted or stopped or self._is_checkpoint_step(step):
                     with self.clock.phase("save"):
                         self.save(self.progress)
                 if exhausted:
                     self.settle(True)
                     self._give_up()
                 bar.update()
+                if self.stop is not None and stopped and step < config.steps:
+                    self.settle(True)
+                    self.world.raise_everywhere(
+                        RunStopped(f"stopped and saved after step {step} ({self.stop.reason})")
+                    )
+                if self.watch is not None:
+                    self.watch.begin_step(step)
         self.settle(True)
         return self.progress
 

@@ -48,7 +48,8 @@ def _carrying_layer() -> type[nn.Module]:
     base: Any = _peft().tuners.lora.Linear
 
     class CarryingLoraLinear(base):
-        def forward(self, x: Tensor, side: Any = None) -> Tensor:
+        def forward(self, x: Tensor, side: Any = None, again: Any = None) -> Tensor:
+            # `again` would save keeping x, which the adapter's own product keeps.
             tangent = None if side is None else side.value
             result = self.base_layer(x, side)
             inward, outward = self.lora_A[ADAPTER], self.lora_B[ADAPTER]

@@ -13,7 +13,7 @@ gradient are timed inside the forward and taken off it. The gradients' reduction
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,11 +39,15 @@ class PhaseClock:
         self._events: list[tuple[str, str | None, Any, Any]] = []
         """Name, name of the phase around it, start and end."""
         self._open: list[str] = []
+        self.entered: Callable[[str], None] | None = None
+        """Told the name of every phase when it begins."""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         outer = self._open[-1] if self._open else None
         self._open.append(name)
+        if self.entered is not None:
+            self.entered(name)
         start = self._mark(name)
         try:
             yield

@@ -51,6 +51,7 @@ from tim_ds.trainer.config import TrainConfig
 from tim_ds.trainer.ema import Ema, piece_kind
 from tim_ds.trainer.engine import (
     STATE_KEYS,
+    TIMEOUT_MARGIN_S,
     Engine,
     Splitter,
     merge_config,
@@ -69,8 +70,10 @@ from tim_ds.trainer.materialise import Split, Values, materialise
 from tim_ds.trainer.metrics import MetricsLog, Sums
 from tim_ds.trainer.phases import PhaseClock
 from tim_ds.trainer.preview import Previews, describe_export
+from tim_ds.trainer.signals import STOPPED, RunStopped, StopAgreement, StopSignals
 from tim_ds.trainer.snapshots import SNAPSHOTS, Snapshots
 from tim_ds.trainer.step import TransitionStep
+from tim_ds.trainer.watch import DEAD_AFTER_S, HUNG_AFTER_S, Watch
 from tim_ds.trainer.world import World
 
 logger = logging.getLogger(__name__)
@@ -134,15 +137,21 @@ def train(
     run_dir: Path,
     engine_file: Path,
     world: World,
+    *,
+    signals: StopSignals | None = None,
+    watch: Watch | None = None,
 ) -> str:
     """Train, or continue, the run of `recipe` in `run_dir`; every rank calls this.
 
     Args:
         engine_file: DeepSpeed settings in JSON (`ds_configs/`).
         world: from `start_world`.
+        signals: what asks the run to stop; the same on every rank, or on none.
+        watch: started; told where this rank stands.
     Returns:
         One sentence for the user.
     Raises:
+        RunStopped: after a save, because `signals` asked for it.
         TimError, DataError: for everything that the user can put right.
     """
     engine_config, data = world.together(lambda: _read(recipe, engine_file, world), (TimError, DataError))
@@ -162,7 +171,11 @@ def train(
                     f"{run_dir}: finished at step {checkpoint.step}, nothing to do. "
                     f"Weights: {run_dir / EXPORT}"
                 )
-        return _run(recipe, run_dir, engine_config, world, data, folder, checkpoint)
+        watch = watch or Watch(world)
+        watch.before_end = folder.leave
+        return _run(
+            recipe, run_dir, engine_config, world, data, folder, checkpoint, signals or StopSignals(), watch
+        )
 
 
 def _run(
@@ -173,6 +186,8 @@ def _run(
     data: DataFacts,
     folder: CheckpointFolder,
     checkpoint: Checkpoint | None,
+    signals: StopSignals,
+    watch: Watch,
 ) -> str:
     config = recipe.train
     start_step = 0 if checkpoint is None else checkpoint.step
@@ -195,11 +210,12 @@ def _run(
     encoders = world.from_main(loader.encoders if world.is_main else {})
     if checkpoint is not None:
         check_same_encoders(checkpoint.manifest.get("encoders", {}), encoders, str(checkpoint.path))
-    initial = world.together(partial(_initial, recipe, checkpoint), (TimError,))
+    initial = world.together(partial(initial_weights, recipe, checkpoint), (TimError,))
     merged_config = merge_config(
         engine_config, config, packs_per_step=recipe.data.packs_per_step, world_size=world.size
     )
     split = Splitter(merged_config) if zero_stage(merged_config) == 3 else None
+    watch.enter("build")
     root = build_root(recipe, world.size, initial, split=split)
     # Kept by an adapter alone, which goes with these weights and no others.
     initial_digest = None if initial is None else initial.digest
@@ -207,6 +223,7 @@ def _run(
     engine = Engine(
         root, engine_config, config, packs_per_step=recipe.data.packs_per_step, world=world, units=UNITS
     )
+    watch.enter("restore")
     _check_room(run_dir, engine, world, len(config.ema.averages))
     ema = Ema(engine, config.ema)
     sums = Sums(root.transport, world.device, build_count(recipe))
@@ -267,6 +284,8 @@ def _run(
 
     clock, forward_phase = build_clock(recipe, root, world)
     loader.watch_encoders(partial(clock.phase, "encoders"))
+    clock.entered = watch.enter
+    watch.begin_step(progress.step)
     snapshots = Snapshots(run_dir / SNAPSHOTS, world, config.ema.snapshots)
     snapshots.drop_after(progress.step)
 
@@ -291,6 +310,8 @@ def _run(
         preview=preview,
         evaluate=evaluate,
         log=log,
+        stop=StopAgreement(signals, world),
+        watch=watch,
     )
     try:
         progress = loop.run()
@@ -300,11 +321,12 @@ def _run(
     finally:
         if log is not None:
             log.close()
+    watch.enter("export")
     export(recipe, run_dir, ema, world, progress.step)
     return f"{run_dir}: finished at step {progress.step}. Weights: {run_dir / EXPORT}"
 
 
-def _initial(recipe: Recipe, checkpoint: Checkpoint | None) -> InitialWeights | None:
+def initial_weights(recipe: Recipe, checkpoint: Checkpoint | None) -> InitialWeights | None:
     """Weights that the run needs from elsewhere: its first ones, or with adapters, always, the frozen ones.
 
     Raises:
@@ -545,11 +567,11 @@ def _read(recipe: Recipe, engine_file: Path, world: World) -> tuple[dict[str, An
         engine_config, recipe.train, packs_per_step=recipe.data.packs_per_step, world_size=world.size
     )
     data = DataFacts.of(load_index(recipe.data.shards))
-    _check_parts(recipe, engine_config, data)
+    check_parts(recipe, engine_config, data)
     return engine_config, data
 
 
-def _check_parts(recipe: Recipe, engine_config: Mapping[str, Any], data: DataFacts) -> None:
+def check_parts(recipe: Recipe, engine_config: Mapping[str, Any], data: DataFacts) -> None:
     """What recipe, engine file and shards must agree on before anything is built.
 
     Raises:
@@ -645,29 +667,92 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line of `launch/train.py`. Returns the exit status: 2 for what the user can put right."""
+    """Command line of `launch/train.py`. Returns the exit status: 2 for what the user can put right,
+    `STOPPED` after a signal. (`LOST`, where another rank is missing, does not return.)"""
     parser = argparse.ArgumentParser(
         prog="launch/train.py", description="Train, or continue, the run of a recipe under DeepSpeed."
     )
     parser.add_argument("recipe", nargs="+", help="a YAML file, and section.key=value to override settings")
     parser.add_argument("--ds", required=True, type=Path, help="engine file: ds_configs/*.json")
-    parser.add_argument("--run", required=True, type=Path, help="folder of the run, made or continued")
+    parser.add_argument("--run", type=Path, help="folder of the run, made or continued")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="verify everything, take one step, write nothing, and say what would be",
+    )
+    parser.add_argument("--no-step", action="store_true", help="with --check: without the step")
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        metavar="N",
+        help="with --check and no launcher: ranks that the run will have (1)",
+    )
+    parser.add_argument("--per-node", type=int, metavar="N", help="with --check: ranks of a node (8)")
+    parser.add_argument(
+        "--card-gib", type=float, metavar="GIB", help="with --check: GPU memory, if not this one's"
+    )
+    parser.add_argument(
+        "--hung-after",
+        type=float,
+        default=HUNG_AFTER_S,
+        metavar="SECONDS",
+        help="end the job, naming the rank that is behind, when no rank advances for so long "
+        "(default %(default)g)",
+    )
+    parser.add_argument(
+        "--dead-after",
+        type=float,
+        default=DEAD_AFTER_S,
+        metavar="SECONDS",
+        help="end the job, naming the rank, when one gives no sign of life for so long (default %(default)g)",
+    )
     # The deepspeed launcher adds it; the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args(arguments)
     paths, overrides = split_arguments(options.recipe)
     if len(paths) != 1:
         parser.error(f"expected one recipe, received {len(paths)}: {' '.join(paths)}")
+    if options.run is None and not options.check:
+        parser.error("the following arguments are required: --run")
     is_main = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(
         level=logging.INFO if is_main else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
     )
+    if options.check:
+        # It assembles a run as this module does, and so imports it.
+        from tim_ds.trainer.preflight import check
+
+        return check(
+            paths[0],
+            overrides,
+            options.ds,
+            options.run,
+            ranks=options.ranks,
+            per_node=options.per_node,
+            card_gib=options.card_gib,
+            with_step=not options.no_step,
+        )
+    with StopSignals().installed() as signals:
+        return _main(options, paths[0], overrides, signals, is_main)
+
+
+def _main(
+    options: argparse.Namespace, path: str, overrides: Sequence[str], signals: StopSignals, is_main: bool
+) -> int:
     world = None
     try:
-        recipe = load_recipe(paths[0], overrides)
+        recipe = load_recipe(path, overrides)
         read_engine_file(options.ds)
-        world = start_world()
-        message = train(recipe, options.run, options.ds, world)
+        # The watch names who is missing before a collective fails without a name.
+        world = start_world(timeout_s=options.hung_after + TIMEOUT_MARGIN_S)
+        with Watch(world, options.hung_after, options.dead_after) as watch:
+            message = train(recipe, options.run, options.ds, world, signals=signals, watch=watch)
+    except RunStopped as stopped:
+        assert world is not None  # a run stops after it began
+        stop_world(world)
+        if is_main:
+            print(f"{options.run}: {stopped}. The same command continues it")
+        return STOPPED
     except (TimError, DataError) as error:
         # Before the ranks met, each meets the same error; later, one may fail alone.
         alone = world is not None and world.shared_error is not error

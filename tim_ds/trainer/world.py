@@ -9,6 +9,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store
 
 T = TypeVar("T")
 
@@ -52,6 +53,12 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def store(self, name: str) -> Store:
+        """The key-value store of the group, by a connection of its own and under keys of its own: it can be
+        asked from any thread, whatever the collectives do."""
+        group_store: Any = dist.distributed_c10d._get_default_store()
+        return PrefixStore(f"tim_ds/{name}", group_store.clone())
 
     def together(self, action: Callable[[], T], errors: tuple[type[Exception], ...]) -> T:
         """Do something on every rank and return this rank's result.

@@ -1,0 +1,82 @@
+"""What is known before a run: all problems at once, and nothing is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.trainer.ranks import engine_file, run_ranks
+from tests.trainer.test_launch import write_recipe
+from tim_ds.trainer.preflight import missing_weights
+from tim_ds.trainer.run import main
+
+PREVIEW = "train.preview={every_steps: 2, prompts: [a cat], sizes: [4x6], num_steps: [1, 3]}"
+
+
+def _files(folder: Path) -> set[Path]:
+    return {path for path in folder.rglob("*") if "out" not in path.parts and path.suffix != ".json"}
+
+
+def _check(folder: Path, recipe: Path, *more: str) -> tuple[int, set[Path]]:
+    before = _files(folder)
+    common = ["--check", str(recipe), "--ds", str(engine_file(folder, 2)), "--run", str(folder / "run")]
+    return main([*common, *more]), _files(folder) - before
+
+
+def test_a_check_says_what_will_happen_takes_a_step_and_writes_nothing(tmp_path: Path, shards: Path) -> None:
+    recipe, out = write_recipe(tmp_path, shards), tmp_path / "out"
+    results = run_ranks(_check, tmp_path, recipe, PREVIEW, world_size=2, out=out)
+    assert results == [(0, set()), (0, set())]
+    printed = (out / "output_0.txt").read_text()
+    assert "64 images in 5 steps" in printed and "4 steps, 0.80 epochs" in printed
+    assert "4 packs, 2 a rank on 2 ranks" in printed and "FLOP a step" in printed
+    assert "16 of 16 samples" in printed and "26,492 trained parameters, 2 GPUs" in printed
+    assert "every 100 steps, 1 in the run" in printed and "4x6  a cat" in printed
+    assert "gradient norm" in printed and "no problems: the run can begin" in printed
+    assert "no problems" not in (out / "output_1.txt").read_text(), "one rank prints"
+
+
+def test_all_problems_are_listed(tmp_path: Path, shards: Path) -> None:
+    recipe, out = write_recipe(tmp_path, shards), tmp_path / "out"
+    wrong = (
+        "model.text_dim=12",
+        "data.text_encoder.width=12",
+        "data.packs_per_step=4",
+        "train.init_from=" + str(tmp_path / "none"),
+        "train.checkpoint.keep=100000000",
+        PREVIEW,
+    )
+    ((code, written),) = run_ranks(
+        _check, tmp_path, recipe, "--ranks=2", "--card-gib=0.5", *wrong, world_size=1, out=out
+    )
+    assert (code, written) == (2, set())
+    printed = (out / "output_0.txt").read_text()
+    for problem in (
+        "text states in",
+        "train.init_from",
+        "disk: 100000001 checkpoints",
+        "memory: a rank needs",
+    ):
+        assert problem in printed.split("problems:")[1], printed
+    assert "one step" not in printed, "it is not taken where it would fail"
+
+
+def test_a_wrong_recipe_and_a_wrong_engine_file_are_told_together(tmp_path: Path, shards: Path) -> None:
+    out = tmp_path / "out"
+    wrong = tmp_path / "wrong.json"
+    wrong.write_text('{"zero_optimisation": {}}')
+    arguments = ["--check", str(write_recipe(tmp_path, shards)), "train.stepz=3", "--ds", str(wrong)]
+    assert run_ranks(main, arguments, world_size=1, out=out) == [2]
+    printed = (out / "output_0.txt").read_text()
+    assert "train.stepz: unknown key" in printed and "did you mean 'zero_optimization'?" in printed
+
+
+def test_weights_are_a_folder_with_a_configuration_or_in_the_cache(tmp_path: Path) -> None:
+    folder = tmp_path / "vae"
+    assert "neither a folder nor" in (missing_weights(str(folder), None) or "")
+    assert missing_weights("org/name", "commit:abc") is None
+    folder.mkdir()
+    assert "no config.json" in (missing_weights(str(folder), None) or "")
+    (folder / "config.json").write_text("{}")
+    assert "no weights" in (missing_weights(str(folder), None) or "")
+    (folder / "model.safetensors").write_bytes(b"")
+    assert missing_weights(str(folder), None) is None

@@ -1,0 +1,106 @@
+"""The scaling model at its limits, and its bytes against what each ZeRO stage is known to send."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tim_ds.config.load import load_recipe
+from tim_ds.trainer.engine import read_engine_file
+from tim_ds.trainer.memory import Ranks, estimate
+from tim_ds.trainer.scaling import Hardware, even_pack, expected_flops, main, scale, step_volume
+
+ROOT = Path(__file__).parents[2]
+RECIPE = load_recipe(ROOT / "launch/recipes/t2i_xl.yaml", [])
+HARDWARE = Hardware(4e14, 4e11, 2e11, 0.5)
+
+
+def engine(name: str) -> dict:
+    return read_engine_file(ROOT / "ds_configs" / f"{name}.json")
+
+
+PARAMETERS = estimate(RECIPE, engine("zero3"), Ranks(1, 8)).parameters
+
+
+@pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3", "zero3_nodes"])
+def test_one_gpu_only_computes_and_bandwidth_without_end_scales_perfectly(name: str) -> None:
+    pack = even_pack(RECIPE)
+    alone = scale(RECIPE, engine(name), HARDWARE, Ranks(1, 8), packs_per_gpu=3, pack=pack)
+    assert alone.communication_s == 0 and alone.efficiency == 1
+    assert alone.step_s == 3 * expected_flops(RECIPE, pack).model / 4e14
+    endless = replace(HARDWARE, intra_bytes_per_s=math.inf, inter_bytes_per_s=math.inf, overlap=0.0)
+    many = scale(RECIPE, engine(name), endless, Ranks(512, 8), packs_per_gpu=3, pack=pack)
+    assert many.efficiency == 1
+    assert many.images_per_s == pytest.approx(512 * alone.images_per_s)
+
+
+@pytest.mark.parametrize(
+    ("name", "packs", "elements"),
+    [
+        # Gradients go to everyone: a reduction and a gather.
+        ("zero0", 4, 2),
+        # One reduction to shards, one gather of the weights, however many micro-steps.
+        ("zero1", 4, 2),
+        # A reduction a micro-step.
+        ("zero2", 4, 5),
+        # Two gathers and a reduction a micro-step.
+        ("zero3", 1, 3),
+        ("zero3", 4, 12),
+    ],
+)
+def test_bytes_of_a_step_are_those_of_the_stage(name: str, packs: int, elements: int) -> None:
+    recipe = replace(RECIPE, objective=replace(RECIPE.objective, derivative="paired"))
+    volume = step_volume(recipe, engine(name), Ranks(64, 8), packs)
+    # Weights and gradients in float32.
+    assert volume.everywhere == pytest.approx(63 / 64 * 4 * PARAMETERS * elements)
+    assert volume.in_node == 0
+
+
+def test_a_difference_gathers_once_more_and_a_second_copy_in_the_node_keeps_a_gather_there() -> None:
+    paired = replace(RECIPE, objective=replace(RECIPE.objective, derivative="paired"))
+    difference = replace(RECIPE, objective=replace(RECIPE.objective, derivative="dde"))
+    ranks, unit = Ranks(64, 8), 4 * PARAMETERS
+    more = step_volume(difference, engine("zero3"), ranks, 1).everywhere
+    assert more - step_volume(paired, engine("zero3"), ranks, 1).everywhere == pytest.approx(63 / 64 * unit)
+    split = step_volume(paired, engine("zero3_nodes"), ranks, 1)
+    assert split.everywhere == pytest.approx(63 / 64 * 2 * unit)
+    assert split.in_node == pytest.approx(7 / 8 * unit)
+
+
+def test_what_is_exposed_is_what_neither_overlap_nor_computation_hides() -> None:
+    pack = even_pack(RECIPE)
+
+    def exposed(overlap: float, flops: float) -> float:
+        hardware = replace(HARDWARE, overlap=overlap, flops_per_s=flops)
+        row = scale(RECIPE, engine("zero3"), hardware, Ranks(64, 8), packs_per_gpu=1, pack=pack)
+        return row.exposed_s / row.communication_s
+
+    assert exposed(0.0, 1e12) == 1
+    assert exposed(0.75, 1e12) == pytest.approx(0.25)
+    assert exposed(1.0, 1e12) == 0
+    assert exposed(1.0, 1e30) == pytest.approx(1.0)
+
+
+def test_the_command_prints_a_model_with_its_inputs(capsys: pytest.CaptureFixture[str]) -> None:
+    rates = [
+        "--mfu",
+        "0.4",
+        "--peak-tflops",
+        "989",
+        "--intra-gbs",
+        "400",
+        "--inter-gbs",
+        "200",
+        "--overlap",
+        "0.7",
+    ]
+    common = [str(ROOT / "launch/recipes/t2i_xl.yaml"), "--ds", str(ROOT / "ds_configs/zero3.json"), *rates]
+    assert main([*common, "--gpus", "1,8,512", "--packs-per-gpu", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "A model, nothing is measured" in printed and "989 TFLOP/s a GPU at 40%" in printed
+    assert [line.split()[0] for line in printed.splitlines()[-3:]] == ["1", "8", "512"]
+    assert main([*common, "--gpus", "7"]) == 2
+    assert "cannot be divided among 7 GPUs" in capsys.readouterr().err

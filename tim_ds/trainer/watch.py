@@ -1,0 +1,237 @@
+"""Who is missing: a thread on every rank that names a hung, dead or failed rank and ends the job.
+
+Every few seconds each rank writes into the key-value store of the process group where it stands: the step,
+the phase, and the line of the program. Nothing passes through the collectives, which are what a missing rank
+blocks. Rank 0 looks at all of them, the others at rank 0. A rank is
+
+    dead     when it wrote nothing for `dead_after` seconds;
+    hung     when no rank has come to another phase for `hung_after` seconds: the one that is furthest behind;
+    failed   when it said so on its way out.
+
+Whoever finds one writes it down for all, and every process ends with that sentence and exit code `LOST`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from types import TracebackType
+from typing import Any
+
+import torch.distributed as dist
+
+from tim_ds.trainer.world import World
+
+LOST = 70
+"""Exit code where another rank is missing (EX_SOFTWARE of sysexits.h); the last checkpoint is whole."""
+
+HUNG_AFTER_S = 1800.0
+"""Default: longer than a first step that compiles, a preview, or a save to a slow disk."""
+DEAD_AFTER_S = 60.0
+"""Default: the thread that writes needs only an instant of the interpreter, whatever the step does."""
+LONGEST_INTERVAL_S = 5.0
+
+UNEVEN_PHASES = ("encoders",)
+"""Phases that ranks enter a different number of times."""
+
+_VERDICT = "verdict"
+
+
+@dataclass(eq=False)
+class Watch:
+    """Watches the ranks from `start` to `close`; without other ranks it does nothing.
+
+    Args:
+        hung_after: seconds without progress of any rank.
+        dead_after: seconds without a sign of life of one rank.
+        before_end: called before the process ends; the time it takes is added.
+        end: ends the process, from a thread, whatever the main thread is in.
+    """
+
+    world: World
+    hung_after: float = HUNG_AFTER_S
+    dead_after: float = DEAD_AFTER_S
+    before_end: Callable[[], None] | None = None
+    end: Callable[[int], Any] = os._exit
+    _place: tuple[int, int, str] = (0, 0, "start")
+    """Step, phases entered in it, name of the phase."""
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _thread: threading.Thread | None = None
+    _main: int = 0
+    _count: int = 0
+
+    @property
+    def interval(self) -> float:
+        return min(LONGEST_INTERVAL_S, self.dead_after / 6, self.hung_after / 6)
+
+    def start(self) -> None:
+        """Begin to watch; called by all ranks from their main thread."""
+        if self.world.size == 1:
+            return
+        self._main = threading.get_ident()
+        self._store = self.world.store("watch")
+        self._store.set_timeout(timedelta(seconds=self.dead_after))
+        self._write_beat()
+        # From here on every rank has left a sign, and a missing one is a dead one.
+        self.world.barrier()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread.start()
+
+    def enter(self, phase: str) -> None:
+        """This rank comes to a phase of its step."""
+        if phase not in UNEVEN_PHASES:
+            step, entered, _ = self._place
+            self._place = (step, entered + 1, phase)
+
+    def begin_step(self, step: int) -> None:
+        self._place = (step, 0, "between steps")
+
+    def close(self) -> None:
+        """Stop watching. Called by all ranks, before they leave the process group together."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def failed(self, error: BaseException) -> None:
+        """This rank leaves alone, with an error: tell the others, in time for them to read it.
+
+        An error of the communication is what the others meet when one rank is gone: then the rank that is
+        missing is waited for to be named, and this process ends with its name.
+        """
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return
+        if is_communication(error):
+            # The thread finds a dead rank in this time, or reads who it was, and ends the process.
+            thread.join(self.dead_after + 4 * self.interval)
+        self._judge(f"rank {self.world.rank} failed: {type(error).__name__}: {error}")
+        self._stop.set()
+        thread.join()
+        # Rank 0 usually keeps the store that the others read this from.
+        time.sleep(3 * self.interval if self.world.is_main else 0.0)
+
+    def _run(self) -> None:
+        seen: dict[int, tuple[str, float]] = {}
+        progress: tuple[Any, float] = (None, time.monotonic())
+        while not self._stop.wait(self.interval):
+            try:
+                self._write_beat()
+                if self._store.check([_VERDICT]):
+                    return self._finish(self._store.get(_VERDICT).decode())
+                watched = [rank for rank in range(self.world.size) if rank != self.world.rank]
+                if not self.world.is_main:
+                    watched = [0]
+                beats = self._store.multi_get([_beat(rank) for rank in watched])
+            except (RuntimeError, dist.DistError) as error:
+                if self._stop.is_set():
+                    return None
+                return self._finish(
+                    "rank 0, or the launcher, has ended without a word: the key-value store that it keeps "
+                    f"does not answer ({str(error).splitlines()[0]})"
+                )
+            now = time.monotonic()
+            for rank, raw in zip(watched, beats, strict=True):
+                value = raw.decode()
+                if rank not in seen or seen[rank][0] != value:
+                    seen[rank] = (value, now)
+            lost = [rank for rank in watched if now - seen[rank][1] > self.dead_after]
+            if lost:
+                told = "; ".join(_described(rank, seen[rank][0]) for rank in lost)
+                self._judge(f"no sign of life for {self.dead_after:g} s: {told}")
+            elif self.world.is_main:
+                values = {rank: json.loads(value) for rank, (value, _) in seen.items()}
+                values[self.world.rank] = self._beat()
+                places = {rank: tuple(value["place"]) for rank, value in values.items()}
+                if places != progress[0]:
+                    progress = (places, now)
+                elif now - progress[1] > self.hung_after:
+                    self._judge(_hung(values, self.hung_after))
+        return None
+
+    def _beat(self) -> dict[str, Any]:
+        step, entered, phase = self._place
+        frame = sys._current_frames().get(self._main)
+        where = traceback.extract_stack(frame)[-1] if frame is not None else None
+        return {
+            "count": self._count,
+            "place": [step, entered, phase],
+            "line": f"{where.filename}:{where.lineno} in {where.name}" if where is not None else "",
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+        }
+
+    def _write_beat(self) -> None:
+        self._count += 1
+        self._store.set(_beat(self.world.rank), json.dumps(self._beat()))
+
+    def _judge(self, verdict: str) -> None:
+        """Write the verdict down for every rank; the first one stays."""
+        with suppress(RuntimeError, dist.DistError):
+            self._store.compare_set(_VERDICT, "", verdict)
+
+    def _finish(self, verdict: str) -> None:
+        """End this process with the verdict."""
+        rank = self.world.rank
+        lines = [f"error (rank {rank}): {verdict}"]
+        frame = sys._current_frames().get(self._main)
+        if frame is not None and f"rank {rank} " in verdict:
+            lines.append("this rank is at\n" + "".join(traceback.format_stack(frame)).rstrip())
+        with suppress(OSError):
+            print("\n".join(lines), file=sys.stderr, flush=True)
+        if self.before_end is not None:
+            self.before_end()
+        self.end(LOST)
+
+    def __enter__(self) -> Watch:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and self.world.shared_error is not error and isinstance(error, Exception):
+            self.failed(error)
+        self.close()
+
+
+def is_communication(error: BaseException) -> bool:
+    """Whether an error says that other ranks cannot be reached."""
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "nccl", "connection"))
+    )
+
+
+def _beat(rank: int) -> str:
+    return f"beat/{rank}"
+
+
+def _described(rank: int, beat: str | dict[str, Any]) -> str:
+    value = json.loads(beat) if isinstance(beat, str) else beat
+    step, _, phase = value["place"]
+    return (
+        f"rank {rank} (process {value['pid']} on {value['host']}), last seen in {phase} after step {step}, "
+        f"at {value['line']}"
+    )
+
+
+def _hung(values: dict[int, dict[str, Any]], seconds: float) -> str:
+    """The ranks that are furthest behind; all of them where none is."""
+    places = {rank: tuple(value["place"][:2]) for rank, value in values.items()}
+    last = min(places.values())
+    behind = [rank for rank, place in sorted(places.items()) if place == last]
+    told = "; ".join(_described(rank, values[rank]) for rank in behind)
+    if len(behind) == len(values):
+        return f"no rank has advanced for {seconds:g} s, all in the same phase: {told}"
+    return f"no rank has advanced for {seconds:g} s, the others wait for: {told}"
