@@ -221,6 +221,25 @@ class Direction:
     dt_S: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Copies:
+    """Some images once more, at other states and times; a network that is given them also returns F there.
+
+    They are evaluated without gradient in the traversal of the main forward. r and the condition are those
+    of the image.
+
+    Shapes:
+        x_TC: [n T', C], t_S: [n S'], a *conditioning* time each: `count` = n copies of the first of the
+        images `indices`, one behind the other, then those of the next.
+    """
+
+    indices: tuple[int, ...]
+    """Images that are copied, at least one; none repeats."""
+    count: int
+    x_TC: Tensor
+    t_S: Tensor
+
+
 class NetworkOutput(NamedTuple):
     """What one forward returns: F_TC [T, C], and [T, z_dim] features of the REPA projector when asked for."""
 
@@ -228,6 +247,8 @@ class NetworkOutput(NamedTuple):
     features_TZ: Tensor | None
     dF_TC: Tensor | None = None
     """[T', C]: the derivative of F along a `Direction`, when one was given; it carries no gradient."""
+    copies_F_TC: Tensor | None = None
+    """[n T', C]: F at the `Copies`, when there were any; it carries no gradient."""
 
 
 class Network(Protocol):
@@ -248,11 +269,14 @@ class Network(Protocol):
     ) -> NetworkOutput: ...
 
 
-class DifferentiatingNetwork(Network, Protocol):
-    """A network that can carry a direction along with its value, in the same forward.
+class CarryingNetwork(Network, Protocol):
+    """A network that can carry a direction, or copies of some images, along with its value.
 
-    F and the features are the same bits with and without a direction, and so are their gradients.
+    F and the features are the same bits with and without them, and so are their gradients.
     """
+
+    carries_copies: bool
+    """Whether it takes copies; a network without this attribute does not."""
 
     def __call__(
         self,
@@ -264,6 +288,7 @@ class DifferentiatingNetwork(Network, Protocol):
         *,
         with_features: bool = False,
         direction: Direction | None = None,
+        copies: Copies | None = None,
     ) -> NetworkOutput: ...
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tim_ds.model.config import ModelConfig
 from tim_ds.model.tim import TiM
-from tim_ds.packed import ClassCondition, Condition, Direction, Segments, TextCondition
+from tim_ds.packed import ClassCondition, Condition, Copies, Direction, Segments, TextCondition
 
 GRIDS = ((3, 5), (1, 1), (4, 2), (2, 2), (2, 2))
 TEXT_LENGTHS = (4, 1, 7, 0, 3)
@@ -28,6 +29,17 @@ def class_config(**changes: object) -> ModelConfig:
     return text_config(
         **{"condition": "class", "text_dim": None, "num_classes": 5, "patch_size": 2, **changes}
     )
+
+
+CONFIGS = {
+    "text-plain": text_config(qk_norm=False, distance_aware=False, separate_interval_embedder=False),
+    "text-reference-rope": text_config(rope_layout="reference"),
+    "class-p2": class_config(),
+    **{
+        f"text {kind}": text_config(time_condition=kind)
+        for kind in ("t-r", "r", "t,r", "t,t-r", "r,t-r", "t,r,t-r")
+    },
+}
 
 
 def random_network(config: ModelConfig, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> TiM:
@@ -79,3 +91,26 @@ def derivative_along(network: TiM, pack: tuple[Any, ...], direction: Direction) 
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         found = torch.func.jvp(lambda x, t: network(x, t, r, segments, condition).F_TC, (x, t), (dx, dt))
     return found[1][tokens]
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def relative(received: torch.Tensor | None, expected: torch.Tensor) -> float:
+    assert received is not None and received.shape == expected.shape
+    return float((received.double() - expected).norm() / expected.norm())
+
+
+def in_dtype(pack: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+    x, t, r, segments, condition = pack
+    if isinstance(condition, TextCondition):
+        condition = replace(condition, states_LE=condition.states_LE.to(dtype))
+    return x.to(dtype), t.to(dtype), r.to(dtype), segments, condition
+
+
+def copies_of(pack: tuple[Any, ...], indices: tuple[int, ...], count: int = 2) -> Copies:
+    x, t, _, segments, _ = pack
+    tokens = count * sum(segments.lengths[i] for i in indices)
+    times = 0.5 + 0.1 * normal(count * len(indices), seed=24).abs()
+    return Copies(indices, count, normal(tokens, x.shape[1], seed=23).to(x.dtype), times.to(t.dtype))

@@ -1,6 +1,6 @@
 """The derivative that a forward carries, against forward mode in float64.
 
-And what it must leave alone: the value, its gradients, and what autograd keeps.
+And what it, or copies that are carried, must leave alone: the value, its gradients, what autograd keeps.
 """
 
 from __future__ import annotations
@@ -13,27 +13,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.model.networks import class_config, derivative_along, random_network, random_pack, text_config
+from tests.model.networks import (
+    CONFIGS,
+    copies_of,
+    derivative_along,
+    in_dtype,
+    normal,
+    random_network,
+    random_pack,
+    relative,
+    text_config,
+)
 from tim_ds.errors import ShapeError
 from tim_ds.model import ops
-from tim_ds.objective.derivative import central_difference
-from tim_ds.objective.time_sampling import Times
-from tim_ds.objective.transport import OTFM
-from tim_ds.packed import Direction, TextCondition
-
-CONFIGS = {
-    "text-plain": text_config(qk_norm=False, distance_aware=False, separate_interval_embedder=False),
-    "text-reference-rope": text_config(rope_layout="reference"),
-    "class-p2": class_config(),
-    **{
-        f"text {kind}": text_config(time_condition=kind)
-        for kind in ("t-r", "r", "t,r", "t,t-r", "r,t-r", "t,r,t-r")
-    },
-}
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from tim_ds.packed import Direction
 
 
 def direction_of(pack: tuple[Any, ...], indices: tuple[int, ...]) -> Direction:
@@ -44,18 +37,6 @@ def direction_of(pack: tuple[Any, ...], indices: tuple[int, ...]) -> Direction:
         normal(tokens, x.shape[1], seed=21).to(x.dtype),
         0.5 + normal(len(indices), seed=22).abs().to(t.dtype),
     )
-
-
-def relative(received: Tensor | None, expected: Tensor) -> float:
-    assert received is not None and received.shape == expected.shape
-    return float((received.double() - expected).norm() / expected.norm())
-
-
-def in_dtype(pack: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
-    x, t, r, segments, condition = pack
-    if isinstance(condition, TextCondition):
-        condition = replace(condition, states_LE=condition.states_LE.to(dtype))
-    return x.to(dtype), t.to(dtype), r.to(dtype), segments, condition
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
@@ -95,7 +76,7 @@ def test_value_and_gradients_are_the_same_bits_with_and_without(name, recompute,
     network.checkpoint_blocks = recompute
     pack = in_dtype(random_pack(config, dtype=torch.float32), torch.float32)
 
-    def run(direction: Direction | None) -> tuple[list[Tensor], int, Tensor | None]:
+    def run(**beside: Any) -> tuple[list[Tensor], int, Tensor | None]:
         kept = 0
 
         def count(x: Tensor) -> Tensor:
@@ -107,19 +88,21 @@ def test_value_and_gradients_are_the_same_bits_with_and_without(name, recompute,
         x = pack[0].clone().requires_grad_()
         with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-                out = network(x, *pack[1:], with_features=True, direction=direction)
+                out = network(x, *pack[1:], with_features=True, **beside)
             after_forward = kept
         assert out.features_TZ is not None
         (out.F_TC.square().mean() + out.features_TZ.square().mean()).backward()
         gradients = [p.grad for p in [x, *network.parameters()] if p.grad is not None]
-        return [out.F_TC, out.features_TZ, *gradients], after_forward, out.dF_TC
+        carried = out.copies_F_TC if out.dF_TC is None else out.dF_TC
+        return [out.F_TC, out.features_TZ, *gradients], after_forward, carried
 
-    plain, kept_plain, nothing = run(None)
-    carrying, kept_carrying, derivative = run(direction_of(pack, (0, 3)))
+    plain, kept_plain, nothing = run()
     assert len(plain) > 50 and nothing is None
-    assert all(torch.equal(a, b) for a, b in zip(plain, carrying, strict=True))
-    assert kept_plain == kept_carrying, "the tangent keeps something for the backward"
-    assert derivative is not None and not derivative.requires_grad and derivative.norm() > 0.1
+    for beside in ({"direction": direction_of(pack, (0, 3))}, {"copies": copies_of(pack, (0, 3))}):
+        carrying, kept_carrying, carried = run(**beside)
+        assert all(torch.equal(a, b) for a, b in zip(plain, carrying, strict=True))
+        assert kept_plain == kept_carrying, "what is carried keeps something for the backward"
+        assert carried is not None and not carried.requires_grad and carried.norm() > 0.1
 
 
 def test_recomputation_leaves_the_tangent_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,24 +170,3 @@ def test_a_direction_that_does_not_fit_is_refused(change, message) -> None:
     direction = replace(direction_of(pack, (0, 3)), **change)
     with pytest.raises(ShapeError, match=message):
         random_network(config)(*pack, direction=direction)
-
-
-@pytest.mark.parametrize("name", ["text t-r", "class-p2"])
-def test_the_packed_difference_is_the_published_one_in_two_passes(name: str) -> None:
-    """F(t + e) and F(t - e) as two calls, each with its own captions; also where all or one segment move."""
-    config = CONFIGS[name]
-    network = random_network(config)
-    x, t, r, segments, condition = random_pack(config)
-    z = normal(*x.shape, seed=30)
-    transport, e = OTFM(), 0.005
-    for indices in ((0, 2, 3), (1,), (0, 1, 2, 3, 4)):
-        times = Times.from_tensors(transport, t, r)
-        received = central_difference(network, transport, x, z, times, segments, condition, indices, e)
-        sides = []
-        for side in (t + e, t - e):
-            x_t = transport.interpolate(x, z, segments.expand(side)[:, None])
-            with torch.no_grad():
-                sides.append(network(x_t, side, r, segments, condition).F_TC)
-        expected = ((sides[0] - sides[1]) / (2 * e))[segments.token_index(indices)]
-        # float64 rounding of F divided by 2e; products of other numbers of rows
-        torch.testing.assert_close(received, expected, rtol=1e-10, atol=1e-11)

@@ -5,16 +5,35 @@ T image tokens, L text tokens, S segments, D model width, N heads, H head width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from tim_ds.model import ops
 from tim_ds.model.config import ModelConfig
+from tim_ds.model.copies import CopiesStream
 from tim_ds.model.embed import Linear, PreciseLinear, SwiGLU
-from tim_ds.model.tangent import Side, TangentStream
+from tim_ds.model.tangent import Tangent, TangentStream
 from tim_ds.packed import Segments
+
+
+@dataclass(eq=False)
+class Pause:
+    """Whether what travels beside the main stream stands still."""
+
+    is_on: bool = False
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Activations are recomputed within: of the main stream alone."""
+        self.is_on = True
+        try:
+            yield
+        finally:
+            self.is_on = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,12 +54,20 @@ class BlockContext:
     cross-attention has no parameters and the captions do not change, so it is taken once a forward."""
     cross_plan: ops.AttentionPlan | None
     stream: TangentStream | None = None
-    """The derivative's stream, when the forward carries one."""
+    """The tangent, when the forward carries one."""
+    copies: CopiesStream | None = None
+    """The copies, when the forward evaluates any."""
+    pause: Pause = field(default_factory=Pause)
 
     @property
     def active_stream(self) -> TangentStream | None:
-        """The stream, unless activations are being recomputed: a tangent passes every block once."""
-        return None if self.stream is None or self.stream.recomputing else self.stream
+        """The tangent, unless activations are being recomputed: it passes every block once."""
+        return None if self.pause.is_on else self.stream
+
+    @property
+    def active_copies(self) -> CopiesStream | None:
+        """The copies, unless activations are being recomputed."""
+        return None if self.pause.is_on else self.copies
 
 
 class _Heads(nn.Module):
@@ -101,13 +128,17 @@ class CrossAttention(_Heads):
         self.q = Linear(config.hidden_size, config.hidden_size)
         self.kv = Linear(config.hidden_size, 2 * config.hidden_size)
 
+    def keys_and_values(self, text_LD: Tensor) -> ops.KeysValues:
+        """Of the captions: all that read them share these."""
+        return ops.kv_norm(self.kv(text_LD), self.num_heads, self.affine(self.k_norm))
+
     def forward(
-        self, h_TD: Tensor, again: ops.Again | None, text_LD: Tensor, context: BlockContext
+        self, h_TD: Tensor, again: ops.Again | None, text: ops.KeysValues, context: BlockContext
     ) -> Tensor:
         stream = context.active_stream
         raw_q = self.split(self.q(h_TD, stream, again))
         q = ops.q_norm_rope(raw_q, self.affine(self.q_norm), context.table)
-        k, v = ops.kv_norm(self.kv(text_LD), self.num_heads, self.affine(self.k_norm))
+        k, v = text
         assert context.cross_plan is not None, "a text network always plans its cross-attention"
         if stream is None:
             return self.proj(ops.attention(q, k, v, context.cross_plan).flatten(-2))
@@ -140,6 +171,18 @@ class TransitionBlock(nn.Module):
         )
 
     def forward(self, x_TD: Tensor, context: BlockContext) -> Tensor:
+        text = None
+        if self.cross_attn is not None:
+            assert context.text_LD is not None, "a text network always has its captions"
+            text = self.cross_attn.keys_and_values(context.text_LD)
+        x_TD = self._evaluate(x_TD, text, context)
+        copies = context.active_copies
+        if copies is not None:
+            with torch.no_grad():
+                copies.value = self._evaluate(copies.value, copies.keys_and_values(text), copies.context)
+        return x_TD
+
+    def _evaluate(self, x_TD: Tensor, text: ops.KeysValues | None, context: BlockContext) -> Tensor:
         stream = context.active_stream
         side = None if stream is None else stream.modulation()
         m = _Modulation.of(self.adaLN_modulation, context.modulation_SD, side, 3 * self.num_branches)
@@ -147,9 +190,9 @@ class TransitionBlock(nn.Module):
         x, h = m.norm(0, x_TD, None, context, h_dtype)
         branch = self.attn(h, m.again(0, x, context, h_dtype), context)
         if self.cross_attn is not None:
-            assert context.text_LD is not None, "a text network always has its captions"
+            assert text is not None, "keys and values come with cross-attention"
             x, h = m.norm(1, x, branch, context, h_dtype)
-            branch = self.cross_attn(h, m.again(1, x, context, h_dtype), context.text_LD, context)
+            branch = self.cross_attn(h, m.again(1, x, context, h_dtype), text, context)
         x, h = m.norm(self.num_branches - 1, x, branch, context, h_dtype)
         return m.add_last(x, self.mlp(h, stream), context)
 
@@ -162,7 +205,7 @@ class _Modulation:
     tangents: tuple[Tensor, ...] | None
 
     @classmethod
-    def of(cls, generator: SwiGLU, modulation_SD: Tensor, side: Side | None, count: int) -> _Modulation:
+    def of(cls, generator: SwiGLU, modulation_SD: Tensor, side: Tangent | None, count: int) -> _Modulation:
         chunks = generator(modulation_SD, side).chunk(count, dim=-1)
         return cls(chunks, None if side is None else side.value.chunk(count, dim=-1))
 
@@ -208,7 +251,15 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = SwiGLU(width, width // 2, 2 * width, linear=PreciseLinear)
 
     def forward(self, x_TD: Tensor, context: BlockContext) -> Tensor:
-        """The stream's value becomes the tangent of the output."""
+        """What travels beside becomes the tangent of the output, or the output of the copies."""
+        F_TC = self._evaluate(x_TD, context)
+        copies = context.active_copies
+        if copies is not None:
+            with torch.no_grad():
+                copies.value = self._evaluate(copies.value, copies.context)
+        return F_TC
+
+    def _evaluate(self, x_TD: Tensor, context: BlockContext) -> Tensor:
         stream = context.active_stream
         side = None if stream is None else stream.modulation()
         m = _Modulation.of(self.adaLN_modulation, context.modulation_SD, side, 2)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tim_ds.model import ops
 from tim_ds.model.config import ModelConfig
-from tim_ds.model.tangent import Side
+from tim_ds.model.tangent import Side, Tangent
 
 TIME_FREQUENCIES = 128
 
@@ -25,10 +25,9 @@ class Linear(nn.Linear):
         """With `again`, the input is not kept for the backward."""
         dtype = ops.compute_dtype(self.weight)
         weight = self.weight.to(dtype)
-        if side is not None:
-            with torch.no_grad():
-                side.value = nnf.linear(side.value.to(dtype), weight)
         bias = None if self.bias is None else self.bias.to(dtype)
+        if side is not None:
+            side.linear(weight, bias)
         return ops.linear(input.to(dtype), weight, bias, again)
 
 
@@ -43,10 +42,9 @@ class PreciseLinear(nn.Linear):
         dtype = torch.promote_types(torch.promote_types(self.weight.dtype, torch.float32), input.dtype)
         with torch.autocast(input.device.type, enabled=False):
             weight = self.weight.to(dtype)
-            if side is not None:
-                with torch.no_grad():
-                    side.value = nnf.linear(side.value.to(dtype), weight)
             bias = None if self.bias is None else self.bias.to(dtype)
+            if side is not None:
+                side.linear(weight, bias)
             return nnf.linear(input.to(dtype), weight, bias)
 
 
@@ -61,7 +59,7 @@ class SwiGLU(nn.Module):
         self.fc1_x = linear(width, hidden)
         self.fc2 = linear(hidden, out)
 
-    def forward(self, v: Tensor, side: Side | None = None) -> Tensor:
+    def forward(self, v: Tensor, side: Tangent | None = None) -> Tensor:
         other = None if side is None else side.fork()
         gate, up = self.fc1_g(v, side), self.fc1_x(v, other)
         if side is not None and other is not None:
@@ -87,8 +85,7 @@ class PatchProjection(nn.Module):
     def forward(self, x_TC: Tensor, side: Side | None = None) -> Tensor:
         weight = self.weight.permute(0, 2, 3, 1).flatten(1)
         if side is not None:
-            with torch.no_grad():
-                side.value = nnf.linear(side.value.to(weight.dtype), weight)
+            side.linear(weight, self.bias)
         return nnf.linear(x_TC.to(weight.dtype), weight, self.bias)
 
 
@@ -107,7 +104,6 @@ def time_features(t_S: Tensor) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
-@torch.no_grad()
 def time_features_tangent(t_S: Tensor, d_t_S: Tensor) -> Tensor:
     """Tangent of `time_features`: [S] -> [S, 256]."""
     t = ops.at_least_float32(t_S)
@@ -135,14 +131,15 @@ class TimeEmbedder(nn.Module):
         )
 
     def forward(self, t_S: Tensor, side: Side | None = None) -> Tensor:
-        """`side` enters with the tangent of t."""
+        """`side` enters with the tangent of t, or with other times."""
         features = time_features(t_S)
         if side is not None:
-            side.value = time_features_tangent(side.plan.rows_of(t_S), side.value)
+            side.through(time_features, time_features_tangent, t_S)
         inward, activation, outward = self.mlp
         hidden = inward(features, side)
         if side is not None:
-            side.value = ops.silu_tangent(hidden, side.value, side.plan)
+            # Not the module: a second call of it would be a step of ZeRO-3's trace.
+            side.through(nnf.silu, ops.silu_tangent, hidden)
         return outward(activation(hidden), side)
 
 

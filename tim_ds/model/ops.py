@@ -41,6 +41,8 @@ QK_NORM_EPS = 1e-5
 
 Affine = tuple[Tensor, Tensor | None]
 """Weight [H] and bias [H] of a per-head norm."""
+KeysValues = tuple[Tensor, Tensor]
+"""[L, N, H] each."""
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -240,7 +242,7 @@ def q_norm_rope(q_TNH: Tensor, norm: Affine | None, table: RotaryTable) -> Tenso
     return tim_kernels.qk_norm_rope(q_TNH, weight, bias, table, eps=QK_NORM_EPS)
 
 
-def kv_norm(kv_LE: Tensor, num_heads: int, norm: Affine | None) -> tuple[Tensor, Tensor]:
+def kv_norm(kv_LE: Tensor, num_heads: int, norm: Affine | None) -> KeysValues:
     """k, v of cross-attention from their packed projection: [L, N, H] each, k normalised."""
     return tim_kernels.kv_norm_rope(kv_LE, num_heads, norm, eps=QK_NORM_EPS)
 
@@ -287,10 +289,9 @@ def swiglu_tangent(gate: Tensor, up: Tensor, d_gate: Tensor, d_up: Tensor, plan:
     return tim_kernels.swiglu_jvp(gate, up, d_gate, d_up, plan)
 
 
-@torch.no_grad()
-def silu_tangent(x: Tensor, d_x: Tensor, plan: TangentPlan) -> Tensor:
+def silu_tangent(x: Tensor, d_x: Tensor) -> Tensor:
     """Tangent of SiLU at x."""
-    return tim_kernels.silu_tangent(plan.rows_of(x), d_x)
+    return tim_kernels.silu_tangent(x, d_x)
 
 
 def plan_attention(queries: Segments, keys: Segments) -> AttentionPlan:

@@ -1,26 +1,52 @@
-"""The derivative's stream: what travels beside the value of one forward, in the same traversal.
+"""What travels beside the value of one forward, in the same traversal: here, a tangent.
 
-Every module that is given a `Side` computes its value as it always does, and replaces the tangent in it by
-that of its output, from values it has at hand. A `Side` is a plain object and not a tensor on purpose:
-DeepSpeed's hooks count and wrap the tensors that enter and leave a module, and a tangent has no gradient.
+Every module that is given a `Side` computes its value as it always does, and replaces what the side holds by
+what belongs to its output: a tangent, from values it has at hand. A `Side` is a plain object and not a tensor
+on purpose: DeepSpeed's hooks count and wrap the tensors that enter and leave a module, and a tangent has no
+gradient.
 
 T tokens and S segments of the pack, T' tokens and S' segments that move, D model width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+import torch.nn.functional as nnf
 from torch import Tensor
 
 from tim_ds.model import ops
 
 
+class Side(Protocol):
+    """What goes through a module in the same call as its main value, without gradient."""
+
+    value: Tensor
+
+    def fork(self) -> Side:
+        """The same, to go another way."""
+        ...
+
+    def linear(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Follow a matrix product in the dtype of its weight."""
+        ...
+
+    def through(
+        self,
+        function: Callable[[Tensor], Tensor],
+        tangent: Callable[[Tensor, Tensor], Tensor],
+        main: Tensor,
+    ) -> None:
+        """Follow an elementwise function, of which `tangent` is the rule and which the main value `main`
+        passes too."""
+        ...
+
+
 @dataclass(eq=False)
-class Side:
+class Tangent:
     """A tangent on its way through the network, beside a value of which some rows move."""
 
     plan: ops.TangentPlan
@@ -28,13 +54,25 @@ class Side:
     value: Tensor
     """Their tangent."""
 
-    def fork(self) -> Side:
-        """The same tangent, to go another way."""
-        return Side(self.plan, self.value)
+    def fork(self) -> Tangent:
+        return Tangent(self.plan, self.value)
+
+    @torch.no_grad()
+    def linear(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.value = nnf.linear(self.value.to(weight.dtype), weight)
+
+    @torch.no_grad()
+    def through(
+        self,
+        function: Callable[[Tensor], Tensor],
+        tangent: Callable[[Tensor, Tensor], Tensor],
+        main: Tensor,
+    ) -> None:
+        self.value = tangent(self.plan.rows_of(main), self.value)
 
 
 @dataclass(eq=False)
-class TangentStream(Side):
+class TangentStream(Tangent):
     """The tangent of the image tokens, and what the blocks need to carry it.
 
     `value` is the tangent of the tensor that a block has in hand, `residual_TD` that of the residual stream.
@@ -49,13 +87,12 @@ class TangentStream(Side):
     self_plan: ops.AttentionTangentPlan
     cross_plan: ops.AttentionTangentPlan | None
     """None in a class-conditional network."""
-    recomputing: bool = False
 
-    def modulation(self) -> Side:
-        return Side(self.segment_plan, self.modulation_SD)
+    def modulation(self) -> Tangent:
+        return Tangent(self.segment_plan, self.modulation_SD)
 
-    def interval(self) -> Side:
-        return Side(self.segment_plan, self.interval_SD)
+    def interval(self) -> Tangent:
+        return Tangent(self.segment_plan, self.interval_SD)
 
     def norm(
         self,
@@ -92,12 +129,3 @@ class TangentStream(Side):
         self.residual_TD = ops.gated_residual_tangent(
             self.residual_TD, branch_TD, self.value, gate_SD, d_gate_SD, self.plan
         )
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Within the block the stream stands still: activations are recomputed, tangents are not."""
-        self.recomputing = True
-        try:
-            yield
-        finally:
-            self.recomputing = False

@@ -1,7 +1,8 @@
 """dF/dt along the path at fixed r, without gradient.
 
-`dde` and `jvp` are estimators of one signature that call the network on their own. `paired` needs none: the
-main call, given the direction of the path, returns the derivative too.
+`paired` and `dde` come with the main call of the network: given the direction of the path it returns the
+derivative too, given both sides of a difference it returns F there (`path_direction`, `two_sides`). `jvp`,
+and `dde` for networks that carry nothing, are estimators of one signature that call the network on their own.
 
 T' tokens of the segments that take part, out of T.
 """
@@ -19,7 +20,7 @@ from tim_ds.errors import ConfigError, ShapeError
 from tim_ds.objective.config import ObjectiveConfig
 from tim_ds.objective.time_sampling import Times
 from tim_ds.objective.transport import Transport
-from tim_ds.packed import Condition, Direction, Network, Segments
+from tim_ds.packed import Condition, Copies, Direction, Network, Segments
 
 
 class Derivative(Protocol):
@@ -45,6 +46,14 @@ class Derivative(Protocol):
     ) -> Tensor: ...
 
 
+def _rows(times: Times, segments: Segments, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Tokens and places of the segments `indices`."""
+    if not indices:
+        raise ShapeError("time derivative: expected at least one segment, received none")
+    index = torch.tensor(list(indices), dtype=torch.int64).to(times.t_S.device, non_blocking=True)
+    return segments.token_index(indices), index
+
+
 class _Chosen(NamedTuple):
     x_TC: Tensor
     z_TC: Tensor
@@ -56,16 +65,71 @@ class _Chosen(NamedTuple):
 def _chosen(
     x_TC: Tensor, z_TC: Tensor, times: Times, segments: Segments, condition: Condition, indices: Sequence[int]
 ) -> _Chosen:
-    if not indices:
-        raise ShapeError("time derivative: expected at least one segment, received none")
-    tokens = segments.token_index(indices)
-    index = torch.tensor(list(indices), dtype=torch.int64).to(times.t_S.device, non_blocking=True)
+    tokens, index = _rows(times, segments, indices)
     return _Chosen(
         x_TC.index_select(0, tokens),
         z_TC.index_select(0, tokens),
         times.t_S.index_select(0, index),
         times.r_S.index_select(0, index),
         condition.select(indices),
+    )
+
+
+class TwoSides(NamedTuple):
+    """The stencil of Eq. 10: what F is asked for at t + e and t - e, and how the answers are put together."""
+
+    copies: Copies
+    """Two an image: its late side, then its early side."""
+    pack: Segments
+    """The copies as a pack of their own."""
+    span_T1: Tensor
+    """(t + e) - (t - e) as rounded, of every token of the images."""
+
+    def difference(self, F_TC: Tensor) -> Tensor:
+        """dF/dt [T', C] from F at the copies, in the dtype of the states."""
+        F_TC = F_TC.to(self.copies.x_TC.dtype)
+        late, early = (F_TC.index_select(0, tokens) for tokens in _sides(self.pack))
+        return (late - early) / self.span_T1
+
+
+def _sides(pack: Segments) -> list[Tensor]:
+    """Tokens of the late sides and of the early sides of a pack of both."""
+    return [pack.token_index(range(side, pack.num_segments, 2)) for side in range(2)]
+
+
+@torch.no_grad()
+def two_sides(
+    transport: Transport,
+    x_TC: Tensor,
+    z_TC: Tensor,
+    times: Times,
+    segments: Segments,
+    indices: Sequence[int],
+    step: float | None,
+) -> TwoSides:
+    """The states and times on both sides of the segments `indices`, rebuilt from the same (x, z).
+
+    e is `transport.difference_step`: the given step, smaller close to a singular time (VP, EDM, VE); past
+    T_max, and past T_min where the path is smooth (OT-FM, TrigFlow, TiM), the formulas are continued. The
+    difference is divided by the distance that the rounded times really have, which in float32 near
+    t = 80 is up to 0.05 % off 2e.
+
+    Source: Eq. 10.
+    """
+    tokens, index = _rows(times, segments, indices)
+    t_S = times.t_S.index_select(0, index)
+    x_TC, z_TC = x_TC.index_select(0, tokens), z_TC.index_select(0, tokens)
+    chosen = segments.select(indices)
+    pack = segments.select([i for i in indices for _ in range(2)])
+    width_S = transport.difference_step(t_S, transport.dde_step if step is None else step)
+    both_S = t_S + width_S, t_S - width_S
+    states = [transport.interpolate(x_TC, z_TC, chosen.expand(t)[:, None]) for t in both_S]
+    x_t_TC = states[0].new_empty(pack.num_tokens, x_TC.shape[1])
+    for tokens, state_TC in zip(_sides(pack), states, strict=True):
+        x_t_TC.index_copy_(0, tokens, state_TC)
+    c_t_S = transport.c_noise(torch.stack(both_S, 1).flatten())
+    return TwoSides(
+        Copies(tuple(indices), 2, x_t_TC, c_t_S), pack, chosen.expand(both_S[0] - both_S[1])[:, None]
     )
 
 
@@ -83,38 +147,17 @@ def central_difference(
 ) -> Tensor:
     """(F(x_{t+e}, t+e, r) - F(x_{t-e}, t-e, r)) / 2e, both sides packed into one call of the network.
 
-    The two sides of an image are neighbours in the pack and read one caption, which is embedded once.
-
-    e is `transport.difference_step`: the given step, smaller close to a singular time (VP, EDM, VE); past
-    T_max, and past T_min where the path is smooth (OT-FM, TrigFlow, TiM), the formulas are continued. The
-    difference is divided by the distance that the rounded times really have, which in float32 near
-    t = 80 is up to 0.05 % off 2e.
+    For networks that do not carry copies. The two sides of an image are neighbours in the pack and read one
+    caption, which is embedded once.
 
     Source: Eq. 10.
     """
-    pack = _chosen(x_TC, z_TC, times, segments, condition, indices)
-    chosen = segments.select(indices)
-    width_S = transport.difference_step(pack.t_S, transport.dde_step if step is None else step)
-    late_S, early_S = pack.t_S + width_S, pack.t_S - width_S
-    sides = [
-        transport.interpolate(pack.x_TC, pack.z_TC, chosen.expand(t)[:, None]) for t in (late_S, early_S)
-    ]
-    # Segment 2i is the late side of image i, segment 2i + 1 its early side.
-    both = segments.select([i for i in indices for _ in range(2)])
-    late, early = (both.token_index(range(side, both.num_segments, 2)) for side in range(2))
-    x_t_TC = sides[0].new_empty(both.num_tokens, x_TC.shape[1])
-    for tokens, side_TC in zip((late, early), sides, strict=True):
-        x_t_TC.index_copy_(0, tokens, side_TC)
-    output = network(
-        x_t_TC,
-        transport.c_noise(torch.stack([late_S, early_S], 1).flatten()),
-        transport.c_noise(pack.r_S.repeat_interleave(2)),
-        both,
-        pack.condition.repeat(2),
-    )
-    F_TC = output.F_TC.to(x_t_TC.dtype)
-    span_T1 = chosen.expand(late_S - early_S)[:, None]
-    return (F_TC.index_select(0, late) - F_TC.index_select(0, early)) / span_T1
+    sides = two_sides(transport, x_TC, z_TC, times, segments, indices, step)
+    _, index = _rows(times, segments, indices)
+    r_S = times.r_S.index_select(0, index).repeat_interleave(2)
+    copies, own = sides.copies, condition.select(indices).repeat(2)
+    output = network(copies.x_TC, copies.t_S, transport.c_noise(r_S), sides.pack, own)
+    return sides.difference(output.F_TC)
 
 
 @torch.no_grad()
@@ -158,8 +201,7 @@ def path_direction(
     indices: Sequence[int],
 ) -> Direction:
     """(dx_t/dt, dc_noise(t)/dt) of the segments `indices`: along it F changes by dF/dt at fixed r."""
-    tokens = segments.token_index(indices)
-    index = torch.tensor(list(indices), dtype=torch.int64).to(times.t_S.device, non_blocking=True)
+    tokens, index = _rows(times, segments, indices)
     t_S = times.t_S.index_select(0, index)
     t_T1 = segments.expand(times.t_S).index_select(0, tokens)[:, None]
     v_TC = transport.velocity(x_TC.index_select(0, tokens), z_TC.index_select(0, tokens), t_T1)

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from tim_ds.errors import ConfigError
 from tim_ds.objective.config import ObjectiveConfig
-from tim_ds.objective.derivative import build_derivative, path_direction
+from tim_ds.objective.derivative import build_derivative, central_difference, path_direction, two_sides
 from tim_ds.objective.guidance_target import guided_diffusion_target
 from tim_ds.objective.time_sampling import Times
 from tim_ds.objective.transport import Transport
-from tim_ds.packed import Condition, DifferentiatingNetwork, Network, NetworkOutput, Segments
+from tim_ds.packed import CarryingNetwork, Condition, Network, NetworkOutput, Segments
 
 
 class TargetParts(NamedTuple):
@@ -42,28 +42,41 @@ def output_and_parts(
 ) -> tuple[NetworkOutput, TargetParts]:
     """F(x_t, t, r) of the main call, and what its target is made of.
 
-    Calls without gradient come before the main call, so that their activations are gone before its graph is
-    built. With `paired` the main call itself returns the derivative and there is no other: a pack without
-    r < t makes the same module calls as one with them.
+    With `paired`, and with `dde` where the network carries copies, the derivative comes with the main call
+    and there is no other: a pack without r < t makes the same module calls as one with them. Other calls
+    without gradient come before the main call, so that their activations are gone before its graph is built.
 
     Raises:
         ConfigError: if guidance is configured and `teacher` or `null_condition` is missing.
     """
     pack = (x_TC, z_TC, x_t_TC, times, segments, condition)
     c_t_S, c_r_S = transport.c_noise(times.t_S), transport.c_noise(times.r_S)
-    if config.derivative != "paired":
+    if not _comes_with_the_main_call(config, network):
         parts = _estimated_parts(network, transport, config, *pack, teacher, null_condition)
         output = network(x_t_TC, c_t_S, c_r_S, segments, condition, with_features=with_features)
         return output, parts
 
     guided_TC = _guided(transport, config, *pack, teacher, null_condition)
-    direction = None
-    if times.transition_indices:
-        direction = path_direction(transport, x_TC, z_TC, times, segments, times.transition_indices)
-    output = cast(DifferentiatingNetwork, network)(
-        x_t_TC, c_t_S, c_r_S, segments, condition, with_features=with_features, direction=direction
-    )
-    return output, TargetParts(_on_the_pack(output.dF_TC, x_t_TC, times, segments), guided_TC)
+    carrying, main = cast(CarryingNetwork, network), (x_t_TC, c_t_S, c_r_S, segments, condition)
+    moving = (transport, x_TC, z_TC, times, segments, times.transition_indices)
+    if not times.transition_indices:
+        output, estimate_TC = carrying(*main, with_features=with_features), None
+    elif config.derivative == "paired":
+        output = carrying(*main, with_features=with_features, direction=path_direction(*moving))
+        estimate_TC = output.dF_TC
+    else:
+        sides = two_sides(*moving, config.derivative_step)
+        output = carrying(*main, with_features=with_features, copies=sides.copies)
+        assert output.copies_F_TC is not None, "copies were given"
+        estimate_TC = sides.difference(output.copies_F_TC)
+    return output, TargetParts(_on_the_pack(estimate_TC, x_t_TC, times, segments), guided_TC)
+
+
+def _comes_with_the_main_call(config: ObjectiveConfig, network: Network) -> bool:
+    if config.derivative == "paired":
+        return True
+    is_difference = config.diffusion_share < 1.0 and build_derivative(config) is central_difference
+    return is_difference and getattr(network, "carries_copies", False)
 
 
 @torch.no_grad()
@@ -81,7 +94,7 @@ def transition_target(
     teacher: Network | None = None,
     null_condition: Condition | None = None,
 ) -> Tensor:
-    """F_target [T, C], without gradient, by an estimator that calls the network on its own (`dde`, `jvp`).
+    """F_target [T, C], without gradient, by an estimator that calls the network on its own (not `paired`).
 
     Raises:
         ConfigError: if guidance is configured and `teacher` or `null_condition` is missing.

@@ -222,11 +222,20 @@ def recompute_flops(config: ModelConfig, pack: PackShape) -> int:
 
 def tangent_flops(config: ModelConfig, moving: PackShape) -> int:
     """The tangent of the images `moving`, carried beside a forward. Captions stand still."""
-    segments = len(moving.image_lengths)
+    return _carried_flops(config, moving, self_products=4)
+
+
+def copies_flops(config: ModelConfig, copies: PackShape) -> int:
+    """Copies of images that a forward carries. Captions and the times r are those of the main stream."""
+    return _carried_flops(config, copies, self_products=2)
+
+
+def _carried_flops(config: ModelConfig, carried: PackShape, *, self_products: int) -> int:
+    segments = len(carried.image_lengths)
     times = segments * _MOVING_TIME_TERMS[config.time_condition]
-    rows = _Rows(moving.num_tokens, 0, segments, times)
-    products = _products(config, rows, with_features=False)
-    return sum(p.flops for p in products) + _attention(config, moving, self_products=4, cross_products=2)
+    products = _products(config, _Rows(carried.num_tokens, 0, segments, times), with_features=False)
+    pairs = _attention(config, carried, self_products=self_products, cross_products=2)
+    return sum(p.flops for p in products) + pairs
 
 
 def tangent_recompute_flops(config: ModelConfig, moving: PackShape) -> int:
@@ -258,13 +267,12 @@ def step_flops(
         if transition:
             derivative = tangent_flops(config, pack.select(transition))
             recompute = tangent_recompute_flops(config, pack.select(transition))
+    elif objective.derivative == "dde":
+        derivative = copies_flops(config, pack.select(transition).doubled())
     elif objective.diffusion_share < 1.0:
         # Where no image has r < t the network is called on the first all the same.
         chosen = pack.select(transition or (0,))
-        if objective.derivative == "dde":
-            derivative = forward_flops(config, chosen.doubled())
-        else:
-            derivative = forward_flops(config, chosen) + tangent_flops(config, chosen)
+        derivative = forward_flops(config, chosen) + tangent_flops(config, chosen)
     if objective.guided_target is not None:
         called = pack.select(guided or (0,))
         text = called.text_lengths

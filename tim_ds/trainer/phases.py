@@ -4,8 +4,8 @@ On a CUDA device a phase is the time between two events of its stream, read only
 device anyway. Phases of the host (waiting for data, saving) are taken by the clock; they can run beside the
 device's, so shares of a step need not add up to one. On a CPU everything is taken by the clock.
 
-What cannot be separated is not split by guess: with `derivative: paired` dF/dt is carried by the forward
-itself, and the phase is called `forward_and_derivative`. With `dde` and `jvp` the network's calls without
+What cannot be separated is not split by guess: with `derivative: paired` and `dde` dF/dt is carried by the
+forward itself, and the phase is called `forward_and_derivative`. With `jvp` the network's calls without
 gradient are timed inside the forward and taken off it. The gradients' reduction over the ranks is part of
 `backward`. Under activation checkpointing, so is the second forward of the blocks.
 """

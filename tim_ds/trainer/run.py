@@ -391,7 +391,7 @@ def build_clock(recipe: Recipe, root: TransitionStep, world: World) -> tuple[Pha
     """The clock of a run, and what the phase around the forward is called."""
     clock = PhaseClock(world.device)
     objective = recipe.objective
-    carried = objective.derivative == "paired" and objective.diffusion_share < 1.0
+    carried = objective.derivative != "jvp" and objective.diffusion_share < 1.0
     forward_phase = "forward_and_derivative" if carried else "forward"
     clock.watch(root.network, "derivative", inside=forward_phase)
     if root.teacher is not None:

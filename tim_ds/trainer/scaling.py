@@ -146,14 +146,13 @@ def step_volume(recipe: Recipe, engine: Mapping[str, Any], ranks: Ranks, packs_p
         gathers = math.ceil(weights / max(1, int(settings.allgather_bucket_size)))
         volume = ring * (reductions * gradients + weights)
         return Volume(volume, 0.0, (reductions * buckets + gathers) * (N - 1))
-    # Twice a micro-step, for forward and backward; the two sides of a difference take one more.
+    # Twice a micro-step, for forward and backward: dF/dt comes with the forward.
     own, networks = weight_bytes * whole, 1 if recipe.objective.guided_target is None else 2
-    forward = 1 if recipe.objective.derivative == "paired" or recipe.objective.diffusion_share == 1.0 else 2
     # A teacher is gathered for its forward.
-    first = packs_per_gpu * (forward + networks - 1) * own
+    first = packs_per_gpu * networks * own
     second = packs_per_gpu * own
     units = recipe.model.depth + 1
-    messages = packs_per_gpu * ((forward + networks) * units + buckets) * (N - 1)
+    messages = packs_per_gpu * ((1 + networks) * units + buckets) * (N - 1)
     group = min(settings.zero_hpz_partition_size, N)
     if group > 1:
         # Hierarchical partitioning: the backward gathers from a second copy inside the node.
