@@ -383,14 +383,15 @@ def kept_by_block(model: ModelConfig, *, tokens: int, text: int, images: int, wi
     heads = model.num_heads
     has_text = model.condition == "text"
     branches = 3 if has_text else 2
-    # In front of every branch: the residual stream (float32), the normalised input, and the branch itself.
-    a_token = branches * (4 * D + 2 * width * D)
+    # In front of every branch: the residual stream (float32) and the branch itself. Of the normalised inputs only
+    # the MLP's: those of qkv and of q across are made again in the backward, and so is SwiGLU's product.
+    a_token = branches * (4 * D + width * D) + width * D
     # Packed q, k and v before shift and norm, each of them after, the result, and a sum a head.
     a_token += width * (3 + (3 if model.distance_aware else 2) + 1) * D + 4 * heads
     if has_text:
         # q before and after its norm, the result, a sum a head.
         a_token += width * 3 * D + 4 * heads
-    a_token += width * 3 * M
+    a_token += width * 2 * M
     # The captions as the product takes them, k and v, k after its norm.
     a_text = (width * D if width < _FLOAT32 else 0) + width * 3 * D if has_text else 0
     # Shift, scale and gate of every branch; the generator's gate, up and product; the shift of q, k and v.

@@ -232,15 +232,15 @@ def index_channels(recipe: Recipe) -> int:
 
 def plan_tokens(index: Index, step: StepPlan, patch_size: int) -> list[int]:
     """Image tokens of every sample of a step."""
-    grids = [index.grid(sample, patch_size) for pack in step.packs for sample in pack]
-    return [height * width for height, width in grids]
+    samples = np.array([sample for pack in step.packs for sample in pack])
+    return [height * width for height, width in index.grids(samples, patch_size)]
 
 
 def pack_shapes(index: Index, step: StepPlan, patch_size: int) -> list[PackShape]:
     """Lengths of every pack of a step, with whole captions."""
     shapes = []
     for pack in step.packs:
-        grids = [index.grid(sample, patch_size) for sample in pack]
+        grids = index.grids(np.array(pack), patch_size)
         text = tuple(int(index.columns["text_length"][sample]) for sample in pack) if index.has_text else None
         shapes.append(PackShape(tuple(height * width for height, width in grids), text))
     return shapes
