@@ -383,8 +383,8 @@ def kept_by_block(model: ModelConfig, *, tokens: int, text: int, images: int, wi
     heads = model.num_heads
     has_text = model.condition == "text"
     branches = 3 if has_text else 2
-    # In front of every branch: the residual stream (float32) and the branch itself. Of the normalised inputs only
-    # the MLP's: those of qkv and of q across are made again in the backward, and so is SwiGLU's product.
+    # In front of every branch: the residual stream (float32) and the branch itself. Of the normalised inputs,
+    # the MLP's alone: those of qkv and of q across are made again in the backward, as is SwiGLU's product.
     a_token = branches * (4 * D + width * D) + width * D
     # Packed q, k and v before shift and norm, each of them after, the result, and a sum a head.
     a_token += width * (3 + (3 if model.distance_aware else 2) + 1) * D + 4 * heads
