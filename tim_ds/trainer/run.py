@@ -29,7 +29,7 @@ from torch import nn
 from data_pipeline.encoders.image import feature_width
 from data_pipeline.errors import DataError
 from data_pipeline.index import Index, load_index
-from data_pipeline.loader import build_loader, load_null_states
+from data_pipeline.loader import StepLoader, build_loader, load_null_states
 from tim_ds import __version__
 from tim_ds.config.load import dump, load_recipe, split_arguments
 from tim_ds.config.recipe import Recipe, recipe_hash, to_dict
@@ -191,20 +191,7 @@ def _run(
 ) -> str:
     config = recipe.train
     start_step = 0 if checkpoint is None else checkpoint.step
-    loader = world.together(
-        lambda: build_loader(
-            recipe.data,
-            patch_size=recipe.model.patch_size,
-            rank=world.rank,
-            world_size=world.size,
-            seed=config.seed,
-            start_step=start_step,
-            num_steps=max(config.steps - start_step, 0),
-            finish=prepare_of(recipe, data),
-            device=world.device,
-        ),
-        (DataError,),
-    )
+    loader = world.together(partial(_loader, recipe, world, data, start_step), (DataError,))
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
     world.together(partial(prove_attention, world.device, dtype, recipe.model.head_dim), (ConfigError,))
     encoders = world.from_main(loader.encoders if world.is_main else {})
@@ -235,19 +222,7 @@ def _run(
     teacher = teacher_parameters(root)
     if teacher:
         ema.write_into(teacher)
-    log = None
-    if world.is_main:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_flushed(run_dir / "recipe.yaml", dump(recipe))
-        write_flushed(run_dir / "engine.json", json.dumps(engine.config, indent=2) + "\n")
-        log = MetricsLog(
-            run_dir,
-            tokens_per_pack=recipe.data.tokens_per_pack,
-            start_step=progress.step,
-            num_devices=world.size,
-            peak_flops=device_peak(config, world),
-        )
-
+    log = _open_log(recipe, run_dir, engine, world, progress.step) if world.is_main else None
     preview = None
     if config.preview.every_steps:
         export_now = describe_export(recipe, progress.step, recipe_hash(recipe))
@@ -264,23 +239,9 @@ def _run(
     def save(progress: Progress) -> None:
         if log is not None:
             log.flush()
-        folder.start(
-            progress.step,
-            state_pieces(engine, ema),
-            sums.state(),
-            {
-                "progress": asdict(progress),
-                "optimizer_steps": engine.optimizer_steps,
-                "data": {"index_hash": data.hash, "samples": data.samples},
-                "encoders": encoders,
-                "initial_weights": initial_digest,
-                "recipe": to_dict(recipe),
-                "recipe_hash": recipe_hash(recipe),
-                "zero_stage": engine.zero_stage,
-                "world_size": world.size,
-                "versions": versions(),
-            },
-        )
+        manifest = _manifest(recipe, progress, engine, world, data)
+        manifest |= {"encoders": encoders, "initial_weights": initial_digest}
+        folder.start(progress.step, state_pieces(engine, ema), sums.state(), manifest)
 
     clock, forward_phase = build_clock(recipe, root, world)
     loader.watch_encoders(partial(clock.phase, "encoders"))
@@ -324,6 +285,51 @@ def _run(
     watch.enter("export")
     export(recipe, run_dir, ema, world, progress.step)
     return f"{run_dir}: finished at step {progress.step}. Weights: {run_dir / EXPORT}"
+
+
+def _loader(recipe: Recipe, world: World, data: DataFacts, start_step: int) -> StepLoader[StepInputs]:
+    """This rank's steps from `start_step` to the end of the run."""
+    return build_loader(
+        recipe.data,
+        patch_size=recipe.model.patch_size,
+        rank=world.rank,
+        world_size=world.size,
+        seed=recipe.train.seed,
+        start_step=start_step,
+        num_steps=max(recipe.train.steps - start_step, 0),
+        finish=prepare_of(recipe, data),
+        device=world.device,
+    )
+
+
+def _open_log(recipe: Recipe, run_dir: Path, engine: Engine, world: World, start_step: int) -> MetricsLog:
+    """Begin the run folder with its settings, and its log. On rank 0."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_flushed(run_dir / "recipe.yaml", dump(recipe))
+    write_flushed(run_dir / "engine.json", json.dumps(engine.config, indent=2) + "\n")
+    return MetricsLog(
+        run_dir,
+        tokens_per_pack=recipe.data.tokens_per_pack,
+        start_step=start_step,
+        num_devices=world.size,
+        peak_flops=device_peak(recipe.train, world),
+    )
+
+
+def _manifest(
+    recipe: Recipe, progress: Progress, engine: Engine, world: World, data: DataFacts
+) -> dict[str, Any]:
+    """What a checkpoint says of itself."""
+    return {
+        "progress": asdict(progress),
+        "optimizer_steps": engine.optimizer_steps,
+        "data": {"index_hash": data.hash, "samples": data.samples},
+        "recipe": to_dict(recipe),
+        "recipe_hash": recipe_hash(recipe),
+        "zero_stage": engine.zero_stage,
+        "world_size": world.size,
+        "versions": versions(),
+    }
 
 
 def initial_weights(recipe: Recipe, checkpoint: Checkpoint | None) -> InitialWeights | None:
