@@ -171,7 +171,7 @@ class TiMPipeline:
             CheckpointError: if the source is incomplete or holds weights of another network.
             RequestError: for a device that is not there, and as `TiMPipeline`.
         """
-        _check_device(device)
+        check_device(device)
         found = read_source(source)
         network = meta_network(found.export.model).to(dtype).to_empty(device=device)
         load_weights_into(network, found.state, source=str(source))
@@ -179,7 +179,7 @@ class TiMPipeline:
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> TiMPipeline:
         """Move the network (and encoders with weights, which keep their precision); returns self."""
-        _check_device(device)
+        check_device(device)
         self.network.to(device=device, dtype=dtype)
         for part in (self.autoencoder, self.text_encoder):
             if hasattr(part, "to"):
@@ -583,13 +583,20 @@ def refuse_unwritable(folder: Path) -> None:
         raise RequestError(f"{folder}: {there} cannot be written to; choose another folder")
 
 
-def _check_device(device: str | torch.device) -> None:
+def check_device(device: str | torch.device, option: str = "device:") -> None:
+    """Look whether a device is there.
+
+    Args:
+        option: how the message calls what named it.
+    Raises:
+        RequestError: if it is not.
+    """
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         # AssertionError is how a torch without CUDA refuses it.
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise RequestError(f"device: {device}: not usable here: {reason}") from error
+        raise RequestError(f"{option} {device}: not usable here: {reason}") from error
 
 
 def _autoencoder(export: Export) -> Autoencoder:

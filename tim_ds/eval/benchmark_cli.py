@@ -28,13 +28,13 @@ from tim_ds.eval.generate import (
     read_manifest,
 )
 from tim_ds.eval.inception import FeatureNetwork, Inception, clean_resizer
-from tim_ds.eval.pretrained import check_device, fingerprint
+from tim_ds.eval.pretrained import fingerprint
 from tim_ds.eval.report import markdown_table
 from tim_ds.eval.results import RESULTS_NAME, ResultRow, ScoreLog, add_row, kept_arrays, make_row, read_rows
 from tim_ds.eval.sample import device_of_process, place_of_process
 from tim_ds.eval.vqa import load_answerer
 from tim_ds.model.weights import write_aside
-from tim_ds.pipeline import TiMPipeline, refuse_unwritable, sha256
+from tim_ds.pipeline import TiMPipeline, check_device, refuse_unwritable, sha256
 
 CACHE_FOLDER = "cache"
 CALIBRATION_NAME = "calibration.md"
@@ -102,7 +102,7 @@ class BenchmarkOptions:
         refuse_unwritable(self.out)
         if self.generates:
             refuse_unwritable(self.folder)
-        check_device(self.device)
+        check_device(self.device, "--device")
         read_rows(self.out / RESULTS_NAME, evaluation)
 
 

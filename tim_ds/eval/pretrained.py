@@ -6,8 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
 from tim_ds.errors import RequestError
 from tim_ds.pipeline import sha256
 
@@ -48,14 +46,3 @@ def fingerprint(name: str) -> dict[str, Any]:
         return {"name": name}
     files = sorted(path for path in folder.iterdir() if path.suffix in _WEIGHT_SUFFIXES)
     return {"name": folder.name, "weights_sha256": [sha256(path) for path in files]}
-
-
-def check_device(device: str) -> torch.device:
-    """Raises RequestError for a device that is not there."""
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        # AssertionError is how a torch without CUDA refuses it.
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise RequestError(f"--device {device}: not usable here: {reason}") from error
-    return torch.device(device)
