@@ -15,6 +15,7 @@ B images, N image tokens of one, M text tokens of one, D width, K heads, H head 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -58,7 +59,8 @@ class BaselineNetwork(nn.Module):
         if (text_dim is None) == (num_labels is None):
             raise ValueError("expected text_dim or num_labels, one of the two")
         self.in_channels, self.patch_size, self.encoder_depth = in_channels, patch_size, encoder_depth
-        self.head_dim, self.rope_layout = hidden_size // num_heads, rope_layout
+        self.head_dim = hidden_size // num_heads
+        self.rope_layout: RopeLayout = rope_layout
         self.checkpoint_blocks = checkpoint_blocks
         self.x_embedder = PatchEmbed(in_channels, patch_size, hidden_size)
         self.t_embedder = TimestepEmbed(hidden_size)
@@ -117,7 +119,7 @@ class BaselineNetwork(nn.Module):
         out = out.reshape(x.shape[0], height, width, p, p, self.in_channels)
         return out.permute(0, 5, 1, 3, 2, 4).reshape(x.shape), features
 
-    def compile_parts(self, backend: str) -> None:
+    def compile_parts(self, backend: str | Callable[..., Any]) -> None:
         """Compile embedder, blocks and final layer, each for the shapes it meets. All blocks share one
         compilation, so that it takes no longer for more of them."""
         options: dict[str, Any] = {"backend": backend, "dynamic": False}

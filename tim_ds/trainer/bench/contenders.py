@@ -134,9 +134,10 @@ class Ours:
         root: TransitionStep,
         engine: PlainEngine | DeepSpeedEngine,
     ) -> None:
-        self.implementation, self.objective = implementation, objective
+        self.implementation: Implementation = implementation
+        self.objective: Objective = objective
         self._config = objective_of(objective, recipe.objective)
-        self._path = OURS[implementation]
+        self._path: Literal["auto", "torch"] = OURS[implementation]
         self._recipe, self._root, self._engine = recipe, root, engine
 
     def prepare(self, work: Work) -> Callable[[], Tensor]:
@@ -172,9 +173,10 @@ class Baseline:
         device: torch.device,
         terms: Terms = transition_terms,
     ) -> None:
-        self.implementation, self.objective = implementation, objective
+        self.implementation: Implementation = implementation
+        self.objective: Objective = objective
         self._network, self._terms = network, terms
-        self._parameters = list(network.parameters())
+        self.parameters = list(network.parameters())
         self._optimizer, self._grad_clip = optimizer, recipe.train.optimizer.grad_clip
         self._alignment_weight = recipe.objective.repa_weight
         self._autocast = autocast_of(recipe, device)
@@ -182,7 +184,7 @@ class Baseline:
     def prepare(self, work: Work) -> Callable[[], Tensor]:
         def step() -> Tensor:
             denoising = self._backward(work, self._autocast)
-            clip_and_step(self._parameters, self._optimizer, self._grad_clip, refuse=False)
+            clip_and_step(self.parameters, self._optimizer, self._grad_clip, refuse=False)
             return denoising
 
         return step
@@ -215,7 +217,7 @@ class Field:
     reference: Baseline
     """What the others are compared with."""
     engine: PlainEngine | DeepSpeedEngine
-    num_parameters: int
+    parameters: tuple[nn.Parameter, ...]
 
     def close(self) -> None:
         if isinstance(self.engine, DeepSpeedEngine):
@@ -242,9 +244,7 @@ def build_field(
     if engine == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
         raise ConfigError("--engine deepspeed: deepspeed is not installed here; use plain")
     network = random_network(recipe, device, seed)
-    root = TransitionStep(
-        network, recipe.objective, latent_channels=recipe.model.in_channels, world_size=1
-    )
+    root = TransitionStep(network, recipe.objective, latent_channels=recipe.model.in_channels, world_size=1)
     stepping = PlainEngine(root, recipe, device) if engine == "plain" else DeepSpeedEngine(root, recipe)
     eager = shared_baseline(recipe, network)
     # DeepSpeed keeps its optimiser to itself.
@@ -270,7 +270,7 @@ def build_field(
         tuple(contenders),
         Baseline("baseline", "dde", recipe, eager, optimizer, device),
         stepping,
-        sum(p.numel() for p in network.parameters()),
+        tuple(network.parameters()),
     )
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from data_pipeline.batch import Latents
 from tim_ds.config.recipe import Recipe, latent_stride
 from tim_ds.errors import RequestError
-from tim_ds.objective.transport import build_transport
-from tim_ds.trainer.bench.baseline_step import Batch
 from tim_ds.objective.time_sampling import Times
+from tim_ds.objective.transport import build_transport
 from tim_ds.packed import ClassCondition, Condition, Segments, TextCondition
+from tim_ds.trainer.bench.baseline_step import Batch
 from tim_ds.trainer.flops import PackShape
 from tim_ds.trainer.inputs import StepInputs
 
@@ -41,9 +41,7 @@ class Work:
     def grids(self) -> tuple[tuple[int, int], ...]:
         """Of every image, in tokens, batch after batch."""
         p = self.patch_size
-        return tuple(
-            (b.x.shape[2] // p, b.x.shape[3] // p) for b in self.batches for _ in range(len(b.t))
-        )
+        return tuple((b.x.shape[2] // p, b.x.shape[3] // p) for b in self.batches for _ in range(len(b.t)))
 
     @property
     def num_tokens(self) -> int:
@@ -68,35 +66,78 @@ class Work:
 
     def still(self) -> Work:
         """The same images, all with r = t: what flow matching trains."""
+        return replace(self, batches=tuple(replace(b, r=b.t, num_diffusion=len(b.t)) for b in self.batches))
+
+    def sample(self) -> Work:
+        """A few images of every batch, the first with r = t and the last with r < t among them, up to
+        CHECKED_TOKENS in all, but for these two."""
         return replace(
-            self, batches=tuple(replace(b, r=b.t, num_diffusion=len(b.t)) for b in self.batches)
+            self, batches=tuple(_chosen(b, i) for b, i in zip(self.batches, self._sampled(), strict=True))
         )
 
-    def sample(self, max_tokens: int = CHECKED_TOKENS) -> Work:
-        """A few images of every batch, the first with r = t and the last with r < t among them, up to so many
-        tokens in all, but for these two."""
-        share = max_tokens // len(self.batches)
-        return replace(self, batches=tuple(self._sample(b, share) for b in self.batches))
+    def places_of_sample(self) -> list[int]:
+        """Where the images of `sample` stand among all, batch after batch."""
+        places, start = [], 0
+        for batch, chosen in zip(self.batches, self._sampled(), strict=True):
+            places += [start + i for i in chosen]
+            start += len(batch.t)
+        return places
 
-    def _sample(self, batch: Batch, max_tokens: int) -> Batch:
-        tokens = batch.x.shape[2] * batch.x.shape[3] // self.patch_size**2
-        half = max(1, max_tokens // tokens // 2)
-        first, total = batch.num_diffusion, len(batch.t)
-        chosen = [*range(min(half, first)), *range(max(first, total - half), total)]
-        index = torch.tensor(chosen, device=batch.t.device)
-        return Batch(
-            batch.x[index],
-            batch.z[index],
-            batch.t[index],
-            batch.r[index],
-            min(half, first),
-            batch.y[index],
-            None if batch.features is None else batch.features[index],
-        )
+    def _sampled(self) -> list[list[int]]:
+        every = []
+        for batch in self.batches:
+            tokens = batch.x.shape[2] * batch.x.shape[3] // self.patch_size**2
+            half = max(1, CHECKED_TOKENS // len(self.batches) // tokens // 2)
+            first, total = batch.num_diffusion, len(batch.t)
+            every.append([*range(min(half, first)), *range(max(first, total - half), total)])
+        return every
 
     def order(self) -> Tensor:
         """Which image stands at each place of the pack: sizes and kinds are mixed, as a loader mixes them."""
         return torch.randperm(self.num_images, generator=torch.Generator().manual_seed(self.seed))
+
+
+def _chosen(batch: Batch, images: Sequence[int]) -> Batch:
+    index = torch.tensor(images, device=batch.t.device)
+    return Batch(
+        batch.x[index],
+        batch.z[index],
+        batch.t[index],
+        batch.r[index],
+        sum(i < batch.num_diffusion for i in images),
+        batch.y[index],
+        None if batch.features is None else batch.features[index],
+    )
+
+
+def shape_of(
+    recipe: Recipe, images: Sequence[tuple[Sides, int]], text_tokens: int
+) -> tuple[PackShape, tuple[int, ...]]:
+    """Lengths of the work that `draw_work` would draw, and its images that do not train r = t."""
+    lengths: list[int] = []
+    transition: list[int] = []
+    for sides, count in images:
+        height, width = _grid(recipe, sides)
+        first = len(lengths) + round(recipe.objective.diffusion_share * count)
+        lengths += [height * width] * count
+        transition += range(first, len(lengths))
+    texts = (text_tokens,) * len(lengths) if recipe.model.condition == "text" else None
+    return PackShape(tuple(lengths), texts), tuple(transition)
+
+
+def _grid(recipe: Recipe, sides: Sides) -> tuple[int, int]:
+    """Tokens along the sides of an image.
+
+    Raises:
+        RequestError: if they are no whole number.
+    """
+    pixels = latent_stride(recipe.data.autoencoder) * recipe.model.patch_size
+    if sides[0] % pixels or sides[1] % pixels:
+        raise RequestError(
+            f"size {sides[0]}x{sides[1]}: expected multiples of {pixels} pixels, which one token of "
+            f"{recipe.name} covers"
+        )
+    return sides[0] // pixels, sides[1] // pixels
 
 
 def draw_work(
@@ -111,15 +152,10 @@ def draw_work(
     """
     generator = torch.Generator(device).manual_seed(seed)
     model, p = recipe.model, recipe.model.patch_size
-    stride = latent_stride(recipe.data.autoencoder)
     batches = []
-    for (height, width), count in images:
-        if height % (stride * p) or width % (stride * p):
-            raise RequestError(
-                f"size {height}x{width}: expected multiples of {stride * p} pixels, which one token of "
-                f"{recipe.name} covers"
-            )
-        shape = (count, model.in_channels, height // stride, width // stride)
+    for sides, count in images:
+        height, width = _grid(recipe, sides)
+        shape = (count, model.in_channels, height * p, width * p)
         x, z = (torch.randn(shape, generator=generator, device=device) for _ in range(2))
         t, r, num_diffusion = _draw_times(recipe, count, generator, device)
         if model.condition == "text":
@@ -129,8 +165,9 @@ def draw_work(
             y = torch.randint(0, model.num_classes or 1, (count,), generator=generator, device=device)
         features = None
         if recipe.objective.repa_weight > 0:
-            tokens = shape[2] * shape[3] // p**2
-            features = torch.randn(count, tokens, model.z_dim or 0, generator=generator, device=device)
+            features = torch.randn(
+                count, height * width, model.z_dim or 0, generator=generator, device=device
+            )
         batches.append(Batch(x, z, t, r, num_diffusion, y, features))
     return Work(tuple(batches), p, seed)
 
@@ -157,7 +194,9 @@ def as_inputs(work: Work, recipe: Recipe) -> StepInputs:
     grids = [work.grids[i] for i in order]
     x = _packed([image for batch in work.batches for image in batch.x], order)
     z = _packed([image for batch in work.batches for image in batch.z], order)
-    t_S, r_S = (torch.cat(times)[order].cpu() for times in ([b.t for b in work.batches], [b.r for b in work.batches]))
+    t_S, r_S = (
+        torch.cat(times)[order].cpu() for times in ([b.t for b in work.batches], [b.r for b in work.batches])
+    )
     times = Times.from_tensors(
         build_transport(recipe.objective.transport), t_S, r_S, tuple(work.is_diffusion[i] for i in order)
     )
