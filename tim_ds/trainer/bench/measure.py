@@ -32,9 +32,10 @@ FLOAT32_TOLERANCE: dict[Objective, float] = {"flow matching": 1e-3, "dde": 5e-3,
 """Of the loss of each image and of the whole gradient, relative, in float32. A central difference at 0.005
 divides the rounding of F by 0.01, and is off from the derivative itself by a term of second order. On a CPU,
 at the XL network's width and 8 blocks, gradients are 7e-7 and 5e-5 off."""
-TIMED_TOLERANCE = {"fp32": 2e-3, "bf16_autocast": 2e-2}
-"""Of the squared error of the images with r = t in the timed steps against float32: rounding of F. Where
-r < t a difference in bfloat16 is mostly rounding, by measurement, and says nothing about correctness."""
+TIMED_TOLERANCE = {"fp32": 2e-3, "bf16_autocast": 5e-2}
+"""Of the squared error of the images with r = t in the timed steps against float32: rounding of F. At 28
+blocks of width 128, on a CPU, bfloat16 is 7e-4 off in ours and 3e-3 in the baseline. Where r < t a difference
+in bfloat16 is mostly rounding, by measurement, and says nothing about correctness."""
 
 STATE_BYTES = 12
 """Of a parameter between two steps: itself and AdamW's two averages, float32."""
