@@ -41,6 +41,7 @@ from tim_ds.trainer.engine import (
     zero_stage,
 )
 from tim_ds.trainer.flops import PackShape
+from tim_ds.trainer.host_copy import available_bytes
 from tim_ds.trainer.inputs import StepInputs
 from tim_ds.trainer.memory import GIB, MemoryEstimate, Ranks, estimate
 from tim_ds.trainer.run import (
@@ -333,7 +334,7 @@ def _look_at_machine(
             f"memory: a rank needs {needs.device_bytes / GIB:.1f} GiB (+- {needs.device_spread / GIB:.1f}) "
             f"of {card_gib:.1f} on its GPU; see ds_configs/README.md for engine files that need less"
         )
-    host = _host_bytes()
+    host = available_bytes()
     if host is not None and needs.host_bytes_per_node > host:
         found.problems.append(
             f"memory: a node needs {needs.host_bytes_per_node / GIB:.1f} GiB of host memory, "
@@ -341,17 +342,6 @@ def _look_at_machine(
             "loader processes are part of it (table above)"
         )
     _look_at_disk(found, recipe, needs, run_dir)
-
-
-def _host_bytes() -> int | None:
-    """Host memory that is available, where the system tells."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024 * int(line.split()[1])
-    except OSError:
-        pass
-    return None
 
 
 def _look_at_disk(found: Findings, recipe: Recipe, needs: MemoryEstimate, run_dir: Path | None) -> None:

@@ -243,6 +243,9 @@ def _run(
         manifest |= {"encoders": encoders, "initial_weights": initial_digest}
         folder.start(progress.step, state_pieces(engine, ema), sums.state(), manifest)
 
+    def prepare() -> None:
+        folder.prepare(state_pieces(engine, ema), sums.state())
+
     clock, forward_phase = build_clock(recipe, root, world)
     loader.watch_encoders(partial(clock.phase, "encoders"))
     clock.entered = watch.enter
@@ -264,6 +267,7 @@ def _run(
         progress=progress,
         save=save,
         settle=lambda wait: folder.settle(wait=wait),
+        prepare=prepare,
         snapshot=snapshot,
         clock=clock,
         forward_phase=forward_phase,
