@@ -75,6 +75,9 @@ class ImageEncoderConfig:
 class DataConfig:
     shards: str
     """Folder, or URL that fsspec reads, of the tar shards and their index."""
+    index: str | None = None
+    """Folder or URL of the index, where it is not beside the shards. What else belongs to them
+    (null.safetensors, manifest.json) is looked for there first."""
     tokens_per_pack: int
     """Token budget of one pack (one micro-batch of one rank); at least the largest image."""
     packs_per_step: int
@@ -93,10 +96,16 @@ class DataConfig:
     """Loader processes a rank; 0 reads in the training process."""
 
     def __post_init__(self) -> None:
-        if not self.shards:
-            raise ValueError("data.shards: expected a folder or a URL, received an empty word")
+        for name in ("shards", "index"):
+            if getattr(self, name) == "":
+                raise ValueError(f"data.{name}: expected a folder or a URL, received an empty word")
         for name, least in (("tokens_per_pack", 1), ("packs_per_step", 1), ("workers", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"data.{name}: expected at least {least}, received {getattr(self, name)}")
         if not 0.0 <= self.caption_dropout <= 1.0:
             raise ValueError(f"data.caption_dropout: expected 0 to 1, received {self.caption_dropout}")
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Where what lies beside the shards is looked for, in this order."""
+        return (self.shards,) if self.index is None else (self.index, self.shards)

@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import numpy as np
@@ -33,7 +32,7 @@ from data_pipeline.online import FrozenEncoders, OnlineReader, RawSample
 from data_pipeline.packing import Plan, StepPlan
 from data_pipeline.reader import ShardReader, StoredSample
 from data_pipeline.schema import MANIFEST_NAME, NULL_NAME, check_states
-from data_pipeline.storage import open_storage
+from data_pipeline.storage import read_beside
 from data_pipeline.workers import outlive_signals
 
 logger = logging.getLogger(__name__)
@@ -452,7 +451,8 @@ def check_encoders(config: DataConfig, index: Index) -> None:
         raise DataError(f"data.text_encoder: the shards in {where} hold {holds}, the recipe says {asks}")
     path = f"{where}/{MANIFEST_NAME}"
     try:
-        manifest = json.loads(open_storage(where).read(MANIFEST_NAME))
+        path, content = read_beside(config.places, MANIFEST_NAME)
+        manifest = json.loads(content)
     except FileNotFoundError:
         manifest = {}
     except (OSError, ValueError) as error:
@@ -515,18 +515,20 @@ def _check_what_is_encoded(config: DataConfig, index: Index) -> None:
         )
 
 
-def load_null_states(folder: Path | str, width: int) -> Tensor:
+def load_null_states(config: DataConfig, width: int) -> Tensor:
     """States of the empty caption, float32 [n, E].
 
     Raises:
         DataError: if they are missing, damaged or of another width than the captions.
     """
-    path = f"{folder}/{NULL_NAME}"
+    path = f"{config.places[0]}/{NULL_NAME}"
     try:
-        states = load(open_storage(folder).read(NULL_NAME))["states"].to(torch.float32)
+        path, content = read_beside(config.places, NULL_NAME)
+        states = load(content)["states"].to(torch.float32)
     except FileNotFoundError as error:
         raise DataError(
-            f"{path}: missing; text data hold the states of the empty caption there. Prepare them again"
+            f"{' or '.join(f'{place}/{NULL_NAME}' for place in config.places)}: missing; text data hold the "
+            f"states of the empty caption there. Prepare them again"
         ) from error
     except (OSError, SafetensorError, KeyError) as error:
         raise DataError(f"{path}: expected a tensor 'states' ({error!r}); prepare the data again") from error
@@ -579,7 +581,7 @@ def build_loader(
         raise DataError(
             f"start_step and num_steps: expected 0 or more, received {start_step} and {num_steps}"
         )
-    index = load_index(config.shards)
+    index = load_index(config.shards, kept_in=config.index)
     if index.has_text == (config.text_encoder is None):
         holds, asks = ("captions", "null") if index.has_text else ("class labels", "an encoder")
         raise DataError(
@@ -604,7 +606,7 @@ def build_loader(
         world_size=world_size,
         seed=seed,
         caption_dropout=config.caption_dropout,
-        null_states=load_null_states(config.shards, index.text_width) if index.has_text else None,
+        null_states=load_null_states(config, index.text_width) if index.has_text else None,
         cache_bytes=cache_bytes if _is_cached(config, encoders) else 0,
         finish=finish,
         encoders=encoders,

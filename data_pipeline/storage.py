@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -85,7 +85,7 @@ class Folder:
 
 
 class Remote:
-    """Files under a URL. A read that fails or takes longer than `timeout_s` is tried again."""
+    """Files under a URL. A read that fails or takes longer than `timeout_s` is tried again, and counted."""
 
     def __init__(
         self,
@@ -99,6 +99,13 @@ class Remote:
         self._attempts = ATTEMPTS if attempts is None else attempts
         self._timeout_s = TIMEOUT_S if timeout_s is None else timeout_s
         self._first_pause_s = FIRST_PAUSE_S if first_pause_s is None else first_pause_s
+        # One entry for each: threads append at once, and a fork cannot inherit a list that is locked.
+        self._failed: list[int] = []
+
+    @property
+    def num_retries(self) -> int:
+        """Tries that failed or took too long and were followed by another."""
+        return len(self._failed)
 
     def read(self, name: str) -> bytes:
         """A whole file.
@@ -131,7 +138,29 @@ class Remote:
         Raises:
             FileNotFoundError, OSError: as `read_range`.
         """
-        return int(self._try(name, lambda files, path: self._call(files, "info", path))["size"])
+
+        def ask(files: Any, path: str) -> Any:
+            # A listing that the file system remembers may be older than the file.
+            files.invalidate_cache(path)
+            return self._call(files, "info", path)["size"]
+
+        size = self._try(name, ask)
+        if size is None:
+            raise OSError("the server does not say how large it is")
+        return int(size)
+
+    def names(self, pattern: str) -> list[str]:
+        """Names of the files that match a pattern, such as `*.tar`, sorted.
+
+        Raises:
+            OSError: as `read_range`; FileNotFoundError where the folder is unknown to the server.
+        """
+
+        def ask(files: Any, path: str) -> Any:
+            files.invalidate_cache()
+            return self._call(files, "glob", path)
+
+        return sorted({str(path).rstrip("/").rpartition("/")[2] for path in self._try(pattern, ask)})
 
     def close(self) -> None:
         """Nothing is held open."""
@@ -156,6 +185,7 @@ class Remote:
             except Exception as error:
                 if attempt == self._attempts:
                     raise OSError(f"{attempt} tries failed, the last with {error!r}") from error
+                self._failed.append(attempt)
                 logger.info("%s: try %d failed (%r); again in %.1f s", where, attempt, error, pause)
                 time.sleep(pause)
                 pause *= 2
@@ -179,3 +209,18 @@ Storage = Folder | Remote
 def open_storage(location: Path | str) -> Storage:
     """The files of a folder or URL."""
     return Remote(str(location)) if is_url(location) else Folder(location)
+
+
+def read_beside(places: Sequence[str], name: str) -> tuple[str, bytes]:
+    """The path and the bytes of a file, from the first of several folders or URLs that holds it.
+
+    Raises:
+        FileNotFoundError: if none does.
+        OSError: if one cannot be read.
+    """
+    for place in places:
+        try:
+            return f"{place}/{name}", open_storage(place).read(name)
+        except FileNotFoundError:
+            continue
+    raise FileNotFoundError(" or ".join(f"{place}/{name}" for place in places))

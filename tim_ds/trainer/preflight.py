@@ -155,7 +155,7 @@ def _look_at_data(
 ) -> tuple[Index | None, StepLoader[StepInputs] | None]:
     data, config = recipe.data, recipe.train
     found.title("data")
-    index = found.attempt(lambda: load_index(data.shards, verify=True))
+    index = found.attempt(lambda: load_index(data.shards, kept_in=data.index, verify=True))
     if index is None:
         return None, None
     found.say(
@@ -200,7 +200,7 @@ def _look_at_data(
     )
     null_length = 0
     if recipe.objective.guided_target is not None and index.has_text:
-        null_length = len(load_null_states(data.shards, index.text_width))
+        null_length = len(load_null_states(data, index.text_width))
     packs = pack_shapes(index, step, recipe.model.patch_size)
     operations = sum(expected_flops(recipe, pack, null_length).model for pack in packs)
     found.say("operations", f"{operations:.3e} FLOP a step over all ranks (matrix products and attention)")
@@ -417,7 +417,7 @@ def _take_step(
 def _step(recipe: Recipe, engine_config: dict[str, Any], world: World) -> tuple[float, float, bool, float]:
     """Loss, gradient norm, whether it was applied, seconds."""
     config = recipe.train
-    data = DataFacts.of(load_index(recipe.data.shards))
+    data = DataFacts.of(load_index(recipe.data.shards, kept_in=recipe.data.index))
     loader = build_loader(
         recipe.data,
         patch_size=recipe.model.patch_size,
