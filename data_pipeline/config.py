@@ -90,6 +90,9 @@ class DataConfig:
     encode_online: bool = False
     """Whether autoencoder or text encoder run while training: true for shards that hold pictures, token ids
     or captions, false for shards that hold latents and states."""
+    flip_online: bool = False
+    """Whether pictures that are encoded while training are mirrored first, half of the time. Stored mirror
+    images (`prepare --flip`) are used whatever this says."""
     caption_dropout: float = 0.1
     """Share of images whose caption (or label) is replaced by the null one, for guidance."""
     workers: int = 0
@@ -99,6 +102,11 @@ class DataConfig:
         for name in ("shards", "index"):
             if getattr(self, name) == "":
                 raise ValueError(f"data.{name}: expected a folder or a URL, received an empty word")
+        if self.flip_online and not self.encode_online:
+            raise ValueError(
+                "data.flip_online: mirrors pictures that are encoded while training, but data.encode_online "
+                "is false; for stored latents prepare the shards with --flip"
+            )
         for name, least in (("tokens_per_pack", 1), ("packs_per_step", 1), ("workers", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"data.{name}: expected at least {least}, received {getattr(self, name)}")

@@ -45,6 +45,9 @@ CACHE_BYTES = 1 << 30
 PREFETCH = 4
 """Packs that each worker reads ahead."""
 
+FLIP_SHARE = 0.5
+"""Share of the epochs in which a sample is mirrored, where it may be."""
+
 MAX_CORRUPT_SHARE = 0.01
 """Share of damaged samples above which a run stops ..."""
 
@@ -224,6 +227,7 @@ class _Packs(Dataset["_Item"], Generic[T]):
         finish: Callable[[PackedBatch], T] | None,
         encoders: FrozenEncoders | None = None,
         pixel_channels: int = 3,
+        flip_pictures: bool = False,
     ) -> None:
         self.index = index
         self.encoders = encoders
@@ -238,7 +242,9 @@ class _Packs(Dataset["_Item"], Generic[T]):
         self._finish = finish
         self._is_encoded = encoders is None
         self._reader = ShardReader(index) if encoders is None else OnlineReader(index, pixel_channels)
-        self._cache: dict[int, StoredSample] = {}
+        self._flip_pictures = flip_pictures
+        # By id and by whether it was mirrored.
+        self._cache: dict[tuple[int, bool], StoredSample] = {}
         self._cache_room = cache_bytes
         self._damage = _Damage(f"a process of rank {rank}")
         self._news: list[tuple[int, str]] = []
@@ -348,7 +354,7 @@ class _Packs(Dataset["_Item"], Generic[T]):
         self, sample_ids: tuple[int, ...], epoch: int, raw: Mapping[int, RawSample] | None = None
     ) -> tuple[list[Any], tuple[int, ...]]:
         """The samples, damaged ones replaced, and the ids of what was loaded. `raw` is not read again."""
-        found = self._read(sample_ids, raw or {})
+        found = self._read(sample_ids, epoch, raw or {})
         chosen = tuple(i if i in found else self._replace(i, epoch, found) for i in sample_ids)
         return [found[i] for i in chosen], chosen
 
@@ -368,23 +374,33 @@ class _Packs(Dataset["_Item"], Generic[T]):
                 if candidate == sample_id or tried == MAX_REPLACEMENTS:
                     continue
                 tried += 1
-                found.update(self._read((candidate,), {}))
+                found.update(self._read((candidate,), epoch, {}))
                 if candidate in found:
                     return candidate
         raise DataError(
             f"{self._damage[sample_id]}; none of {tried} samples of its size or smaller could replace it"
         )
 
-    def _read(self, sample_ids: tuple[int, ...], raw: Mapping[int, RawSample]) -> dict[int, Any]:
+    def _mirrored(self, sample_ids: tuple[int, ...], epoch: int) -> set[int]:
+        """Those of the samples whose picture is mirrored before it is encoded: where shards hold latents of
+        mirror images, these would be used."""
+        if not self._flip_pictures:
+            return set()
+        draws = self._draw("flip", epoch, np.array(sample_ids)).tolist()
+        return {i for i, draw in zip(sample_ids, draws, strict=True) if draw < FLIP_SHARE}
+
+    def _read(self, sample_ids: tuple[int, ...], epoch: int, raw: Mapping[int, RawSample]) -> dict[int, Any]:
         """The samples that are readable; a damaged one is counted, and not tried again.
 
         Raises:
             DataError: if this process has met too much damage.
         """
-        found: dict[int, Any] = {i: self._cache[i] for i in sample_ids if i in self._cache}
+        mirrored = self._mirrored(sample_ids, epoch)
+        variants = {i: (i, i in mirrored) for i in sample_ids}
+        found: dict[int, Any] = {i: self._cache[v] for i, v in variants.items() if v in self._cache}
         wanted = [i for i in sample_ids if i not in found and i not in self._damage]
         self._damage.num_read += len(wanted)
-        for sample_id, sample in zip(wanted, self._read_wanted(wanted, raw), strict=True):
+        for sample_id, sample in zip(wanted, self._read_wanted(wanted, mirrored, raw), strict=True):
             if isinstance(sample, DataError):
                 self._news.append((sample_id, str(sample)))
                 self._damage.add(sample_id, str(sample))
@@ -393,11 +409,11 @@ class _Packs(Dataset["_Item"], Generic[T]):
             if self._cache_room and isinstance(sample, StoredSample) and sample.num_bytes <= self._cache_room:
                 self._cache_room -= sample.num_bytes
                 # As read, its tensors are views that keep all bytes of the sample in memory.
-                self._cache[sample_id] = sample.copied()
+                self._cache[variants[sample_id]] = sample.copied()
         return found
 
     def _read_wanted(
-        self, wanted: Sequence[int], given: Mapping[int, RawSample]
+        self, wanted: Sequence[int], mirrored: set[int], given: Mapping[int, RawSample]
     ) -> Sequence[StoredSample | RawSample | DataError]:
         if not isinstance(self._reader, OnlineReader):
             return self._reader.read_all(wanted)
@@ -406,7 +422,11 @@ class _Packs(Dataset["_Item"], Generic[T]):
         read.update(zip(fresh, self._reader.read_raw(fresh), strict=True))
         if self.encoders is None:
             return [read[i] for i in wanted]
-        good = {i: sample for i in wanted if isinstance(sample := read[i], RawSample)}
+        good = {
+            i: sample.mirrored() if i in mirrored else sample
+            for i in wanted
+            if isinstance(sample := read[i], RawSample)
+        }
         with self.around_encoders():
             encoded = self.encoders.encode(list(good.values()), [self.index.name(i) for i in good])
         whole = dict(zip(good, encoded, strict=True))
@@ -416,7 +436,7 @@ class _Packs(Dataset["_Item"], Generic[T]):
 def _latents(samples: Sequence[StoredSample], flips: np.ndarray) -> Tensor:
     """Latents of all samples as they were stored, end to end, that of the mirror image where it is used."""
     chosen = [
-        sample.flipped if sample.flipped is not None and flip < 0.5 else sample.latent
+        sample.flipped if sample.flipped is not None and flip < FLIP_SHARE else sample.latent
         for sample, flip in zip(samples, flips.tolist(), strict=True)
     ]
     return torch.cat([latent.reshape(-1) for latent in chosen])
@@ -425,7 +445,7 @@ def _latents(samples: Sequence[StoredSample], flips: np.ndarray) -> Tensor:
 def _features(samples: Sequence[StoredSample], flips: np.ndarray) -> Tensor | None:
     """Features of all tokens, of the mirror image where that is used; None without an image encoder."""
     chosen = [
-        sample.flipped_features if sample.flipped is not None and flip < 0.5 else sample.features
+        sample.flipped_features if sample.flipped is not None and flip < FLIP_SHARE else sample.features
         for sample, flip in zip(samples, flips, strict=True)
     ]
     present = [features for features in chosen if features is not None]
@@ -512,6 +532,11 @@ def _check_what_is_encoded(config: DataConfig, index: Index) -> None:
         raise DataError(
             f"data.encode_online: true, but the shards in {config.shards} hold latents"
             f"{' and states' if index.has_text else ''} already; set it to false"
+        )
+    if config.flip_online and "picture" not in index.online:
+        raise DataError(
+            f"data.flip_online: true, but the shards in {config.shards} hold latents; prepare them with "
+            f"--flip, or with --pictures png or original"
         )
 
 
@@ -611,6 +636,7 @@ def build_loader(
         finish=finish,
         encoders=encoders,
         pixel_channels=latent_shape(config.autoencoder).pixel_channels if encoders is not None else 3,
+        flip_pictures=config.flip_online,
     )
     return StepLoader(
         packs,

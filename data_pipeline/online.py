@@ -9,7 +9,7 @@ neither transformers nor diffusers.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -52,6 +52,10 @@ class RawSample:
     texts: tuple[Any, ...]
     """Token ids (int32 [n] each) or captions, where the shards hold them and no states."""
     label: int | None
+
+    def mirrored(self) -> RawSample:
+        """The same with the picture mirrored, left to right: what is encoded then are its features, too."""
+        return self if self.pixels is None else replace(self, pixels=self.pixels.flip(-1))
 
 
 class OnlineReader(ShardReader):

@@ -110,7 +110,8 @@ class Settings:
             raise DataError("--text ids: the words encoder has no token ids; use states, or caption")
         if self.flip and self.pictures != "latent":
             raise DataError(
-                "--flip stores a second latent; stored pictures are mirrored when they are encoded"
+                "--flip stores a second latent; stored pictures are mirrored when they are encoded: "
+                "data.flip_online"
             )
         for name in ("per_shard", "max_caption_characters", "batch_pixels", "max_pixels"):
             if getattr(self, name) < 1:

@@ -178,6 +178,82 @@ def test_pictures_of_one_size_share_a_batch_and_are_encoded_once(
         assert sum(batches) == 12 and max(batches) > 1, workers
 
 
+@pytest.fixture(scope="module")
+def picture_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pictures of `pixel_shards`, left to encode."""
+    folder = tmp_path_factory.mktemp("pictures")
+    prepared(
+        source_folders.folder(folder / "source", 8),
+        folder / "shards",
+        *("--autoencoder", "pixels", "--factor", "4", "--text-encoder", "words", "--text-width", "8"),
+        *("--max-area", "64x64", "--pictures", "png"),
+    )
+    return folder / "shards"
+
+
+def test_pictures_are_mirrored_where_stored_mirror_images_are_used(
+    pixel_shards: Path, picture_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[int] = []
+    plain = online.FrozenEncoders._latents
+
+    def counting(self: online.FrozenEncoders, pixels: torch.Tensor) -> torch.Tensor:
+        encoded.append(len(pixels))
+        return plain(self, pixels)
+
+    monkeypatch.setattr(online.FrozenEncoders, "_latents", counting)
+    encoder = ImageEncoderConfig(kind="patches", width=8)
+    epochs = 6
+    stored = build_loader(pixels_config(pixel_shards, image_encoder=encoder), patch_size=1, num_steps=1)
+    stored.num_steps = steps = epochs * stored.steps_per_epoch
+    expected = [batch for step in stored for batch in step]
+    for workers in (0, 2):
+        config = pixels_config(
+            picture_shards, image_encoder=encoder, encode_online=True, flip_online=True, workers=workers
+        )
+        encoded.clear()
+        seen: dict[int, set[float]] = {}
+        for batch, other in zip(
+            (b for step in build_loader(config, patch_size=1, num_steps=steps) for b in step),
+            expected,
+            strict=True,
+        ):
+            assert batch.sample_ids == other.sample_ids and batch.features_TZ is not None
+            assert other.features_TZ is not None
+            # What was stored was rounded to float16, of which the features take 16 numbers and more.
+            torch.testing.assert_close(batch.latents_TC, other.latents_TC, rtol=0, atol=2**-11)
+            torch.testing.assert_close(batch.features_TZ, other.features_TZ, rtol=0, atol=2**-8)
+            for sample_id, tokens in zip(
+                batch.sample_ids, batch.latents_TC.split([h * w for h, w in batch.grids]), strict=True
+            ):
+                seen.setdefault(sample_id, set()).add(float(tokens[0].sum()))
+        # Each of them as it is and mirrored at the most, and each of these is encoded once.
+        variants = [len(found) for found in seen.values()]
+        assert len(seen) == 8 and max(variants) == 2 and sum(variants) > 12
+        assert sum(encoded) == sum(variants)
+
+
+def test_a_run_that_resumes_mirrors_what_it_would_have_mirrored(picture_shards: Path) -> None:
+    config = pixels_config(picture_shards, encode_online=True, flip_online=True)
+    whole = samples_of(build_loader(config, patch_size=1, num_steps=6))
+    rest = samples_of(build_loader(config, patch_size=1, start_step=4, num_steps=2))
+    assert rest and all(torch.equal(whole[sample][0], tokens) for sample, (tokens, _) in rest.items())
+
+
+def test_mirroring_is_refused_where_it_has_no_picture(shards: Path, models: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"data\.flip_online: .* data\.encode_online is false"):
+        config_of(shards, models, encode_online=False, flip_online=True)
+    prepared(
+        source_folders.folder(tmp_path / "source", 2),
+        tmp_path / "out",
+        *("--autoencoder", "pixels", "--factor", "4", "--max-area", "64x64", "--text", "caption"),
+        *("--text-encoder", "words", "--text-width", "8"),
+    )
+    config = pixels_config(tmp_path / "out", encode_online=True, flip_online=True)
+    with pytest.raises(DataError, match=r"data\.flip_online: true, but the shards .* hold latents"):
+        build_loader(config, patch_size=1, num_steps=1)
+
+
 def test_encoders_are_recorded_with_the_revision_of_their_weights(shards: Path, models: Path) -> None:
     loader = build_loader(config_of(shards, models), patch_size=1, num_steps=1)
     recorded = loader.encoders
