@@ -36,7 +36,8 @@ class TextEncoderConfig:
     """words only: width of a state."""
     max_tokens: int = 256
     padding: Literal["none", "constant"] = "none"
-    """`constant` appends the authors' padding states, for their weights."""
+    """`constant` fills the captions of a batch up to the longest, the empty ones too, with the authors'
+    padding state, for their weights."""
 
     def __post_init__(self) -> None:
         if self.kind != "words" and not self.path:

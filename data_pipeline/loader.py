@@ -26,6 +26,7 @@ from data_pipeline.batch import Latents, PackedBatch
 from data_pipeline.config import DataConfig
 from data_pipeline.draws import generator, uniforms
 from data_pipeline.encoders.identity import latent_shape
+from data_pipeline.encoders.text import fill_up
 from data_pipeline.errors import DataError
 from data_pipeline.index import Index, load_index
 from data_pipeline.online import FrozenEncoders, OnlineReader, RawSample
@@ -223,6 +224,7 @@ class _Packs(Dataset["_Item"], Generic[T]):
         seed: int,
         caption_dropout: float,
         null_states: Tensor | None,
+        padding_state: Tensor | None,
         cache_bytes: int,
         finish: Callable[[PackedBatch], T] | None,
         encoders: FrozenEncoders | None = None,
@@ -239,6 +241,7 @@ class _Packs(Dataset["_Item"], Generic[T]):
         self._seed = seed
         self._caption_dropout = caption_dropout
         self._null_states = null_states
+        self._padding_state = padding_state
         self._finish = finish
         self._is_encoded = encoders is None
         self._reader = ShardReader(index) if encoders is None else OnlineReader(index, pixel_channels)
@@ -320,6 +323,7 @@ class _Packs(Dataset["_Item"], Generic[T]):
         ids = np.array(sample_ids)
         dropped = self._draw("caption_dropout", epoch, ids) < self._caption_dropout
         texts: list[Tensor] | None = None
+        padding: Tensor | None = None
         labels: Tensor | None = None
         if self.index.has_text:
             draws = self._draw("caption_choice", epoch, ids)
@@ -327,6 +331,9 @@ class _Packs(Dataset["_Item"], Generic[T]):
                 cast(Tensor, self._null_states) if drop else _caption(sample, draw)
                 for sample, drop, draw in zip(samples, dropped, draws, strict=True)
             ]
+            padding = self._padding()
+            if padding is not None:
+                texts = fill_up(texts, padding)
         else:
             stored = self.index.columns["label"][ids].astype(np.int64)
             labels = torch.from_numpy(np.where(dropped, self.index.num_classes, stored))
@@ -345,7 +352,13 @@ class _Packs(Dataset["_Item"], Generic[T]):
             dropped_S=tuple(dropped.tolist()),
             num_replaced=num_replaced,
             features_TZ=_features(samples, flips),
+            padding_1E=padding,
         )
+
+    def _padding(self) -> Tensor | None:
+        """What captions are filled up with: of the encoder that runs, or else of that of the shards."""
+        online = None if self.encoders is None else self.encoders.padding_state
+        return self._padding_state if online is None else online
 
     def _draw(self, stream: str, epoch: int, ids: np.ndarray) -> np.ndarray:
         return uniforms(self._seed, stream, epoch, ids)
@@ -513,9 +526,6 @@ def check_encoders(config: DataConfig, index: Index) -> None:
 
 
 def _is_cached(config: DataConfig, encoders: FrozenEncoders | None) -> bool:
-    if encoders is not None and config.text_encoder is not None and config.text_encoder.padding == "constant":
-        # The number of padding states is that of a batch: kept, it would depend on what was read before.
-        return False
     # What this process encodes is kept whoever reads it: encoding costs more than reading.
     return config.workers == 0 or encoders is not None
 
@@ -546,17 +556,48 @@ def load_null_states(config: DataConfig, width: int) -> Tensor:
     Raises:
         DataError: if they are missing, damaged or of another width than the captions.
     """
+    path, tensors = _null_tensors(config)
+    if "states" not in tensors:
+        raise DataError(
+            f"{path}: expected a tensor 'states', received {sorted(tensors)}; prepare the data again"
+        )
+    return _checked_states(tensors["states"], width, path)
+
+
+def _stored_padding(config: DataConfig, index: Index) -> Tensor | None:
+    """The padding state beside stored states, where the recipe fills captions up.
+
+    Raises:
+        DataError: if it is asked for and not there.
+    """
+    asked = config.text_encoder is not None and config.text_encoder.padding == "constant"
+    if not asked or {"ids", "caption"} & {*index.online}:
+        return None
+    path, tensors = _null_tensors(config)
+    if "padding" not in tensors:
+        raise DataError(
+            f"data.text_encoder.padding: 'constant', but {path} holds no tensor 'padding'; prepare the data "
+            f"again, or use 'none'"
+        )
+    return _checked_states(tensors["padding"], index.text_width, path)
+
+
+def _null_tensors(config: DataConfig) -> tuple[str, dict[str, Tensor]]:
     path = f"{config.places[0]}/{NULL_NAME}"
     try:
         path, content = read_beside(config.places, NULL_NAME)
-        states = load(content)["states"].to(torch.float32)
+        return path, load(content)
     except FileNotFoundError as error:
         raise DataError(
             f"{' or '.join(f'{place}/{NULL_NAME}' for place in config.places)}: missing; text data hold the "
             f"states of the empty caption there. Prepare them again"
         ) from error
-    except (OSError, SafetensorError, KeyError) as error:
+    except (OSError, SafetensorError) as error:
         raise DataError(f"{path}: expected a tensor 'states' ({error!r}); prepare the data again") from error
+
+
+def _checked_states(states: Tensor, width: int, path: str) -> Tensor:
+    states = states.to(torch.float32)
     check_states(states, path)
     if states.shape[1] != width:
         raise DataError(
@@ -632,6 +673,7 @@ def build_loader(
         seed=seed,
         caption_dropout=config.caption_dropout,
         null_states=load_null_states(config, index.text_width) if index.has_text else None,
+        padding_state=_stored_padding(config, index),
         cache_bytes=cache_bytes if _is_cached(config, encoders) else 0,
         finish=finish,
         encoders=encoders,

@@ -162,6 +162,11 @@ class FrozenEncoders:
     def _reads_captions(self) -> bool:
         return "ids" in self._index.online or "caption" in self._index.online
 
+    @property
+    def padding_state(self) -> Tensor | None:
+        """What captions of a pack are filled up with; None where they are not, or not encoded here."""
+        return self._text_encoder.padding_state if self._reads_captions else None
+
     def describe(self) -> dict[str, dict[str, Any]]:
         """Kind, path and revision of each encoder that runs, for the record."""
         config, parts = self._config, {}

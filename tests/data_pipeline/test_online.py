@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from data_pipeline import online
 from data_pipeline import prepare as prepare_module
 from data_pipeline.batch import PackedBatch
 from data_pipeline.config import AutoencoderConfig, DataConfig, ImageEncoderConfig, TextEncoderConfig
 from data_pipeline.encoders.image import build_image_encoder
+from data_pipeline.encoders.language_model import load_gemma
 from data_pipeline.errors import DataError
 from data_pipeline.loader import StepLoader, build_loader
 from tests.data_pipeline import source_folders, tiny_models
@@ -252,6 +254,52 @@ def test_mirroring_is_refused_where_it_has_no_picture(shards: Path, models: Path
     config = pixels_config(tmp_path / "out", encode_online=True, flip_online=True)
     with pytest.raises(DataError, match=r"data\.flip_online: true, but the shards .* hold latents"):
         build_loader(config, patch_size=1, num_steps=1)
+
+
+def test_captions_that_are_encoded_here_are_filled_up_to_the_longest_of_their_pack(
+    shards: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[int] = []
+    plain = online.FrozenEncoders._texts
+
+    def counting(self: online.FrozenEncoders, samples):
+        encoded.append(len(samples))
+        return plain(self, samples)
+
+    monkeypatch.setattr(online.FrozenEncoders, "_texts", counting)
+    encoder = TextEncoderConfig(kind="gemma", path=str(models / "gemma"), padding="constant")
+    changes = {"text_encoder": encoder, "caption_dropout": 0.5}
+    trimmed = build_loader(config_of(shards, models, caption_dropout=0.5), patch_size=1, num_steps=4)
+    expected = [batch for step in trimmed for batch in step]
+    for workers in (0, 2):
+        encoded.clear()
+        loader = build_loader(
+            config_of(shards, models, workers=workers, **changes), patch_size=1, num_steps=4
+        )
+        filled = shorter = 0
+        for batch, other in zip(chain.from_iterable(loader), expected, strict=True):
+            assert batch.text_LE is not None and other.text_LE is not None and other.text_lengths
+            assert batch.padding_1E is not None and batch.dropped_S == other.dropped_S
+            longest = max(other.text_lengths)
+            assert batch.text_lengths == (longest,) * len(other.text_lengths)
+            for long, short, is_null in zip(
+                batch.text_LE.split(longest),
+                other.text_LE.split(other.text_lengths),
+                batch.dropped_S,
+                strict=True,
+            ):
+                torch.testing.assert_close(long[: len(short)], short, rtol=0.05, atol=STATES_TOLERANCE)
+                assert torch.equal(long[len(short) :], batch.padding_1E.expand(longest - len(short), -1))
+                filled, shorter = filled + is_null, shorter + (len(short) < longest)
+        # Dropped captions are among those that were filled up; what is kept is not filled up, so it is kept.
+        assert filled > 3 and shorter > filled / 2 and sum(encoded) == 12
+
+
+def test_prepared_shards_hold_the_padding_state(shards: Path, models: Path) -> None:
+    stored = load_file(shards / "null.safetensors")
+    encoder = load_gemma(str(models / "gemma"), max_tokens=16, constant_padding=True)
+    assert encoder.padding_state is not None and stored["states"].shape == (1, 16)
+    assert torch.equal(stored["padding"], encoder.padding_state.bfloat16())
 
 
 def test_encoders_are_recorded_with_the_revision_of_their_weights(shards: Path, models: Path) -> None:

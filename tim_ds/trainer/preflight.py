@@ -201,8 +201,12 @@ def _look_at_data(
     null_length = 0
     if recipe.objective.guided_target is not None and index.has_text:
         null_length = len(load_null_states(data, index.text_width))
-    packs = pack_shapes(index, step, recipe.model.patch_size)
-    operations = sum(expected_flops(recipe, pack, null_length).model for pack in packs)
+    filled = data.text_encoder is not None and data.text_encoder.padding == "constant"
+    packs = pack_shapes(index, step, recipe.model.patch_size, filled=filled)
+    operations = sum(
+        expected_flops(recipe, pack, max(pack.text_lengths or (0,)) if filled else null_length).model
+        for pack in packs
+    )
     found.say("operations", f"{operations:.3e} FLOP a step over all ranks (matrix products and attention)")
     return index, loader
 
@@ -236,12 +240,14 @@ def plan_tokens(index: Index, step: StepPlan, patch_size: int) -> list[int]:
     return [height * width for height, width in index.grids(samples, patch_size)]
 
 
-def pack_shapes(index: Index, step: StepPlan, patch_size: int) -> list[PackShape]:
-    """Lengths of every pack of a step, with whole captions."""
+def pack_shapes(index: Index, step: StepPlan, patch_size: int, *, filled: bool = False) -> list[PackShape]:
+    """Lengths of every pack of a step, with whole captions, or filled up to the longest of their pack."""
     shapes = []
     for pack in step.packs:
         grids = index.grids(np.array(pack), patch_size)
         text = tuple(int(index.columns["text_length"][sample]) for sample in pack) if index.has_text else None
+        if filled and text is not None:
+            text = (max(text),) * len(text)
         shapes.append(PackShape(tuple(height * width for height, width in grids), text))
     return shapes
 
