@@ -104,6 +104,8 @@ class _Item(NamedTuple):
     """Samples that were found damaged since the last item, and why."""
     error: DataError | None
     """Returned, not raised: so it arrives as it is, not wrapped in a worker's traceback."""
+    retries: int = 0
+    """Requests to a URL that were made again since the last item."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +123,8 @@ class StepLoader(Generic[T]):
     """Iterates over optimiser steps: each item is the list of this rank's micro-batches, in order.
 
     `steps_per_epoch`, `plan` and `index` are there for reports; `len()` is the number of steps. `num_damaged`
-    counts the distinct samples that were replaced so far, by all workers of this rank.
+    counts the distinct samples that were replaced so far, by all workers of this rank, and `num_retries` the
+    requests to a URL that failed or took too long and were made again.
     """
 
     def __init__(
@@ -135,6 +138,7 @@ class StepLoader(Generic[T]):
         self._workers = workers
         self._packs_per_rank = packs_per_rank
         self._damage = _Damage(f"rank {packs.rank}")
+        self.num_retries = 0
 
     @property
     def plan(self) -> Plan:
@@ -197,8 +201,10 @@ class StepLoader(Generic[T]):
         Raises:
             DataError: that of the item, or if this rank has met too much damage.
         """
+        self._count_retries(item.retries)
         if isinstance(item.value, _Unencoded):
             encoded = self._packs.encoded(item.value)
+            self._count_retries(self._packs.take_retries())
             item = encoded._replace(damaged=(*item.damaged, *encoded.damaged))
         self._damage.num_read += item.num_images
         for sample_id, message in item.damaged:
@@ -208,6 +214,16 @@ class StepLoader(Generic[T]):
         if item.error is not None:
             raise item.error
         return cast(T, item.value)
+
+    def _count_retries(self, retries: int) -> None:
+        before, self.num_retries = self.num_retries, self.num_retries + retries
+        # The first, and whenever they have doubled: a slow server must not fill the log.
+        if self.num_retries.bit_length() > before.bit_length():
+            logger.warning(
+                "%s: %d requests failed or took too long so far, and were made again",
+                self.index.folder,
+                self.num_retries,
+            )
 
 
 class _Packs(Dataset["_Item"], Generic[T]):
@@ -251,6 +267,7 @@ class _Packs(Dataset["_Item"], Generic[T]):
         self._cache_room = cache_bytes
         self._damage = _Damage(f"a process of rank {rank}")
         self._news: list[tuple[int, str]] = []
+        self._retries = 0
 
     def without_encoders(self) -> _Packs[T]:
         """What workers are given: it reads everything and encodes nothing. Itself without encoders."""
@@ -262,6 +279,16 @@ class _Packs(Dataset["_Item"], Generic[T]):
         return reading
 
     def __getitem__(self, number: int) -> _Item:
+        item = self._pack(number)
+        retries = self.take_retries()
+        return item._replace(retries=retries) if retries else item
+
+    def take_retries(self) -> int:
+        """Requests that this process made again since it was last asked."""
+        before, self._retries = self._retries, self._reader.storage.num_retries
+        return self._retries - before
+
+    def _pack(self, number: int) -> _Item:
         step, position = divmod(number, self.plan.packs_per_step // self._world_size)
         planned = self.plan.step(step)
         sample_ids = planned.of_rank(self.rank, self._world_size)[position]

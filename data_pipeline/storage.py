@@ -26,6 +26,11 @@ TIMEOUT_S = 30.0
 FIRST_PAUSE_S = 0.5
 """Pause before the second try; it doubles with every further one."""
 
+S3_PROTOCOLS = ("s3", "s3a")
+
+S3_CONNECTIONS = 32
+"""Of one process to an S3 server; requests beyond it wait for one to be free."""
+
 
 def is_url(location: Path | str) -> bool:
     return "://" in str(location)
@@ -33,6 +38,9 @@ def is_url(location: Path | str) -> bool:
 
 class Folder:
     """Files of a local folder. Holds one descriptor a file, opened on first use by the process that reads."""
+
+    num_retries = 0
+    """A disk is asked once."""
 
     def __init__(self, location: Path | str) -> None:
         self.location = Path(location)
@@ -192,15 +200,40 @@ class Remote:
         raise AssertionError("unreachable: the last attempt returns or raises")
 
 
+_KEPT: list[Any] = []
+"""The file systems of this process, and those that it was forked with. fsspec would drop the latter, and they
+close their connections through the epoll that they share with the parent: it never hears of these again, and
+its next request over one of them hangs."""
+
+
 def _file_system(url: str) -> tuple[Any, str]:
     # fsspec starts a thread for its sockets; only runs that read URLs should pay for it. It is asked anew for
     # every read: it keeps one file system a process, and makes another after a fork.
     from fsspec.core import url_to_fs
 
+    is_s3 = url.partition("://")[0] in S3_PROTOCOLS
     try:
-        return url_to_fs(url)
+        files, path = url_to_fs(url, **(_s3_options() if is_s3 else {}))
     except (ImportError, ValueError) as error:
         raise DataError(f"{url}: no reader for this kind of URL ({error})") from error
+    if is_s3:
+        files.retries = 1
+    if not any(files is kept for kept in _KEPT):
+        _KEPT.append(files)
+    return files, path
+
+
+def _s3_options() -> dict[str, Any]:
+    """s3fs and botocore try again on their own, 25 times in all, uncounted and for minutes: `Remote` does it
+    instead. What the user's configuration of fsspec says of a client goes before."""
+    from fsspec.config import conf
+
+    client = {
+        "retries": {"max_attempts": 0},
+        "read_timeout": TIMEOUT_S,
+        "max_pool_connections": S3_CONNECTIONS,
+    }
+    return {"config_kwargs": {**client, **conf.get("s3", {}).get("config_kwargs", {})}}
 
 
 Storage = Folder | Remote
