@@ -1,4 +1,5 @@
-"""What a benchmark leaves behind: result rows, a log of finished scores, features that are made once."""
+"""What a benchmark leaves behind: result rows and how reports show them, a log of finished scores, features
+that are made once."""
 
 from __future__ import annotations
 
@@ -53,6 +54,40 @@ class ResultRow:
     @property
     def nfe(self) -> int | None:
         return None if self.made_by is None else self.made_by.get("nfe")
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One score of the table."""
+
+    key: str
+    """In `ResultRow.scores`."""
+    header: str
+    percent: bool = False
+    """A share, shown in per cent."""
+    plotted: bool = False
+    is_lower_better: bool = False
+
+    def show(self, row: ResultRow) -> str:
+        value = row.scores.get(self.key)
+        if value is None:
+            return "-"
+        return f"{100 * value:.2f}" if self.percent else f"{value:.4g}"
+
+
+@dataclass(frozen=True, slots=True)
+class SheetItem:
+    """A caption and the pictures shown below it, by their place in the set."""
+
+    caption: str
+    pictures: tuple[int, ...]
+    wrong: tuple[bool, ...] | None = None
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """Up to `wanted` places spread evenly over `count`."""
+    shown = min(wanted, count)
+    return sorted({round(i * (count - 1) / max(1, shown - 1)) for i in range(shown)})
 
 
 def add_row(path: Path, row: ResultRow) -> list[ResultRow]:

@@ -18,7 +18,7 @@ from tim_ds.eval.handwriting import HandwritingScorer
 from tim_ds.eval.resolution import Picture
 from tim_ds.eval.sheet import gallery
 from tim_ds.model.export_folder import Export
-from tim_ds.pipeline import TiMPipeline
+from tim_ds.pipeline import PromptLike, TiMPipeline
 from tim_ds.trainer.config import EvaluationConfig
 from tim_ds.trainer.metrics import MetricsLog
 from tim_ds.trainer.world import World
@@ -34,7 +34,7 @@ class _Set:
     """Pictures that are scored together."""
 
     name: str
-    captions: tuple[str, ...]
+    captions: tuple[PromptLike, ...]
     sizes: tuple[str, ...]
     seeds: tuple[int, ...]
     score: Callable[[Sequence[Picture]], dict[str, float | None]]
@@ -90,7 +90,7 @@ class Evaluations:
                 if self._log is None:
                     continue
                 values |= {f"{name}/{key}": value for key, value in one.score(output.images).items()}
-                sheet = gallery(output.images[:_SHOWN], one.captions[:_SHOWN])
+                sheet = gallery(output.images[:_SHOWN], [str(text) for text in one.captions[:_SHOWN]])
                 self._log.image(f"evaluation/{name}", sheet, step)
         if self._log is not None:
             self._log.evaluated(step, values)
@@ -118,7 +118,7 @@ def _nfe_sets(config: EvaluationConfig, data: Path, pipeline: TiMPipeline, devic
 
 
 def _resolution_sets(config: EvaluationConfig, data: Path, pipeline: TiMPipeline, device: str) -> list[_Set]:
-    suite: resolution.Suite
+    suite: resolution.HandwritingSuite | resolution.PromptSuite
     if config.prompts_file is None:
         suite = resolution.HandwritingSuite(
             data, pictures=config.pictures, longest=config.longest, seed=config.seed
