@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, TypeVar
@@ -94,16 +95,28 @@ class Benchmark(ABC):
         """Move the networks, once loaded."""
         ...
 
-    @abstractmethod
+    @cached_property
     def scorer(self) -> dict[str, Any]:
-        """Everything that decides the scores besides the pictures."""
-        ...
+        """Everything that decides the scores besides the pictures; read once, weights are gigabytes."""
+        return self._scorer()
 
     @abstractmethod
-    def score(self, pictures: PictureSet, cache: Path, *, batch: int = 32, progress: bool = True) -> Scored:
+    def _scorer(self) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def score(
+        self,
+        pictures: PictureSet,
+        cache: Path,
+        *,
+        references: Path | None = None,
+        batch: int = 32,
+        progress: bool = True,
+    ) -> Scored:
         """Score a whole set. What is finished is kept in `cache` and not done again.
 
         Args:
+            references: folder for what is made of reference pictures, which many sets share; None: `cache`.
             batch: pictures that a feature network sees at a time.
         """
         ...
@@ -132,7 +145,7 @@ def row_of(
         title=benchmark.title,
         label=label,
         pictures=pictures,
-        scorer=benchmark.scorer(),
+        scorer=benchmark.scorer,
         scores=scored.scores,
         details=scored.details,
         libraries=benchmark.libraries,
@@ -204,7 +217,7 @@ class Geneval(Benchmark):
         assert self.networks is not None, "load() comes first"
         return self.networks
 
-    def scorer(self) -> dict[str, Any]:
+    def _scorer(self) -> dict[str, Any]:
         return {
             "protocol": geneval.PROTOCOL,
             "metadata_sha256": sha256(self.metadata),
@@ -215,9 +228,17 @@ class Geneval(Benchmark):
             "clip": fingerprint(self.clip),
         }
 
-    def score(self, pictures: PictureSet, cache: Path, *, batch: int = 32, progress: bool = True) -> Scored:
+    def score(
+        self,
+        pictures: PictureSet,
+        cache: Path,
+        *,
+        references: Path | None = None,
+        batch: int = 32,
+        progress: bool = True,
+    ) -> Scored:
         detector, clip = self.loaded
-        log = ScoreLog(cache, self.name, {"pictures_sha256": pictures.sha256, "scorer": self.scorer()})
+        log = ScoreLog(cache, self.name, {"pictures_sha256": pictures.sha256, "scorer": self.scorer})
         colours = geneval.ColourReader(clip)
         self.results = geneval.score_pictures(
             pictures, self.tasks, detector, colours, self.rules, log, progress=progress
@@ -304,7 +325,7 @@ class Dpg(Benchmark):
         assert self.answerer is not None, "load() comes first"
         self.answerer.model.to(device)
 
-    def scorer(self) -> dict[str, Any]:
+    def _scorer(self) -> dict[str, Any]:
         return {
             "protocol": dpg.PROTOCOL,
             "questions_sha256": sha256(self.questions),
@@ -313,9 +334,17 @@ class Dpg(Benchmark):
             "vqa": fingerprint(self.vqa or ""),
         }
 
-    def score(self, pictures: PictureSet, cache: Path, *, batch: int = 32, progress: bool = True) -> Scored:
+    def score(
+        self,
+        pictures: PictureSet,
+        cache: Path,
+        *,
+        references: Path | None = None,
+        batch: int = 32,
+        progress: bool = True,
+    ) -> Scored:
         assert self.answerer is not None, "load() comes first"
-        log = ScoreLog(cache, self.name, {"pictures_sha256": pictures.sha256, "scorer": self.scorer()})
+        log = ScoreLog(cache, self.name, {"pictures_sha256": pictures.sha256, "scorer": self.scorer})
         answers = dpg.score_pictures(
             pictures,
             self.asked,
@@ -415,7 +444,7 @@ class Mjhq(Benchmark):
         assert self.network is not None and self._clip is not None, "load() comes first"
         return self.network, self._clip
 
-    def scorer(self) -> dict[str, Any]:
+    def _scorer(self) -> dict[str, Any]:
         return {
             "protocol": mjhq.PROTOCOL,
             "metadata_sha256": sha256(self.metadata),
@@ -431,7 +460,15 @@ class Mjhq(Benchmark):
             self._real = picture_set(self.reference, self._real_names, progress=progress)
         return self._real
 
-    def score(self, pictures: PictureSet, cache: Path, *, batch: int = 32, progress: bool = True) -> Scored:
+    def score(
+        self,
+        pictures: PictureSet,
+        cache: Path,
+        *,
+        references: Path | None = None,
+        batch: int = 32,
+        progress: bool = True,
+    ) -> Scored:
         network, clip = self._loaded
         reference = self._reference(progress=progress)
         categories = [one.category for one in self.entries]
@@ -439,8 +476,8 @@ class Mjhq(Benchmark):
         details: dict[str, Any] = {}
         for clean, name in ((False, "fid"), (True, "clean_fid")):
             made, real = (
-                mjhq.features(which, network, cache, clean=clean, batch=batch, progress=progress)
-                for which in (pictures, reference)
+                mjhq.features(which, network, place, clean=clean, batch=batch, progress=progress)
+                for which, place in ((pictures, cache), (reference, references or cache))
             )
             scores[name], details[f"{name}_by_category"] = mjhq.distances(made, real, categories)
         clip_id = fingerprint(self.clip)
@@ -524,7 +561,7 @@ class Imagenet(Benchmark):
         if isinstance(self.network, Inception):
             self.network.to(device)
 
-    def scorer(self) -> dict[str, Any]:
+    def _scorer(self) -> dict[str, Any]:
         assert self.network is not None and self.reference is not None, "load() comes first"
         return {
             "protocol": imagenet.PROTOCOL,
@@ -533,13 +570,22 @@ class Imagenet(Benchmark):
             "inception": self.network.identity,
         }
 
-    def score(self, pictures: PictureSet, cache: Path, *, batch: int = 32, progress: bool = True) -> Scored:
+    def score(
+        self,
+        pictures: PictureSet,
+        cache: Path,
+        *,
+        references: Path | None = None,
+        batch: int = 32,
+        progress: bool = True,
+    ) -> Scored:
         assert self.network is not None and self._file is not None, "load() comes first"
         scores, details = imagenet.score(
             pictures,
             self._file,
             self.network,
             cache,
+            references=references,
             batch=batch,
             device=self._device,
             progress=progress,

@@ -256,7 +256,7 @@ class BenchmarkSuite:
         self.libraries = benchmark.libraries
 
     def identity(self) -> dict[str, Any]:
-        return {"suite": self.benchmark.name, "scorer": self.benchmark.scorer()}
+        return {"suite": self.benchmark.name, "scorer": self.benchmark.scorer}
 
     def check(self, pipeline: TiMPipeline) -> None:
         check_network(self.benchmark, pipeline)

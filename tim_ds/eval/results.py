@@ -90,16 +90,16 @@ def spread(count: int, wanted: int) -> list[int]:
     return sorted({round(i * (count - 1) / max(1, shown - 1)) for i in range(shown)})
 
 
-def add_row(path: Path, row: ResultRow) -> list[ResultRow]:
-    """Keep `row` in the results file, in place of one of the same pictures and scorer; returns all rows.
+def add_row(path: Path, row: ResultRow, *, key: Callable[[ResultRow], Any] | None = None) -> list[ResultRow]:
+    """Keep `row` in the results file, in place of those that it makes out of date; returns all rows.
 
+    Args:
+        key: rows of one key replace each other; None: of the same pictures and scorer.
     Raises:
         RequestError: if the file is there and is something else, or of another benchmark.
     """
-    key = (row.pictures_sha256, digest(row.scorer))
-    rows = [
-        old for old in read_rows(path, row.evaluation) if (old.pictures_sha256, digest(old.scorer)) != key
-    ]
+    key = key or (lambda one: (one.pictures_sha256, digest(one.scorer)))
+    rows = [old for old in read_rows(path, row.evaluation) if key(old) != key(row)]
     rows.append(row)
     rows.sort(key=lambda one: (one.label, one.nfe or 0, one.pictures))
     content = {"evaluation": row.evaluation, "rows": [asdict(one) for one in rows]}
