@@ -265,8 +265,8 @@ def _look_at_benchmarks(found: Findings, recipe: Recipe, world: World) -> None:
             times = recipe.train.steps // config.every_steps
             found.say(
                 one.name,
-                f"{len(benchmark.prompts):,} pictures at {steps} steps, every {config.every_steps:,} steps of the "
-                f"run, {times:,} times",
+                f"{len(benchmark.prompts):,} pictures at {steps} steps, every {config.every_steps:,} steps "
+                f"of the run, {times:,} times",
             )
 
 
