@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -113,6 +114,8 @@ def check(
         _look_at_recipe(found, recipe)
         index, loader = _look_at_data(found, recipe, world, planned)
         _look_at_encoders(found, recipe, loader)
+        if recipe.train.evaluation.every_steps and recipe.train.evaluation.benchmarks:
+            _look_at_benchmarks(found, recipe, world)
         _look_at_start(found, recipe, run_dir, index)
         dtype = torch.float32 if recipe.train.precision == "fp32" else torch.bfloat16
         found.attempt(lambda: prove_attention(world.device, dtype, recipe.model.head_dim))
@@ -251,6 +254,27 @@ def pack_shapes(index: Index, step: StepPlan, patch_size: int, *, filled: bool =
             text = (max(text),) * len(text)
         shapes.append(PackShape(tuple(height * width for height, width in grids), text))
     return shapes
+
+
+def _look_at_benchmarks(found: Findings, recipe: Recipe, world: World) -> None:
+    """Files and networks that score while training; rank 0 alone loads them."""
+    # matplotlib and the networks' library are for those who ask for them.
+    from tim_ds.trainer.benchmarks import build_loaded
+
+    config = recipe.train.evaluation
+    found.title("benchmarks while training")
+    for i, one in enumerate(config.benchmarks):
+        benchmark = found.attempt(
+            partial(build_loaded, one, i, num_classes=recipe.model.num_classes, loads=world.is_main)
+        )
+        if benchmark is not None:
+            steps = ", ".join(map(str, config.num_steps))
+            times = recipe.train.steps // config.every_steps
+            found.say(
+                one.name,
+                f"{len(benchmark.prompts):,} pictures at {steps} steps, every {config.every_steps:,} steps "
+                f"of the run, {times:,} times",
+            )
 
 
 def _look_at_encoders(found: Findings, recipe: Recipe, loader: StepLoader[StepInputs] | None) -> None:
