@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,6 +42,7 @@ from tim_ds.trainer.engine import (
     zero_stage,
 )
 from tim_ds.trainer.flops import PackShape
+from tim_ds.trainer.host_copy import available_bytes
 from tim_ds.trainer.inputs import StepInputs
 from tim_ds.trainer.memory import GIB, MemoryEstimate, Ranks, estimate
 from tim_ds.trainer.run import (
@@ -112,6 +114,8 @@ def check(
         _look_at_recipe(found, recipe)
         index, loader = _look_at_data(found, recipe, world, planned)
         _look_at_encoders(found, recipe, loader)
+        if recipe.train.evaluation.every_steps and recipe.train.evaluation.benchmarks:
+            _look_at_benchmarks(found, recipe, world)
         _look_at_start(found, recipe, run_dir, index)
         dtype = torch.float32 if recipe.train.precision == "fp32" else torch.bfloat16
         found.attempt(lambda: prove_attention(world.device, dtype, recipe.model.head_dim))
@@ -155,7 +159,7 @@ def _look_at_data(
 ) -> tuple[Index | None, StepLoader[StepInputs] | None]:
     data, config = recipe.data, recipe.train
     found.title("data")
-    index = found.attempt(lambda: load_index(data.shards, verify=True))
+    index = found.attempt(lambda: load_index(data.shards, kept_in=data.index, verify=True))
     if index is None:
         return None, None
     found.say(
@@ -200,9 +204,13 @@ def _look_at_data(
     )
     null_length = 0
     if recipe.objective.guided_target is not None and index.has_text:
-        null_length = len(load_null_states(data.shards, index.text_width))
-    packs = pack_shapes(index, step, recipe.model.patch_size)
-    operations = sum(expected_flops(recipe, pack, null_length).model for pack in packs)
+        null_length = len(load_null_states(data, index.text_width))
+    filled = data.text_encoder is not None and data.text_encoder.padding == "constant"
+    packs = pack_shapes(index, step, recipe.model.patch_size, filled=filled)
+    operations = sum(
+        expected_flops(recipe, pack, max(pack.text_lengths or (0,)) if filled else null_length).model
+        for pack in packs
+    )
     found.say("operations", f"{operations:.3e} FLOP a step over all ranks (matrix products and attention)")
     return index, loader
 
@@ -236,14 +244,37 @@ def plan_tokens(index: Index, step: StepPlan, patch_size: int) -> list[int]:
     return [height * width for height, width in index.grids(samples, patch_size)]
 
 
-def pack_shapes(index: Index, step: StepPlan, patch_size: int) -> list[PackShape]:
-    """Lengths of every pack of a step, with whole captions."""
+def pack_shapes(index: Index, step: StepPlan, patch_size: int, *, filled: bool = False) -> list[PackShape]:
+    """Lengths of every pack of a step, with whole captions, or filled up to the longest of their pack."""
     shapes = []
     for pack in step.packs:
         grids = index.grids(np.array(pack), patch_size)
         text = tuple(int(index.columns["text_length"][sample]) for sample in pack) if index.has_text else None
+        if filled and text is not None:
+            text = (max(text),) * len(text)
         shapes.append(PackShape(tuple(height * width for height, width in grids), text))
     return shapes
+
+
+def _look_at_benchmarks(found: Findings, recipe: Recipe, world: World) -> None:
+    """Files and networks that score while training; rank 0 alone loads them."""
+    # matplotlib and the networks' library are for those who ask for them.
+    from tim_ds.trainer.benchmarks import build_loaded
+
+    config = recipe.train.evaluation
+    found.title("benchmarks while training")
+    for i, one in enumerate(config.benchmarks):
+        benchmark = found.attempt(
+            partial(build_loaded, one, i, num_classes=recipe.model.num_classes, loads=world.is_main)
+        )
+        if benchmark is not None:
+            steps = ", ".join(map(str, config.num_steps))
+            times = recipe.train.steps // config.every_steps
+            found.say(
+                one.name,
+                f"{len(benchmark.prompts):,} pictures at {steps} steps, every {config.every_steps:,} steps "
+                f"of the run, {times:,} times",
+            )
 
 
 def _look_at_encoders(found: Findings, recipe: Recipe, loader: StepLoader[StepInputs] | None) -> None:
@@ -333,7 +364,7 @@ def _look_at_machine(
             f"memory: a rank needs {needs.device_bytes / GIB:.1f} GiB (+- {needs.device_spread / GIB:.1f}) "
             f"of {card_gib:.1f} on its GPU; see ds_configs/README.md for engine files that need less"
         )
-    host = _host_bytes()
+    host = available_bytes()
     if host is not None and needs.host_bytes_per_node > host:
         found.problems.append(
             f"memory: a node needs {needs.host_bytes_per_node / GIB:.1f} GiB of host memory, "
@@ -341,17 +372,6 @@ def _look_at_machine(
             "loader processes are part of it (table above)"
         )
     _look_at_disk(found, recipe, needs, run_dir)
-
-
-def _host_bytes() -> int | None:
-    """Host memory that is available, where the system tells."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024 * int(line.split()[1])
-    except OSError:
-        pass
-    return None
 
 
 def _look_at_disk(found: Findings, recipe: Recipe, needs: MemoryEstimate, run_dir: Path | None) -> None:
@@ -417,7 +437,7 @@ def _take_step(
 def _step(recipe: Recipe, engine_config: dict[str, Any], world: World) -> tuple[float, float, bool, float]:
     """Loss, gradient norm, whether it was applied, seconds."""
     config = recipe.train
-    data = DataFacts.of(load_index(recipe.data.shards))
+    data = DataFacts.of(load_index(recipe.data.shards, kept_in=recipe.data.index))
     loader = build_loader(
         recipe.data,
         patch_size=recipe.model.patch_size,
