@@ -20,6 +20,7 @@ from tests.model.networks import (
 from tim_ds.errors import ShapeError
 from tim_ds.objective.config import ObjectiveConfig
 from tim_ds.objective.derivative import central_difference
+from tim_ds.objective.noised import NoisedPack
 from tim_ds.objective.target import output_and_parts
 from tim_ds.objective.time_sampling import Times
 from tim_ds.objective.transport import OTFM
@@ -102,8 +103,8 @@ def test_the_carried_difference_is_the_published_one_in_two_passes(name: str) ->
     for indices in ((0, 2, 3), (1,), (0, 1, 2, 3, 4), ()):
         moves = torch.isin(torch.arange(len(t)), torch.tensor(indices))
         times = Times.from_tensors(transport, t, torch.where(moves, r, t))
-        pack = (x, z, transport.interpolate(x, z, segments.expand(t)[:, None]), times, segments, condition)
-        _, parts = output_and_parts(network, transport, objective, *pack)
+        images = NoisedPack(transport, x, z, times, segments, condition)
+        _, parts = output_and_parts(network, objective, images)
         received = parts.dF_dt_TC
         if received is None:
             assert not indices
@@ -116,7 +117,7 @@ def test_the_carried_difference_is_the_published_one_in_two_passes(name: str) ->
         expected = ((sides[0] - sides[1]) / (2 * e)) * segments.expand(moves.double())[:, None]
         # float64 rounding of F divided by 2e; products of other numbers of rows
         torch.testing.assert_close(received, expected, rtol=1e-10, atol=1e-11)
-        own = central_difference(network, transport, x, z, times, segments, condition, indices, e)
+        own = central_difference(network, images, indices, e)
         torch.testing.assert_close(received[segments.token_index(indices)], own, rtol=1e-10, atol=1e-11)
 
 

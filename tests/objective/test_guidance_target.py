@@ -13,12 +13,14 @@ from tests.objective.networks import TRANSPORTS, GaussianNetwork, SmoothNetwork,
 from tim_ds.errors import ConfigError, ShapeError
 from tim_ds.objective.config import GuidedTargetConfig, ObjectiveConfig
 from tim_ds.objective.guidance_target import guided_diffusion_target, guided_segments
+from tim_ds.objective.noised import NoisedPack
 from tim_ds.objective.target import transition_target
 from tim_ds.objective.time_sampling import Times
 from tim_ds.packed import ClassCondition, Condition, NetworkOutput, Segments
 
 GOLDEN = load_file(Path(__file__).parents[1] / "golden" / "golden_dev_formulas.safetensors")
 NULL = 4
+NULL_LABELS = ClassCondition(torch.full((3,), NULL))
 
 
 class Recorded:
@@ -62,8 +64,8 @@ def test_stored_guided_targets(name: str) -> None:
     segments = Segments.from_grids([(1, 1)] * 12)
     condition, null = ClassCondition(torch.arange(12)), ClassCondition(torch.full((12,), -1))
     teacher = Recorded(GOLDEN["in/F_cond"], GOLDEN["in/F_uncond"])
-    x_t = transport.interpolate(x, z, t[:, None])
-    h = guided_diffusion_target(teacher, transport, config, x, z, x_t, times, segments, condition, null)
+    images = NoisedPack(transport, x, z, times, segments, condition)
+    h = guided_diffusion_target(teacher, config, images, null)
     received = transport.target(x, z, t[:, None], r[:, None], dF, diffusion_target=h)
     expected = GOLDEN[f"{name}/ref/target_mg"][:, None]
     # The tolerance that the stored values were published with.
@@ -88,43 +90,36 @@ def test_guidance_by_the_exact_local_field_keeps_the_mean_target(name: str) -> N
     config = GuidedTargetConfig(w_gt=0.9, w_cond=0.7, start=transport.T_min, end=transport.T_max)
     assert guided_segments(config, times) == (0, 1, 2, 3, 4)
     condition = ClassCondition(torch.zeros(5, dtype=torch.int64))
-    received = guided_diffusion_target(
-        exact, transport, config, x, z, x_t, times, segments, condition, condition
-    )
+    images = NoisedPack(transport, x, z, times, segments, condition)
+    received = guided_diffusion_target(exact, config, images, condition)
     # c_noise and its inverse cost a few digits (EDM: exp(4 ln(t) / 4)).
     torch.testing.assert_close(received, transport.diffusion_target(x, z, t_T1), rtol=1e-11, atol=1e-11)
 
 
-def pack(t: list[float], dtype: torch.dtype = torch.float64):
+def pack(t: list[float], dtype: torch.dtype = torch.float64) -> NoisedPack:
     generator = torch.Generator().manual_seed(22)
     segments = Segments.from_grids([(1, 2), (2, 2), (3, 1)])
     x, z = torch.randn(2, segments.num_tokens, 3, generator=generator, dtype=dtype)
     transport = TRANSPORTS["ot_fm"]
     times = Times.from_tensors(transport, torch.tensor(t, dtype=dtype), torch.tensor(t, dtype=dtype))
-    x_t = transport.interpolate(x, z, segments.expand(times.t_S)[:, None])
-    conditions = ClassCondition(torch.tensor([0, 1, 2])), ClassCondition(torch.full((3,), NULL))
-    return transport, x, z, x_t, times, segments, *conditions
+    return NoisedPack(transport, x, z, times, segments, ClassCondition(torch.tensor([0, 1, 2])))
 
 
 def test_both_ends_of_the_interval_are_guided_in_float32() -> None:
-    times = pack([0.3, 0.8, 0.81], torch.float32)[4]
+    times = pack([0.3, 0.8, 0.81], torch.float32).times
     assert guided_segments(GuidedTargetConfig(start=0.3, end=0.8), times) == (0, 1)
 
 
 def test_only_segments_inside_the_interval_are_evaluated_and_changed() -> None:
-    transport, x, z, x_t, times, segments, condition, null = pack([0.1, 0.5, 0.9])
-    teacher = SmoothNetwork(3)
-    config = GuidedTargetConfig()
-    received = guided_diffusion_target(
-        teacher, transport, config, x, z, x_t, times, segments, condition, null
-    )
+    images, teacher = pack([0.1, 0.5, 0.9]), SmoothNetwork(3)
+    received = guided_diffusion_target(teacher, GuidedTargetConfig(), images, NULL_LABELS)
     (call,) = teacher.calls
     assert call.segments.grids == ((2, 2), (2, 2))
     assert isinstance(call.condition, ClassCondition) and call.condition.labels_S.tolist() == [1, NULL]
-    v = z - x
+    v = images.z_TC - images.x_TC
     changed = (received != v).all(1)
     assert changed.tolist() == [False] * 2 + [True] * 4 + [False] * 3
-    middle = segments.select([1])
+    middle, x_t = images.segments.select([1]), images.x_t_TC
     half = torch.tensor([0.5], dtype=torch.float64)
     F_cond = teacher(x_t[2:6], half, half, middle, ClassCondition(torch.tensor([1]))).F_TC
     F_null = teacher(x_t[2:6], half, half, middle, ClassCondition(torch.tensor([NULL]))).F_TC
@@ -134,34 +129,17 @@ def test_only_segments_inside_the_interval_are_evaluated_and_changed() -> None:
 
 
 def test_the_teacher_is_called_once_even_if_nothing_is_guided() -> None:
-    transport, x, z, x_t, times, segments, condition, null = pack([0.1, 0.2, 0.9])
-    teacher = SmoothNetwork(3)
-    received = guided_diffusion_target(
-        teacher, transport, GuidedTargetConfig(), x, z, x_t, times, segments, condition, null
-    )
-    assert torch.equal(received, z - x)
+    images, teacher = pack([0.1, 0.2, 0.9]), SmoothNetwork(3)
+    received = guided_diffusion_target(teacher, GuidedTargetConfig(), images, NULL_LABELS)
+    assert torch.equal(received, images.z_TC - images.x_TC)
     (call,) = teacher.calls
     assert call.segments.grids == ((1, 2), (1, 2))
 
 
 def test_missing_inputs_are_named() -> None:
-    transport, x, z, x_t, times, segments, condition, null = pack([0.1, 0.5, 0.9])
-    network = SmoothNetwork(3)
+    images, network = pack([0.1, 0.5, 0.9]), SmoothNetwork(3)
     config = ObjectiveConfig(guided_target=GuidedTargetConfig())
     with pytest.raises(ConfigError, match=r"objective\.guided_target: .*teacher=none, null_condition=given"):
-        transition_target(
-            network, transport, config, x, z, x_t, times, segments, condition, null_condition=null
-        )
+        transition_target(network, config, images, null_condition=NULL_LABELS)
     with pytest.raises(ShapeError, match=r"received 3 and 1 \(null\)"):
-        guided_diffusion_target(
-            network,
-            transport,
-            GuidedTargetConfig(),
-            x,
-            z,
-            x_t,
-            times,
-            segments,
-            condition,
-            ClassCondition(torch.tensor([NULL])),
-        )
+        guided_diffusion_target(network, GuidedTargetConfig(), images, ClassCondition(torch.tensor([NULL])))

@@ -16,6 +16,7 @@ from tests.objective.networks import TRANSPORTS, SmoothNetwork, differenced
 from tim_ds.errors import ConfigError, ShapeError, TimeDomainError
 from tim_ds.objective.config import GuidedTargetConfig, ObjectiveConfig, TransportConfig, WeightConfig
 from tim_ds.objective.loss import LossTerms, non_finite_samples, transition_loss
+from tim_ds.objective.noised import NoisedPack
 from tim_ds.objective.target import transition_target
 from tim_ds.objective.time_sampling import Times
 from tim_ds.packed import ClassCondition, Condition, NetworkOutput, Segments, patchify, unpatchify
@@ -230,10 +231,10 @@ def test_the_gradient_is_that_of_the_main_call_against_a_fixed_target() -> None:
     received = [p.grad.clone() for p in network.parameters() if p.grad is not None]
     x, z, times, segments, condition = pack()
     transport = TRANSPORTS["tim"]
-    x_t = transport.interpolate(x, z, segments.expand(times.t_S)[:, None])
-    fixed = transition_target(network, transport, differenced(), x, z, x_t, times, segments, condition)
+    images = NoisedPack(transport, x, z, times, segments, condition)
+    fixed = transition_target(network, differenced(), images)
     network.zero_grad()
-    F = network(x_t, times.t_S, times.r_S, segments, condition).F_TC
+    F = network(images.x_t_TC, times.t_S, times.r_S, segments, condition).F_TC
     sum(part.square().mean() for part in segments.split(F - fixed)).backward()  # type: ignore[union-attr]
     expected = [p.grad for p in network.parameters() if p.grad is not None]
     assert len(received) == len(expected) > 4

@@ -15,6 +15,7 @@ from tim_ds.model.embed import time_features
 from tim_ds.model.rope import token_positions
 from tim_ds.objective.config import GuidedTargetConfig, TransportConfig
 from tim_ds.objective.guidance_target import guided_diffusion_target
+from tim_ds.objective.noised import NoisedPack
 from tim_ds.objective.time_sampling import Times
 from tim_ds.objective.transport import Transport, build_transport
 from tim_ds.packed import ClassCondition, Condition, NetworkOutput, Segments
@@ -121,16 +122,17 @@ def _guided(transport: Transport, mg: dict[str, float], golden: GoldenFile, name
     points = range(t.shape[0])
     guided_TC = guided_diffusion_target(
         _Recorded(tensors["in/F_cond"], tensors["in/F_uncond"]),
-        transport,
         GuidedTargetConfig(
             w_gt=_float32(mg["w_gt"]), w_cond=_float32(mg["w_cond"]), start=mg["w_start"], end=mg["w_end"]
         ),
-        x_TC,
-        z_TC,
-        transport.interpolate(x_TC, z_TC, t[:, None]),
-        Times(t, r, (False,) * len(points), tuple(points), tuple(t.tolist())),
-        Segments.from_lengths([1] * len(points)),
-        ClassCondition(torch.tensor([2 * i for i in points])),
+        NoisedPack(
+            transport,
+            x_TC,
+            z_TC,
+            Times(t, r, (False,) * len(points), tuple(points), tuple(t.tolist())),
+            Segments.from_lengths([1] * len(points)),
+            ClassCondition(torch.tensor([2 * i for i in points])),
+        ),
         ClassCondition(torch.tensor([2 * i + 1 for i in points])),
     )
     dF_dt_TC = tensors["in/dF"][:, None]

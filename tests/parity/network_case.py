@@ -30,6 +30,7 @@ from tim_ds.objective import target
 from tim_ds.objective.config import GuidedTargetConfig, ObjectiveConfig, WeightConfig
 from tim_ds.objective.derivative import central_difference, forward_mode
 from tim_ds.objective.loss import LossTerms, transition_loss
+from tim_ds.objective.noised import NoisedPack
 from tim_ds.objective.target import transition_target
 from tim_ds.objective.time_sampling import Times
 from tim_ds.objective.transport import VP, Transport, build_transport
@@ -204,11 +205,11 @@ class _Case:
             return
         report.use(f"{prefix}/t", f"{prefix}/r")
         times = self._times(name)
-        t_T1, r_T1 = (self.segments.expand(s)[:, None] for s in (times.t_S, times.r_S))
-        c_t, c_r = transport.c_noise(times.t_S), transport.c_noise(times.r_S)
+        pack = self._noised(transport, times)
+        t_T1, r_T1 = pack.t_T1, self.segments.expand(times.r_S)[:, None]
+        c_t, c_r, x_t_TC = pack.c_t_S, pack.c_r_S, pack.x_t_TC
         report.compare(f"{prefix}/c_t", c_t, ELEMENTWISE, family="tr/c_noise")
         report.compare(f"{prefix}/c_r", c_r, ELEMENTWISE, family="tr/c_noise")
-        x_t_TC = transport.interpolate(self.x_TC, self.z_TC, t_T1)
         velocity_TC = transport.velocity(self.x_TC, self.z_TC, t_T1)
         self._compare_latent(f"{prefix}/x_t", x_t_TC, ELEMENTWISE)
         self._compare_latent(f"{prefix}/v_t", velocity_TC, ELEMENTWISE)
@@ -224,15 +225,7 @@ class _Case:
             derivative_TC = torch.zeros_like(x_t_TC)
             if times.transition_indices:
                 derivative_TC[self.segments.token_index(times.transition_indices)] = estimate(
-                    network,
-                    transport,
-                    self.x_TC,
-                    self.z_TC,
-                    times,
-                    self.segments,
-                    self.condition,
-                    times.transition_indices,
-                    entry["differential_epsilon"],
+                    network, pack, times.transition_indices, entry["differential_epsilon"]
                 )
             self._compare_latent(f"{prefix}/{key}", derivative_TC, tolerance)
 
@@ -245,9 +238,7 @@ class _Case:
             made = (f"{prefix}/target", f"loss/{name}/", f"grad/{name}/")
             report.skip([tensor for tensor in self.tensors if tensor.startswith(made)], f"refused: {error}")
             return
-        target_TC = transition_target(
-            self.wide, transport, config, self.x_TC, self.z_TC, x_t_TC, times, self.segments, self.condition
-        )
+        target_TC = transition_target(self.wide, config, pack)
         self._compare_latent(f"{prefix}/target", target_TC, TARGET_COARSE if coarse else TARGET)
         self._losses(name, transport, times, coarse)
 
@@ -312,29 +303,17 @@ class _Case:
         with torch.no_grad():
             for parameter in teacher.network.parameters():
                 parameter.mul_(self.about["ema_scale"])
-        t_T1 = self.segments.expand(times.t_S)[:, None]
-        x_t_TC = transport.interpolate(self.x_TC, self.z_TC, t_T1)
-        c_t = transport.c_noise(times.t_S)
+        pack = self._noised(transport, times)
         for key, condition in (("F_cond", self.condition), ("F_uncond", self.null_condition)):
             with torch.no_grad():
-                F_TC = teacher(x_t_TC, c_t, c_t, self.segments, condition).F_TC
+                F_TC = teacher(pack.x_t_TC, pack.c_t_S, pack.c_t_S, self.segments, condition).F_TC
             report.compare(f"mg/{key}", self.layout.unpack(F_TC), GUIDED)
         guided = GuidedTargetConfig(
             w_gt=mg["w_gt"], w_cond=mg["w_cond"], start=mg["w_start"], end=mg["w_end"]
         )
         config = self._objective(name, directional=True, guided_target=guided)
         target_TC = transition_target(
-            self.wide,
-            transport,
-            config,
-            self.x_TC,
-            self.z_TC,
-            x_t_TC,
-            times,
-            self.segments,
-            self.condition,
-            teacher=teacher,
-            null_condition=self.null_condition,
+            self.wide, config, pack, teacher=teacher, null_condition=self.null_condition
         )
         report.compare("mg/target", self.layout.unpack(target_TC), GUIDED)
         terms = self._loss(self.wide, config, transport, times, teacher=teacher)
@@ -446,6 +425,9 @@ class _Case:
         # The reference takes its full step next to a singular time, too.
         transport.singular_time = None
         return transport
+
+    def _noised(self, transport: Transport, times: Times) -> NoisedPack:
+        return NoisedPack(transport, self.x_TC, self.z_TC, times, self.segments, self.condition)
 
     def _times(self, name: str) -> Times:
         """The golden's times and positional kinds; unlike ours they are not clamped to [T_min, T_max]."""
@@ -567,28 +549,18 @@ class _Recalling:
 
 
 def _reference_difference(
-    network: Network,
-    transport: Transport,
-    x_TC: Tensor,
-    z_TC: Tensor,
-    times: Times,
-    segments: Segments,
-    condition: Condition,
-    indices: Sequence[int],
-    step: float | None,
+    network: Network, pack: NoisedPack, indices: Sequence[int], step: float | None
 ) -> Tensor:
     """The project's central difference, divided as the reference divides it: by 2e.
 
     The project divides by the distance that the rounded times have, which is 2e only up to 3e-4 of it in
     float32 (VP, e = 1e-4): more than the goldens' tolerance.
     """
-    derivative_TC = central_difference(
-        network, transport, x_TC, z_TC, times, segments, condition, indices, step
-    )
-    half = transport.dde_step if step is None else step
-    t_S = times.t_S[list(indices)]
+    derivative_TC = central_difference(network, pack, indices, step)
+    half = pack.transport.dde_step if step is None else step
+    t_S = pack.times.t_S[list(indices)]
     span_S = (t_S + half) - (t_S - half)
-    return derivative_TC * segments.select(indices).expand(span_S / (2 * half))[:, None]
+    return derivative_TC * pack.segments.select(indices).expand(span_S / (2 * half))[:, None]
 
 
 class _Recorder:

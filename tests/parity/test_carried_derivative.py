@@ -13,6 +13,7 @@ from tests.model.networks import derivative_along
 from tests.parity.golden import GoldenFile, Layout, build_network, transport_config
 from tim_ds.model import embed
 from tim_ds.objective.derivative import path_direction
+from tim_ds.objective.noised import NoisedPack
 from tim_ds.objective.time_sampling import Times
 from tim_ds.objective.transport import build_transport
 from tim_ds.packed import Direction, TextCondition
@@ -42,9 +43,9 @@ def test_on_every_golden_network_and_transport(golden: GoldenFile, monkeypatch: 
             continue
         transport = build_transport(transport_config(entry))
         times = Times.from_tensors(transport, tensors[f"tr/{name}/t"], tensors[f"tr/{name}/r"])
-        direction = path_direction(transport, x, z, times, segments, times.transition_indices)
-        x_t = transport.interpolate(x, z, segments.expand(times.t_S)[:, None])
-        pack = (x_t, transport.c_noise(times.t_S), transport.c_noise(times.r_S), segments, condition)
+        images = NoisedPack(transport, x, z, times, segments, condition)
+        direction = path_direction(images, times.transition_indices)
+        pack = (images.x_t_TC, images.c_t_S, images.c_r_S, segments, condition)
         wide_pack, wide_direction = widened(pack, direction)
         with torch.no_grad():
             exact = wide(*wide_pack, direction=wide_direction).dF_TC

@@ -39,6 +39,7 @@ from tim_ds.model.tim import TiM
 from tim_ds.objective.config import ObjectiveConfig, TransportConfig, WeightConfig
 from tim_ds.objective.derivative import Derivative, central_difference, forward_mode, path_direction
 from tim_ds.objective.loss import transition_loss
+from tim_ds.objective.noised import NoisedPack
 from tim_ds.objective.time_sampling import Times, draw_times
 from tim_ds.objective.transport import Transport, build_transport
 from tim_ds.packed import ClassCondition, Condition, Segments, TextCondition, patchify
@@ -55,27 +56,18 @@ class Case:
     """One network and one pack, in float32 (or float64)."""
 
     network: TiM
-    transport: Transport
-    x_TC: Tensor
-    z_TC: Tensor
-    times: Times
-    segments: Segments
-    condition: Condition
+    pack: NoisedPack
 
     def widened(self) -> Case:
         """The same numbers in float64."""
-        condition = self.condition
+        pack, condition = self.pack, self.pack.condition
         if isinstance(condition, TextCondition):
             condition = replace(condition, states_LE=condition.states_LE.double())
-        times = replace(self.times, t_S=self.times.t_S.double(), r_S=self.times.r_S.double())
-        return replace(
-            self,
-            network=copy.deepcopy(self.network).double(),
-            x_TC=self.x_TC.double(),
-            z_TC=self.z_TC.double(),
-            times=times,
-            condition=condition,
+        times = replace(pack.times, t_S=pack.times.t_S.double(), r_S=pack.times.r_S.double())
+        wide = replace(
+            pack, x_TC=pack.x_TC.double(), z_TC=pack.z_TC.double(), times=times, condition=condition
         )
+        return Case(copy.deepcopy(self.network).double(), wide)
 
     def difference(self, step: float | None) -> Tensor:
         return self._estimate(central_difference, step)
@@ -84,27 +76,16 @@ class Case:
         return self._estimate(forward_mode, None)
 
     def carried(self) -> Tensor:
-        indices, transport = self.times.transition_indices, self.transport
-        direction = path_direction(transport, self.x_TC, self.z_TC, self.times, self.segments, indices)
-        x_t_TC = transport.interpolate(self.x_TC, self.z_TC, self.segments.expand(self.times.t_S)[:, None])
-        c_t_S, c_r_S = transport.c_noise(self.times.t_S), transport.c_noise(self.times.r_S)
+        pack = self.pack
+        direction = path_direction(pack, pack.times.transition_indices)
+        main = (pack.x_t_TC, pack.c_t_S, pack.c_r_S, pack.segments, pack.condition)
         with torch.no_grad():
-            output = self.network(x_t_TC, c_t_S, c_r_S, self.segments, self.condition, direction=direction)
+            output = self.network(*main, direction=direction)
         assert output.dF_TC is not None, "a direction was given"
         return output.dF_TC
 
     def _estimate(self, estimator: Derivative, step: float | None) -> Tensor:
-        return estimator(
-            self.network,
-            self.transport,
-            self.x_TC,
-            self.z_TC,
-            self.times,
-            self.segments,
-            self.condition,
-            self.times.transition_indices,
-            step,
-        )
+        return estimator(self.network, self.pack, self.pack.times.transition_indices, step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,11 +127,11 @@ def measure_errors(case: Case, steps: Sequence[float | None]) -> list[ErrorRow]:
 
 def measure_cost(case: Case, *, repeats: int) -> list[CostRow]:
     """A step with each estimator over a flow-matching step, on the device of the case."""
-    device = case.x_TC.device
-    still = Times.from_tensors(case.transport, case.times.t_S.cpu(), case.times.t_S.cpu()).to(device)
+    device, transport = case.pack.x_TC.device, case.pack.transport
+    t_S, r_S = case.pack.times.t_S.cpu(), case.pack.times.r_S.cpu()
+    still = Times.from_tensors(transport, t_S, t_S).to(device)
     half = torch.arange(still.num_segments) % 2 == 0
-    r_S = torch.where(half, case.times.r_S.cpu(), case.times.t_S.cpu())
-    mixed = Times.from_tensors(case.transport, case.times.t_S.cpu(), r_S).to(device)
+    mixed = Times.from_tensors(transport, t_S, torch.where(half, r_S, t_S)).to(device)
     plain = ObjectiveConfig(weight=WeightConfig(time_type="constant", adaptive=False), diffusion_share=1.0)
     steps: dict[str, Callable[[], None]] = {
         "flow matching": lambda: _step(case, plain, still),
@@ -186,17 +167,18 @@ def measure_cost(case: Case, *, repeats: int) -> list[CostRow]:
 
 def _step(case: Case, config: ObjectiveConfig, times: Times) -> None:
     case.network.zero_grad()
-    bf16 = torch.autocast("cuda", dtype=torch.bfloat16) if case.x_TC.is_cuda else nullcontext()
+    pack = case.pack
+    bf16 = torch.autocast("cuda", dtype=torch.bfloat16) if pack.x_TC.is_cuda else nullcontext()
     with bf16:
         terms = transition_loss(
             case.network,
-            case.transport,
+            pack.transport,
             config,
-            case.x_TC,
-            case.z_TC,
+            pack.x_TC,
+            pack.z_TC,
             times,
-            case.segments,
-            case.condition,
+            pack.segments,
+            pack.condition,
             latent_channels=case.network.config.in_channels,
             terms_of_images=transition_loss_terms,
         )
@@ -303,19 +285,11 @@ def build_case(
     )
     times = draw_times(transport, config, normals, uniforms)
     z_TC = torch.randn(x_TC.shape, generator=generator)
-    return Case(network, transport, x_TC, z_TC, times, segments, condition)
+    return Case(network, NoisedPack(transport, x_TC, z_TC, times, segments, condition))
 
 
 def to_device(case: Case, device: torch.device | str) -> Case:
-    return replace(
-        case,
-        network=case.network.to(device),
-        x_TC=case.x_TC.to(device),
-        z_TC=case.z_TC.to(device),
-        times=case.times.to(device),
-        segments=case.segments.to(device),
-        condition=case.condition.to(device),
-    )
+    return Case(case.network.to(device), case.pack.to(device))
 
 
 def tables(errors: Sequence[ErrorRow], costs: Sequence[CostRow]) -> str:

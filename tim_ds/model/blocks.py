@@ -5,69 +5,16 @@ T image tokens, L text tokens, S segments, D model width, N heads, H head width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from tim_ds.model import ops
 from tim_ds.model.config import ModelConfig
-from tim_ds.model.copies import CopiesStream
+from tim_ds.model.context import BlockContext
 from tim_ds.model.embed import Linear, PreciseLinear, SwiGLU
-from tim_ds.model.tangent import Tangent, TangentStream
-from tim_ds.packed import Segments
-
-
-@dataclass(eq=False)
-class Pause:
-    """Whether what travels beside the main stream stands still."""
-
-    is_on: bool = False
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Activations are recomputed within: of the main stream alone."""
-        self.is_on = True
-        try:
-            yield
-        finally:
-            self.is_on = False
-
-
-@dataclass(frozen=True, eq=False)
-class BlockContext:
-    """What all blocks of one forward share."""
-
-    segments: Segments
-    modulation_SD: Tensor
-    """c: the vector that drives every AdaLN generator, float32 [S, D]."""
-    interval_SD: Tensor
-    """The raw interval embedding, for the distance-aware term, float32 [S, D]."""
-    table: ops.RotaryTable
-    """Rotary positions of the image tokens."""
-    chunks: ops.ChunkPlan
-    self_plan: ops.AttentionPlan
-    text_LD: Tensor | None
-    """Embedded and normalised captions (None in a class-conditional network). The norm in front of every
-    cross-attention has no parameters and the captions do not change, so it is taken once a forward."""
-    cross_plan: ops.AttentionPlan | None
-    stream: TangentStream | None = None
-    """The tangent, when the forward carries one."""
-    copies: CopiesStream | None = None
-    """The copies, when the forward evaluates any."""
-    pause: Pause = field(default_factory=Pause)
-
-    @property
-    def active_stream(self) -> TangentStream | None:
-        """The tangent, unless activations are being recomputed: it passes every block once."""
-        return None if self.pause.is_on else self.stream
-
-    @property
-    def active_copies(self) -> CopiesStream | None:
-        """The copies, unless activations are being recomputed."""
-        return None if self.pause.is_on else self.copies
+from tim_ds.model.tangent import Tangent
 
 
 class _Heads(nn.Module):

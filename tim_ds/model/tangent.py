@@ -1,9 +1,9 @@
-"""What travels beside the value of one forward, in the same traversal: here, a tangent.
+"""What travels beside the value of one forward, in the same traversal: a tangent, or other values.
 
 Every module that is given a `Side` computes its value as it always does, and replaces what the side holds by
-what belongs to its output: a tangent, from values it has at hand. A `Side` is a plain object and not a tensor
-on purpose: DeepSpeed's hooks count and wrap the tensors that enter and leave a module, and a tangent has no
-gradient.
+what belongs to its output: a tangent, from values it has at hand, or its own output for other inputs. A
+`Side` is a plain object and not a tensor on purpose: DeepSpeed's hooks count and wrap the tensors that enter
+and leave a module, and what travels beside has no gradient.
 
 T tokens and S segments of the pack, T' tokens and S' segments that move, D model width.
 """
@@ -43,6 +43,29 @@ class Side(Protocol):
         """Follow an elementwise function, of which `tangent` is the rule and which the main value `main`
         passes too."""
         ...
+
+
+@dataclass(eq=False)
+class Beside:
+    """Other values on their way through the same modules."""
+
+    value: Tensor
+
+    def fork(self) -> Beside:
+        return Beside(self.value)
+
+    @torch.no_grad()
+    def linear(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.value = nnf.linear(self.value.to(weight.dtype), weight, bias)
+
+    @torch.no_grad()
+    def through(
+        self,
+        function: Callable[[Tensor], Tensor],
+        tangent: Callable[[Tensor, Tensor], Tensor],
+        main: Tensor,
+    ) -> None:
+        self.value = function(self.value)
 
 
 @dataclass(eq=False)

@@ -14,12 +14,12 @@ from torch.utils.checkpoint import checkpoint
 
 from tim_ds.errors import ShapeError
 from tim_ds.model import ops
-from tim_ds.model.blocks import BlockContext, FinalLayer, Pause, TransitionBlock
+from tim_ds.model.blocks import FinalLayer, TransitionBlock
 from tim_ds.model.config import ModelConfig
-from tim_ds.model.copies import Beside, CopiesStream
+from tim_ds.model.context import BlockContext, CopiesStream, Pause
 from tim_ds.model.embed import CaptionEmbedder, LabelEmbedder, Linear, PatchEmbedder, TimeEmbedder
 from tim_ds.model.init import initialise
-from tim_ds.model.tangent import Side, Tangent, TangentStream
+from tim_ds.model.tangent import Beside, Side, Tangent, TangentStream
 from tim_ds.packed import (
     ClassCondition,
     Condition,

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tim_ds.errors import ConfigError, ShapeError
+from tim_ds.errors import ConfigError
 from tim_ds.objective.config import ObjectiveConfig
-from tim_ds.objective.time_sampling import Times
-from tim_ds.objective.transport import Transport
-from tim_ds.packed import Condition, Copies, Direction, Network, Segments
+from tim_ds.objective.noised import NoisedPack
+from tim_ds.packed import Copies, Direction, Network, Segments
 
 
 class Derivative(Protocol):
@@ -33,46 +32,8 @@ class Derivative(Protocol):
     """
 
     def __call__(
-        self,
-        network: Network,
-        transport: Transport,
-        x_TC: Tensor,
-        z_TC: Tensor,
-        times: Times,
-        segments: Segments,
-        condition: Condition,
-        indices: Sequence[int],
-        step: float | None,
+        self, network: Network, pack: NoisedPack, indices: Sequence[int], step: float | None
     ) -> Tensor: ...
-
-
-def _rows(times: Times, segments: Segments, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Tokens and places of the segments `indices`."""
-    if not indices:
-        raise ShapeError("time derivative: expected at least one segment, received none")
-    index = torch.tensor(list(indices), dtype=torch.int64).to(times.t_S.device, non_blocking=True)
-    return segments.token_index(indices), index
-
-
-class _Chosen(NamedTuple):
-    x_TC: Tensor
-    z_TC: Tensor
-    t_S: Tensor
-    r_S: Tensor
-    condition: Condition
-
-
-def _chosen(
-    x_TC: Tensor, z_TC: Tensor, times: Times, segments: Segments, condition: Condition, indices: Sequence[int]
-) -> _Chosen:
-    tokens, index = _rows(times, segments, indices)
-    return _Chosen(
-        x_TC.index_select(0, tokens),
-        z_TC.index_select(0, tokens),
-        times.t_S.index_select(0, index),
-        times.r_S.index_select(0, index),
-        condition.select(indices),
-    )
 
 
 class TwoSides(NamedTuple):
@@ -98,15 +59,7 @@ def _sides(pack: Segments) -> list[Tensor]:
 
 
 @torch.no_grad()
-def two_sides(
-    transport: Transport,
-    x_TC: Tensor,
-    z_TC: Tensor,
-    times: Times,
-    segments: Segments,
-    indices: Sequence[int],
-    step: float | None,
-) -> TwoSides:
+def two_sides(pack: NoisedPack, indices: Sequence[int], step: float | None) -> TwoSides:
     """The states and times on both sides of the segments `indices`, rebuilt from the same (x, z).
 
     e is `transport.difference_step`: the given step, smaller close to a singular time (VP, EDM, VE); past
@@ -116,34 +69,26 @@ def two_sides(
 
     Source: Eq. 10.
     """
-    tokens, index = _rows(times, segments, indices)
-    t_S = times.t_S.index_select(0, index)
-    x_TC, z_TC = x_TC.index_select(0, tokens), z_TC.index_select(0, tokens)
-    chosen = segments.select(indices)
-    pack = segments.select([i for i in indices for _ in range(2)])
+    transport = pack.transport
+    tokens, index = pack.rows(indices)
+    t_S = pack.times.t_S.index_select(0, index)
+    x_TC, z_TC = pack.x_TC.index_select(0, tokens), pack.z_TC.index_select(0, tokens)
+    chosen = pack.segments.select(indices)
+    both = pack.segments.select([i for i in indices for _ in range(2)])
     width_S = transport.difference_step(t_S, transport.dde_step if step is None else step)
     both_S = t_S + width_S, t_S - width_S
     states = [transport.interpolate(x_TC, z_TC, chosen.expand(t)[:, None]) for t in both_S]
-    x_t_TC = states[0].new_empty(pack.num_tokens, x_TC.shape[1])
-    for tokens, state_TC in zip(_sides(pack), states, strict=True):
+    x_t_TC = states[0].new_empty(both.num_tokens, x_TC.shape[1])
+    for tokens, state_TC in zip(_sides(both), states, strict=True):
         x_t_TC.index_copy_(0, tokens, state_TC)
     c_t_S = transport.c_noise(torch.stack(both_S, 1).flatten())
-    return TwoSides(
-        Copies(tuple(indices), 2, x_t_TC, c_t_S), pack, chosen.expand(both_S[0] - both_S[1])[:, None]
-    )
+    copies = Copies(tuple(indices), 2, x_t_TC, c_t_S)
+    return TwoSides(copies, both, chosen.expand(both_S[0] - both_S[1])[:, None])
 
 
 @torch.no_grad()
 def central_difference(
-    network: Network,
-    transport: Transport,
-    x_TC: Tensor,
-    z_TC: Tensor,
-    times: Times,
-    segments: Segments,
-    condition: Condition,
-    indices: Sequence[int],
-    step: float | None,
+    network: Network, pack: NoisedPack, indices: Sequence[int], step: float | None
 ) -> Tensor:
     """(F(x_{t+e}, t+e, r) - F(x_{t-e}, t-e, r)) / 2e, both sides packed into one call of the network.
 
@@ -152,60 +97,43 @@ def central_difference(
 
     Source: Eq. 10.
     """
-    sides = two_sides(transport, x_TC, z_TC, times, segments, indices, step)
-    _, index = _rows(times, segments, indices)
-    r_S = times.r_S.index_select(0, index).repeat_interleave(2)
-    copies, own = sides.copies, condition.select(indices).repeat(2)
-    output = network(copies.x_TC, copies.t_S, transport.c_noise(r_S), sides.pack, own)
+    sides = two_sides(pack, indices, step)
+    _, index = pack.rows(indices)
+    c_r_S = pack.c_r_S.index_select(0, index).repeat_interleave(2)
+    condition = pack.condition.select(indices).repeat(2)
+    output = network(sides.copies.x_TC, sides.copies.t_S, c_r_S, sides.pack, condition)
     return sides.difference(output.F_TC)
 
 
 @torch.no_grad()
-def forward_mode(
-    network: Network,
-    transport: Transport,
-    x_TC: Tensor,
-    z_TC: Tensor,
-    times: Times,
-    segments: Segments,
-    condition: Condition,
-    indices: Sequence[int],
-    step: float | None,
-) -> Tensor:
+def forward_mode(network: Network, pack: NoisedPack, indices: Sequence[int], step: float | None) -> Tensor:
     """The exact derivative along (dx_t, dt, dr) = (v_t, 1, 0), c_noise included, by forward mode.
 
     Slow: it needs the explicit softmax of SDPA's math backend and operations that have a tangent rule.
     """
-    pack = _chosen(x_TC, z_TC, times, segments, condition, indices)
-    chosen = segments.select(indices)
-    t_T1 = chosen.expand(pack.t_S)[:, None]
-    c_r_S = transport.c_noise(pack.r_S)
+    chosen, transport = pack.select(indices), pack.transport
 
     def output(x_t_TC: Tensor, t_S: Tensor) -> Tensor:
-        F_TC = network(x_t_TC, transport.c_noise(t_S), c_r_S, chosen, pack.condition).F_TC
+        c_t_S = transport.c_noise(t_S)
+        F_TC = network(x_t_TC, c_t_S, chosen.c_r_S, chosen.segments, chosen.condition).F_TC
         return F_TC.to(x_t_TC.dtype)
 
-    primals = (transport.interpolate(pack.x_TC, pack.z_TC, t_T1), pack.t_S)
-    tangents = (transport.velocity(pack.x_TC, pack.z_TC, t_T1), torch.ones_like(pack.t_S))
+    primals = (chosen.x_t_TC, chosen.times.t_S)
+    tangents = (
+        transport.velocity(chosen.x_TC, chosen.z_TC, chosen.t_T1),
+        torch.ones_like(chosen.times.t_S),
+    )
     with sdpa_kernel(SDPBackend.MATH):
         return torch.func.jvp(output, primals, tangents)[1]
 
 
 @torch.no_grad()
-def path_direction(
-    transport: Transport,
-    x_TC: Tensor,
-    z_TC: Tensor,
-    times: Times,
-    segments: Segments,
-    indices: Sequence[int],
-) -> Direction:
+def path_direction(pack: NoisedPack, indices: Sequence[int]) -> Direction:
     """(dx_t/dt, dc_noise(t)/dt) of the segments `indices`: along it F changes by dF/dt at fixed r."""
-    tokens, index = _rows(times, segments, indices)
-    t_S = times.t_S.index_select(0, index)
-    t_T1 = segments.expand(times.t_S).index_select(0, tokens)[:, None]
-    v_TC = transport.velocity(x_TC.index_select(0, tokens), z_TC.index_select(0, tokens), t_T1)
-    return Direction(tuple(indices), v_TC, transport.d_c_noise(t_S))
+    tokens, index = pack.rows(indices)
+    x_TC, z_TC, t_T1 = (value.index_select(0, tokens) for value in (pack.x_TC, pack.z_TC, pack.t_T1))
+    dc_t_S = pack.transport.d_c_noise(pack.times.t_S.index_select(0, index))
+    return Direction(tuple(indices), pack.transport.velocity(x_TC, z_TC, t_T1), dc_t_S)
 
 
 def build_derivative(config: ObjectiveConfig) -> Derivative:

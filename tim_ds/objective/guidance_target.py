@@ -7,9 +7,9 @@ from torch import Tensor
 
 from tim_ds.errors import ShapeError
 from tim_ds.objective.config import GuidedTargetConfig
+from tim_ds.objective.noised import NoisedPack
 from tim_ds.objective.time_sampling import Times
-from tim_ds.objective.transport import Transport
-from tim_ds.packed import Condition, Network, Segments, concatenate
+from tim_ds.packed import Condition, Network, concatenate
 
 
 def guided_segments(config: GuidedTargetConfig, times: Times) -> tuple[int, ...]:
@@ -20,52 +20,41 @@ def guided_segments(config: GuidedTargetConfig, times: Times) -> tuple[int, ...]
 
 @torch.no_grad()
 def guided_diffusion_target(
-    teacher: Network,
-    transport: Transport,
-    config: GuidedTargetConfig,
-    x_TC: Tensor,
-    z_TC: Tensor,
-    x_t_TC: Tensor,
-    times: Times,
-    segments: Segments,
-    condition: Condition,
-    null_condition: Condition,
+    teacher: Network, config: GuidedTargetConfig, pack: NoisedPack, null_condition: Condition
 ) -> Tensor:
     """w_gt h + w_cond F_c + (1 - w_gt - w_cond) F_u in [start, end], h = alpha_hat x + sigma_hat z outside.
 
     F_c and F_u are the teacher at (x_t, t, t) with `condition` and with `null_condition`, in one packed call.
     The teacher at r = t estimates E[h | x_t] and the weights add up to one, so the combination stands for h
-    on every
-    transport: v on OT-FM and TrigFlow, the noise on VP, the negated noise on VE. The teacher is called on
-    segment 0 where no segment is guided: the sequence of module calls is then the same whatever the draw of
-    times.
+    on every transport: v on OT-FM and TrigFlow, the noise on VP, the negated noise on VE. The teacher is
+    called on segment 0 where no segment is guided: the sequence of module calls is then the same whatever
+    the draw of times.
 
     Differs from reference: c_noise is applied once (there twice, which is harmless only where it is the
     identity).
 
     Shapes:
-        x_TC, z_TC, x_t_TC: [T, C]; returns [T, C].
+        returns [T, C].
     Raises:
         ShapeError: if the two conditions do not cover the segments.
     """
+    segments, condition = pack.segments, pack.condition
     if not condition.num_segments == null_condition.num_segments == segments.num_segments:
         raise ShapeError(
             f"guided target: expected conditions of {segments.num_segments} segments, received "
             f"{condition.num_segments} and {null_condition.num_segments} (null)"
         )
-    h_TC = transport.diffusion_target(x_TC, z_TC, segments.expand(times.t_S)[:, None])
-    guided = guided_segments(config, times)
+    h_TC = pack.diffusion_target()
+    guided = guided_segments(config, pack.times)
     called = guided or (0,)
-    both = segments.select([*called, *called])
-    tokens = segments.token_index(called)
-    chosen_x_t_TC = x_t_TC.index_select(0, tokens)
-    index = torch.tensor([*called, *called], dtype=torch.int64).to(times.t_S.device, non_blocking=True)
-    c_S = transport.c_noise(times.t_S).index_select(0, index)
+    tokens, index = pack.rows(called)
+    x_t_TC = pack.x_t_TC.index_select(0, tokens)
+    c_S = pack.c_t_S.index_select(0, index).repeat(2)
     output = teacher(
-        torch.cat([chosen_x_t_TC, chosen_x_t_TC]),
+        torch.cat([x_t_TC, x_t_TC]),
         c_S,
         c_S,
-        both,
+        segments.select([*called, *called]),
         concatenate([condition.select(called), null_condition.select(called)]),
     )
     if not guided:

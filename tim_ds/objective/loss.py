@@ -16,6 +16,7 @@ from torch import Tensor
 from tim_ds.errors import ConfigError, ShapeError
 from tim_ds.objective.alignment import alignment_loss
 from tim_ds.objective.config import ObjectiveConfig
+from tim_ds.objective.noised import NoisedPack
 from tim_ds.objective.target import output_and_parts
 from tim_ds.objective.time_sampling import Times
 from tim_ds.objective.transport import TargetCoefficients, Transport
@@ -126,24 +127,20 @@ def transition_loss(
         TimeDomainError: if the weight's warp has no meaning on this transport.
     Source: Eq. 13.
     """
-    _check_shapes(x_TC, z_TC, times, segments, condition, latent_channels)
+    pack = NoisedPack(transport, x_TC, z_TC, times, segments, condition)
+    pack.check()
+    if latent_channels < 1 or x_TC.shape[1] % latent_channels:
+        raise ShapeError(f"pack: {x_TC.shape[1]} channels a token are not whole cells of {latent_channels}")
     if (config.repa_weight > 0) != (features_TZ is not None):
         raise ConfigError(
             f"objective.repa_weight: {config.repa_weight}, but encoder features are "
             f"{'given' if features_TZ is not None else 'missing'}"
         )
     check_warp_domain(config.weight, transport)
-    x_t_TC = transport.interpolate(x_TC, z_TC, segments.expand(times.t_S)[:, None])
     output, parts = output_and_parts(
         network,
-        transport,
         config,
-        x_TC,
-        z_TC,
-        x_t_TC,
-        times,
-        segments,
-        condition,
+        pack,
         teacher=teacher,
         null_condition=null_condition,
         with_features=features_TZ is not None,
@@ -155,7 +152,7 @@ def transition_loss(
         x_TC,
         z_TC,
         parts.dF_dt_TC,
-        transport.target_coefficients(times.t_S, times.r_S),
+        pack.target_coefficients(),
         segments,
         diffusion_target_TC=parts.diffusion_target_TC,
         latent_channels=latent_channels,
@@ -194,22 +191,3 @@ def non_finite_samples(terms: LossTerms, keys: Sequence[str]) -> list[str]:
     values = torch.stack([term.detach().to(torch.float64) for term in terms])
     finite = values.isfinite().all(0).tolist()
     return [key for key, good in zip(keys, finite, strict=True) if not good]
-
-
-def _check_shapes(
-    x_TC: Tensor, z_TC: Tensor, times: Times, segments: Segments, condition: Condition, latent_channels: int
-) -> None:
-    if x_TC.ndim != 2 or x_TC.shape[0] != segments.num_tokens or z_TC.shape != x_TC.shape:
-        raise ShapeError(
-            f"pack: expected x and z of [{segments.num_tokens}, C], received {list(x_TC.shape)} and "
-            f"{list(z_TC.shape)}"
-        )
-    if not segments.num_segments == times.num_segments == condition.num_segments:
-        raise ShapeError(
-            f"pack: {segments.num_segments} segments, {times.num_segments} times, "
-            f"{condition.num_segments} conditions"
-        )
-    if min(segments.lengths, default=0) < 1:
-        raise ShapeError("pack: expected segments of at least one token each")
-    if latent_channels < 1 or x_TC.shape[1] % latent_channels:
-        raise ShapeError(f"pack: {x_TC.shape[1]} channels a token are not whole cells of {latent_channels}")

@@ -11,9 +11,8 @@ from tim_ds.errors import ConfigError
 from tim_ds.objective.config import ObjectiveConfig
 from tim_ds.objective.derivative import build_derivative, central_difference, path_direction, two_sides
 from tim_ds.objective.guidance_target import guided_diffusion_target
-from tim_ds.objective.time_sampling import Times
-from tim_ds.objective.transport import Transport
-from tim_ds.packed import CarryingNetwork, Condition, Network, NetworkOutput, Segments
+from tim_ds.objective.noised import NoisedPack
+from tim_ds.packed import CarryingNetwork, Condition, Network, NetworkOutput
 
 
 class TargetParts(NamedTuple):
@@ -27,14 +26,8 @@ class TargetParts(NamedTuple):
 
 def output_and_parts(
     network: Network,
-    transport: Transport,
     config: ObjectiveConfig,
-    x_TC: Tensor,
-    z_TC: Tensor,
-    x_t_TC: Tensor,
-    times: Times,
-    segments: Segments,
-    condition: Condition,
+    pack: NoisedPack,
     *,
     teacher: Network | None = None,
     null_condition: Condition | None = None,
@@ -49,27 +42,24 @@ def output_and_parts(
     Raises:
         ConfigError: if guidance is configured and `teacher` or `null_condition` is missing.
     """
-    pack = (x_TC, z_TC, x_t_TC, times, segments, condition)
-    c_t_S, c_r_S = transport.c_noise(times.t_S), transport.c_noise(times.r_S)
+    main = (pack.x_t_TC, pack.c_t_S, pack.c_r_S, pack.segments, pack.condition)
     if not _comes_with_the_main_call(config, network):
-        parts = _estimated_parts(network, transport, config, *pack, teacher, null_condition)
-        output = network(x_t_TC, c_t_S, c_r_S, segments, condition, with_features=with_features)
-        return output, parts
+        parts = _estimated_parts(network, config, pack, teacher, null_condition)
+        return network(*main, with_features=with_features), parts
 
-    guided_TC = _guided(transport, config, *pack, teacher, null_condition)
-    carrying, main = cast(CarryingNetwork, network), (x_t_TC, c_t_S, c_r_S, segments, condition)
-    moving = (transport, x_TC, z_TC, times, segments, times.transition_indices)
-    if not times.transition_indices:
+    guided_TC = _guided(config, pack, teacher, null_condition)
+    carrying, moving = cast(CarryingNetwork, network), pack.times.transition_indices
+    if not moving:
         output, estimate_TC = carrying(*main, with_features=with_features), None
     elif config.derivative == "paired":
-        output = carrying(*main, with_features=with_features, direction=path_direction(*moving))
+        output = carrying(*main, with_features=with_features, direction=path_direction(pack, moving))
         estimate_TC = output.dF_TC
     else:
-        sides = two_sides(*moving, config.derivative_step)
+        sides = two_sides(pack, moving, config.derivative_step)
         output = carrying(*main, with_features=with_features, copies=sides.copies)
         assert output.copies_F_TC is not None, "copies were given"
         estimate_TC = sides.difference(output.copies_F_TC)
-    return output, TargetParts(_on_the_pack(estimate_TC, x_t_TC, times, segments), guided_TC)
+    return output, TargetParts(_on_the_pack(estimate_TC, pack), guided_TC)
 
 
 def _comes_with_the_main_call(config: ObjectiveConfig, network: Network) -> bool:
@@ -82,14 +72,8 @@ def _comes_with_the_main_call(config: ObjectiveConfig, network: Network) -> bool
 @torch.no_grad()
 def transition_target(
     network: Network,
-    transport: Transport,
     config: ObjectiveConfig,
-    x_TC: Tensor,
-    z_TC: Tensor,
-    x_t_TC: Tensor,
-    times: Times,
-    segments: Segments,
-    condition: Condition,
+    pack: NoisedPack,
     *,
     teacher: Network | None = None,
     null_condition: Condition | None = None,
@@ -100,24 +84,15 @@ def transition_target(
         ConfigError: if guidance is configured and `teacher` or `null_condition` is missing.
     Source: Eq. 9.
     """
-    parts = _estimated_parts(
-        network, transport, config, x_TC, z_TC, x_t_TC, times, segments, condition, teacher, null_condition
-    )
-    coefficients = transport.target_coefficients(times.t_S, times.r_S)
-    return coefficients.by_token(segments).target(x_TC, z_TC, *parts)
+    parts = _estimated_parts(network, config, pack, teacher, null_condition)
+    return pack.target_coefficients().by_token(pack.segments).target(pack.x_TC, pack.z_TC, *parts)
 
 
 @torch.no_grad()
 def _estimated_parts(
     network: Network,
-    transport: Transport,
     config: ObjectiveConfig,
-    x_TC: Tensor,
-    z_TC: Tensor,
-    x_t_TC: Tensor,
-    times: Times,
-    segments: Segments,
-    condition: Condition,
+    pack: NoisedPack,
     teacher: Network | None,
     null_condition: Condition | None,
 ) -> TargetParts:
@@ -127,36 +102,16 @@ def _estimated_parts(
     and not used: every rank and step then makes the same sequence of module calls (ZeRO-3 gathers parameters
     by it). A recipe with diffusion_share = 1 (flow matching) never makes the call.
     """
-    guided_TC = _guided(
-        transport, config, x_TC, z_TC, x_t_TC, times, segments, condition, teacher, null_condition
-    )
+    guided_TC = _guided(config, pack, teacher, null_condition)
     estimate_TC = None
     if config.diffusion_share < 1.0:
-        estimate_TC = build_derivative(config)(
-            network,
-            transport,
-            x_TC,
-            z_TC,
-            times,
-            segments,
-            condition,
-            times.transition_indices or (0,),
-            config.derivative_step,
-        )
-    return TargetParts(_on_the_pack(estimate_TC, x_t_TC, times, segments), guided_TC)
+        indices = pack.times.transition_indices or (0,)
+        estimate_TC = build_derivative(config)(network, pack, indices, config.derivative_step)
+    return TargetParts(_on_the_pack(estimate_TC, pack), guided_TC)
 
 
 def _guided(
-    transport: Transport,
-    config: ObjectiveConfig,
-    x_TC: Tensor,
-    z_TC: Tensor,
-    x_t_TC: Tensor,
-    times: Times,
-    segments: Segments,
-    condition: Condition,
-    teacher: Network | None,
-    null_condition: Condition | None,
+    config: ObjectiveConfig, pack: NoisedPack, teacher: Network | None, null_condition: Condition | None
 ) -> Tensor | None:
     """The diffusion part with guidance folded in, where the recipe asks for it."""
     if config.guided_target is None:
@@ -167,25 +122,12 @@ def _guided(
             f"teacher={'given' if teacher is not None else 'none'}, "
             f"null_condition={'given' if null_condition is not None else 'none'}"
         )
-    return guided_diffusion_target(
-        teacher,
-        transport,
-        config.guided_target,
-        x_TC,
-        z_TC,
-        x_t_TC,
-        times,
-        segments,
-        condition,
-        null_condition,
-    )
+    return guided_diffusion_target(teacher, config.guided_target, pack, null_condition)
 
 
-def _on_the_pack(
-    estimate_TC: Tensor | None, x_t_TC: Tensor, times: Times, segments: Segments
-) -> Tensor | None:
+def _on_the_pack(estimate_TC: Tensor | None, pack: NoisedPack) -> Tensor | None:
     """dF/dt of the segments with r < t on all tokens; `estimate_TC` is not read where there are none."""
-    if estimate_TC is None or not times.transition_indices:
+    if estimate_TC is None or not pack.times.transition_indices:
         return None
-    tokens = segments.token_index(times.transition_indices)
-    return torch.zeros_like(x_t_TC).index_copy(0, tokens, estimate_TC.to(x_t_TC.dtype))
+    tokens = pack.segments.token_index(pack.times.transition_indices)
+    return torch.zeros_like(pack.x_t_TC).index_copy(0, tokens, estimate_TC.to(pack.x_t_TC.dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -54,6 +55,17 @@ class Times:
     @property
     def num_segments(self) -> int:
         return len(self.is_diffusion)
+
+    def select(self, indices: Sequence[int], index: Tensor) -> Times:
+        """The times of the segments `indices`; `index` is the same, int64 on this device."""
+        moving = frozenset(self.transition_indices)
+        return Times(
+            self.t_S.index_select(0, index),
+            self.r_S.index_select(0, index),
+            tuple(self.is_diffusion[i] for i in indices),
+            tuple(place for place, i in enumerate(indices) if i in moving),
+            tuple(self.t_values[i] for i in indices),
+        )
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Times:
         """The same times with their tensors on `device`."""
