@@ -17,6 +17,7 @@ import pytest
 
 from tests.kernels.launches import record_launches
 from tim_kernels import aot
+from tim_kernels.bench.cases import cases
 from tim_kernels.shipped import Variant, variants
 
 ROOT = Path(__file__).parents[2]
@@ -142,6 +143,19 @@ def test_no_length_makes_triton_compile_again():
     kernels = {f"{v.kernel.fn.__module__}.{v.kernel.fn.__name__}" for v in variants()}
     assert compilations["first"].keys() == kernels
     assert compilations["all"] == compilations["first"]
+
+
+@pytest.mark.slow
+def test_a_compiled_model_would_hold_the_kernels_of_every_op_in_one_graph():
+    """torch.compile on a GPU, up to its launches: another version of it may not follow our code."""
+    done = _python("-m", "tests.kernels.traced")
+    assert done.returncode == 0, done.stderr
+    launched = json.loads(done.stdout)
+    expected = {case.name: case.op.endswith("_jvp") for case in cases() if case.op != "varlen_attention"}
+    assert launched.keys() == expected.keys()
+    for name, is_tangent in expected.items():
+        assert launched[name].count("jvp_kernel" if is_tangent else "forward_kernel") == 1, name
+        assert ("backward_kernel" in launched[name]) != is_tangent, name
 
 
 def test_compiling_under_the_interpreter_is_refused():
