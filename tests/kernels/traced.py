@@ -31,8 +31,8 @@ def main() -> None:
     launched: dict[str, list[str]] = defaultdict(list)
     case_name = ""
 
-    def count(kernel: Any, *args: Any, **options: Any) -> None:
-        launched[case_name].append(kernel.fn.__name__)
+    def count(self: Any, *args: Any, **options: Any) -> None:
+        launched[case_name].append(self.fn.__name__)
 
     JITFunction.run = count
     device = torch.device("cpu")
