@@ -42,7 +42,9 @@ def test_all_contenders_agree_in_float32(kind: Any, wanted: Any) -> None:
     for contender in field.contenders:
         own = work_of(contender, everything)
         expected, received = field.reference.check(own), contender.check(own)
-        allowed = FLOAT32_TOLERANCE[contender.objective]
+        # Rounding of float32; the difference divides it by 0.01, and is off from the tangent in second order.
+        allowed = 1e-5 if contender.objective == "flow matching" else 5e-4
+        assert allowed < FLOAT32_TOLERANCE[contender.objective]
         assert torch.allclose(received.denoising, expected.denoising, rtol=allowed, atol=0.0)
         assert set(received.gradient) == set(expected.gradient) and len(received.gradient) > 40
         distance = sum((received.gradient[k] - g).square().sum() for k, g in expected.gradient.items())
