@@ -74,11 +74,12 @@ def score(
     network: FeatureNetwork,
     cache: Path,
     *,
+    references: Path | None = None,
     batch: int,
     device: str = "cpu",
     progress: bool = True,
 ) -> tuple[dict[str, float | None], dict[str, Any]]:
-    """(scores, details). Features are kept in `cache` and made once.
+    """(scores, details). Features are kept in `cache`, those of the reference in `references`, and made once.
 
     Raises:
         RequestError: if a picture is of another size than the first, or features are not finite.
@@ -95,7 +96,7 @@ def score(
             )
         ),
     )
-    fits, pool = _reference(reference, network, cache, tag, batch, progress)
+    fits, pool = _reference(reference, network, references or cache, tag, batch, progress)
     scores = adm_scores(features, fits, pool, device=device)
     return scores, {
         "reference_pictures": reference.num_pictures,

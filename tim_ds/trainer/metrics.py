@@ -242,9 +242,13 @@ class MetricsLog:
         """A line about a step that was refused."""
         self._write({"step": step, "skipped": reason, "samples": list(samples)})
 
-    def evaluated(self, step: int, values: Mapping[str, float | None]) -> None:
-        """A line and the scalars of an evaluation."""
-        self._write({"step": step, "evaluation": dict(values)})
+    def evaluated(
+        self, step: int, values: Mapping[str, float | None], failures: Mapping[str, str] | None = None
+    ) -> None:
+        """A line and the scalars of an evaluation, with what failed in it and why."""
+        line: dict[str, Any] = {"step": step, "evaluation": dict(values)}
+        self._write(line | ({"failed": dict(failures)} if failures else {}))
+        self._add("evaluation/failures", len(failures or {}), step)
         for name, value in values.items():
             self._add(f"evaluation/{name}", value, step)
 
