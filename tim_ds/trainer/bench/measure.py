@@ -155,12 +155,21 @@ class _Ready:
 
 
 def measure(
-    size: str, work: Work, field: Field, recipe: Recipe, budget: Budget, clock: Clock, *, sizes_left: int
+    size: str,
+    work: Work,
+    field: Field,
+    recipe: Recipe,
+    budget: Budget,
+    clock: Clock,
+    *,
+    sizes_left: int,
+    say: Callable[[str], None] = lambda _: None,
 ) -> list[Row | Refusal]:
     """Every contender at one size. What fails is a refusal; the others go on.
 
     Args:
         sizes_left: sizes that the remaining time is for, this one included.
+        say: is told what became of each contender, as soon as it is known.
     """
     device = work.batches[0].x.device
     num_parameters = sum(p.numel() for p in field.parameters)
@@ -179,6 +188,7 @@ def measure(
         text = str(error).splitlines()[0] if str(error) else ""
         message = text if kind != "error" else f"{type(error).__name__}: {text}"
         found.append(Refusal(size, contender.implementation, contender.objective, kind, message))
+        say(f"{size}, {found[-1]}")
         clear(field.parameters, device)
 
     def time_for(contender: Contender) -> bool:
@@ -192,6 +202,7 @@ def measure(
             f"{LEAST_REPETITIONS} repetitions of the others"
         )
         found.append(Refusal(size, *name, "no time", message))
+        say(f"{size}, {found[-1]}")
         return False
 
     for contender in field.contenders:
@@ -207,6 +218,7 @@ def measure(
         ready[-1].prepare_s = budget.now() - start
         name = contender.implementation, contender.objective
         budget.spent[name] = ready[-1].prepare_s / len(work.batches)
+        say(f"{size}, {', '.join(name)}: ready after {ready[-1].prepare_s:.1f} s, {budget.left:.0f} s left")
 
     # In turn, so that a clock that drifts or a busy machine meets all of them. Every size gets its share of
     # what is left, counting preparations to come as another share. What is prepared is measured.
