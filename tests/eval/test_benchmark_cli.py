@@ -124,6 +124,8 @@ def test_geneval_is_refused_before_any_picture_is_made(
         (["--metadata", str(tmp_path / "none")], "--metadata"),
         ([*good, "--detector", "/no/detector"], "--detector /no/detector: no such folder"),
         ([*good, "--clip", "/no/clip"], "--clip /no/clip: no such folder"),
+        ([*good, "--pictures", str(out)], "lies in the folder of the pictures"),
+        ([*good, "--pictures", str(tmp_path)], "lies in the folder of the pictures"),
         ([*good, "--device", "abacus"], "--device abacus: not usable here"),
         ([*good, "--part", "0/2"], "--part: a part cannot be scored"),
         ([*good, "--part", "x"], "--part: expected K/N, received 'x'"),
@@ -238,6 +240,11 @@ def test_imagenet_scores_and_leaves_a_file_for_adms_evaluator(class_export: Path
     expected = pipeline(label, "8x8", num_steps=2, cfg_scale=1.5, cfg_interval=(0.0, 0.6), seeds=8).images[0]
     # Another batch may move a value across a rounding edge.
     assert np.abs(samples[8].astype(int) - expected).max() <= 1
+    assert "another benchmark" not in (tmp_path / "out" / "table.md").read_text()
+    np.savez(tmp_path / "large.npz", arr_0=rng.integers(0, 256, (9, 16, 16, 3), dtype=np.uint8))
+    run_imagenet(replace(options, reference=tmp_path / "large.npz"), TinyFeatures())
+    said = "The pictures are 8x8, those of the reference 16x16: another benchmark."
+    assert said in (tmp_path / "out" / "table.md").read_text()
     with pytest.raises(RequestError, match=r"knows 5 classes, expected 10 \(--num-classes\)"):
         run_imagenet(replace(options, num_classes=10, out=tmp_path / "other"), TinyFeatures())
 

@@ -105,6 +105,12 @@ class BenchmarkOptions:
     def check(self, evaluation: str) -> None:
         """What can be told before any work: folders, device, an older results file."""
         refuse_unwritable(self.out)
+        pictures, out = self.folder.resolve(), self.out.resolve()
+        if pictures == out or pictures in out.parents:
+            raise RequestError(
+                f"--out {self.out}: lies in the folder of the pictures, {self.folder}, whose pictures are "
+                f"counted; choose a folder beside it"
+            )
         if self.generates:
             refuse_unwritable(self.folder)
         check_device(self.device, "--device")

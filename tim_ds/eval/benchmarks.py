@@ -18,7 +18,7 @@ from tim_ds.errors import RequestError
 from tim_ds.eval import adm_npz, dpg, geneval, imagenet, mjhq
 from tim_ds.eval.clip import DEFAULT_CLIP, Clip
 from tim_ds.eval.detector import DEFAULT_DETECTOR, Detector
-from tim_ds.eval.generate import PictureSet, Wanted, picture_set
+from tim_ds.eval.generate import PictureSet, Wanted, load_picture, picture_set
 from tim_ds.eval.inception import FeatureNetwork, Inception, clean_resizer
 from tim_ds.eval.pretrained import fingerprint
 from tim_ds.eval.report import markdown_table
@@ -606,8 +606,16 @@ class Imagenet(Benchmark):
                 f"Against {self._file.path.name}: {details['reference_pictures']} pictures, statistics\n"
                 f"{details['reference_statistics']}. Published tables use 50,000 pictures and ADM's own "
                 f"evaluator,\nwhich reads the file of --samples-npz.\n"
+                + self._other_size(pictures, details["reference_size"])
             ),
         )
+
+    def _other_size(self, pictures: PictureSet, expected: str | None) -> str:
+        first = load_picture(pictures.path(0))
+        size = f"{first.height}x{first.width}"
+        if expected in (None, size):
+            return ""
+        return f"The pictures are {size}, those of the reference {expected}: another benchmark.\n"
 
 
 KINDS: Mapping[str, type[Benchmark]] = MappingProxyType(

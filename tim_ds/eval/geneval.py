@@ -102,7 +102,8 @@ def read_metadata(path: Path) -> list[Task]:
         RequestError: naming the line that does not fit.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): a prompt may hold any character but the end of a line.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"--metadata {path}: cannot be read ({error}); it is {WHERE}") from error
     tasks = [_parse_task(path, n, line) for n, line in enumerate(lines, 1) if line.strip()]
@@ -387,7 +388,7 @@ def read_results(path: Path) -> dict[str, dict[str, Any]]:
     """
     found: dict[str, dict[str, Any]] = {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"--calibrate {path}: cannot be read ({error})") from error
     for n, line in enumerate(lines, 1):
