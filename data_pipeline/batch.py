@@ -76,6 +76,8 @@ class PackedBatch:
         text_LE: float32 [L, E], captions end to end (None for class data).
         labels_S: int64 [S] (None for text data).
         features_TZ: [T, Z] of an image encoder, in its dtype (None without one).
+        padding_1E: float32 [1, E], with which every caption is filled up to the longest of the pack; None
+            where captions keep their own lengths.
     """
 
     latents: Latents
@@ -96,6 +98,7 @@ class PackedBatch:
     num_replaced: int = 0
     """Images that stand in for damaged samples."""
     features_TZ: Tensor | None = None
+    padding_1E: Tensor | None = None
 
     def __post_init__(self) -> None:
         tokens = self.latents.num_tokens

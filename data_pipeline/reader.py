@@ -97,7 +97,7 @@ class ShardReader:
 
     def __init__(self, index: Index, storage: Storage | None = None) -> None:
         self.index = index
-        self._storage = storage or open_storage(index.folder)
+        self.storage = storage or open_storage(index.folder)
         self._layouts: dict[tuple[int, bytes], tuple[_Place, ...]] = {}
 
     def read(self, sample_id: int) -> StoredSample:
@@ -115,7 +115,7 @@ class ShardReader:
         return self._each(self._read_or_error, self.index.rows(sample_ids))
 
     def _each(self, read: Callable[[Row], T], rows: Sequence[Row]) -> list[T]:
-        if not isinstance(self._storage, Remote) or len(rows) < 2:
+        if not isinstance(self.storage, Remote) or len(rows) < 2:
             return [read(row) for row in rows]
         with ThreadPoolExecutor(min(REMOTE_READS, len(rows))) as threads:
             return list(threads.map(read, rows))
@@ -208,7 +208,7 @@ class ShardReader:
     def _span(self, row: Row) -> memoryview:
         name, size = self.index.name, row.size
         try:
-            span = self._storage.read_range(self.index.shards[row.shard], row.offset, size)
+            span = self.storage.read_range(self.index.shards[row.shard], row.offset, size)
         except OSError as error:
             raise DataError(f"{name(row.sample_id)}: cannot be read ({error})") from error
         if len(span) != size:
@@ -226,7 +226,7 @@ class ShardReader:
 
     def close(self) -> None:
         """Close what this process opened."""
-        self._storage.close()
+        self.storage.close()
 
 
 def _member_place(row: Row, name: str) -> tuple[int, int]:

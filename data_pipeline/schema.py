@@ -39,7 +39,7 @@ MANIFEST_NAME = "manifest.json"
 """How the shards were made: settings, counts, encoders, hashes. Absent beside shards of other origin."""
 
 NULL_NAME = "null.safetensors"
-"""States of the empty caption, stored once beside the shards of text data."""
+"""States of the empty caption, and of padding (Gemma), stored once beside the shards of text data."""
 
 LATENT = "latent.safetensors"
 TEXT = "text.safetensors"

@@ -9,6 +9,7 @@ import math
 import os
 import resource
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,8 @@ from tim_ds.trainer.engine import (
     start_world,
     stop_world,
 )
+from tim_ds.trainer.host_copy import HostCopy
+from tim_ds.trainer.loop import Loop
 from tim_ds.trainer.memory import Ranks, estimate
 from tim_ds.trainer.preview import describe_export
 from tim_ds.trainer.run import UNITS, build_root, teacher_parameters, train
@@ -696,6 +699,28 @@ def fill_the_disk(world: World, folder: Path, shards: Path, poisoned: Path) -> d
     return results
 
 
+def save_first(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[str, Any]:
+    """Who makes the memory of the saves, and after how many steps."""
+    plain_make, plain_step = HostCopy._make, Loop._step
+    steps: list[int] = []
+    made: list[tuple[str, int]] = []
+
+    def make(self: HostCopy, layout: Any) -> None:
+        made.append((threading.current_thread().name, len(steps)))
+        plain_make(self, layout)
+
+    def step(self: Loop, micro_batches: Any) -> None:
+        plain_step(self, micro_batches)
+        steps.append(self.progress.step)
+
+    HostCopy._make, Loop._step = make, step
+    settings = recipe(shards, "train.steps=3", "train.checkpoint.every_steps=2")
+    train(settings, folder / "run", shared_engine_file(world, folder, 2), world)
+    HostCopy._make, Loop._step = plain_make, plain_step
+    saved = find_checkpoints(folder / "run" / "checkpoints")
+    return {"made": made, "saved": sorted(checkpoint.step for checkpoint in saved)}
+
+
 def refuse_other_runs(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[str, str]:
     """The same folder, asked to continue with something else."""
     file = shared_engine_file(world, folder, 1)
@@ -746,6 +771,7 @@ CASES: dict[str, Callable[[World, Path, Path, Path], Any]] = {
         meet_poisoned_gradient,
         give_up,
         fill_the_disk,
+        save_first,
         refuse_other_runs,
         continue_elsewhere,
         start_from_weights,

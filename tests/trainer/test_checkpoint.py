@@ -176,12 +176,12 @@ def test_a_save_returns_before_it_is_written_and_holds_the_values_of_its_step(
     folder.settle()
     assert find_checkpoints(tmp_path) == [] and (tmp_path / ".tmp-step_000000001").is_dir()
     # A second save waits for the first, and uses its memory again.
-    first_memory = {key: value.data_ptr() for key, value in folder._host.items()}
+    first_memory = {key: value.data_ptr() for key, value in folder._host._buffers.items()}
     threading.Timer(0.2, held.go.set).start()
     start(folder, 2, values)
     assert [c.step for c in find_checkpoints(tmp_path)] == [1]
     folder.settle(wait=True)
-    assert {key: value.data_ptr() for key, value in folder._host.items()} == first_memory
+    assert {key: value.data_ptr() for key, value in folder._host._buffers.items()} == first_memory
     found = {c.step: torch.empty(6) for c in find_checkpoints(tmp_path)}
     for checkpoint in find_checkpoints(tmp_path):
         checkpoint.fill("master", "w", 0, found[checkpoint.step])

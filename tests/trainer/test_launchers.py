@@ -3,6 +3,7 @@ for by a script of a few lines that does what it does: it starts the same comman
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -98,6 +99,39 @@ def test_torchrun_trains_on_two_ranks_and_passes_a_signal_on(tmp_path: Path, sha
     step = find_checkpoints(run / "checkpoints")[0].step
     assert 0 < step < 10000, said[-3000:]
     assert "SIGTERM: the run stops after this step or the next, and saves" in said
+    assert [line["step"] for line in read_metrics(run)] == list(range(1, step + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["deepspeed", "its launcher of the ranks"])
+def test_a_run_whose_launcher_ends_saves_and_leaves(tmp_path: Path, shards: Path, which: str) -> None:
+    recipe, run = write_recipe(tmp_path, shards), tmp_path / "run"
+    command = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()), TRAIN]
+    command += [str(recipe), "--ds", ENGINE, "--run", str(run), "train.steps=100000"]
+    with (tmp_path / "said").open("w") as said:
+        process = subprocess.Popen(command, env=clean_environment(), stderr=said, stdout=said)
+        end = time.monotonic() + 240
+        while not (run / "metrics.jsonl").exists() and time.monotonic() < end and process.poll() is None:
+            time.sleep(0.05)
+        if which == "deepspeed":
+            process.send_signal(signal.SIGTERM)
+        else:
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            os.kill(int(children[-1]), signal.SIGKILL)
+        process.wait(timeout=60)
+        # The launcher is gone; rank 0 holds the folder's lock as long as it lives.
+        with (run / ".lock").open("w") as lock:
+            while time.monotonic() < end + 60:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    time.sleep(0.05)
+    text = (tmp_path / "said").read_text()
+    step = find_checkpoints(run / "checkpoints")[0].step
+    assert 0 < step < 100000, text[-3000:]
+    assert text.count("has ended: the run stops after this step or the next, and saves") == 2
+    assert "(end of the launcher on rank " in text
     assert [line["step"] for line in read_metrics(run)] == list(range(1, step + 1))
 
 

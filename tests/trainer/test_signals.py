@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -10,8 +15,9 @@ import pytest
 from tests.trainer.ranks import engine_file, free_port, lines_without_clock, run_ranks, start_rank
 from tests.trainer.stopping import press_twice, train_main, train_signalled
 from tests.trainer.test_resume import files_of
+from tim_ds.trainer import signals as signals_module
 from tim_ds.trainer.checkpoint import find_checkpoints
-from tim_ds.trainer.signals import AT_ONCE, STOPPED
+from tim_ds.trainer.signals import AT_ONCE, STOPPED, StopSignals, ended, launchers
 
 
 @pytest.mark.parametrize(("world_size", "stage"), [(1, 1), (2, 3)])
@@ -74,3 +80,52 @@ def test_a_second_press_ends_the_run_at_once(tmp_path: Path, shards: Path) -> No
     process.join(timeout=60)
     assert process.exitcode == AT_ONCE
     assert not find_checkpoints(tmp_path / "run" / "checkpoints")
+
+
+def within(seconds: float, happened: Callable[[], bool]) -> bool:
+    end = time.monotonic() + seconds
+    while not happened() and time.monotonic() < end:
+        time.sleep(0.01)
+    return happened()
+
+
+def test_launchers_are_known_above_a_rank_and_missed_when_they_end(tmp_path: Path) -> None:
+    """As deepspeed's: a program, which starts a module, which starts the rank. All are bash here."""
+    (tmp_path / "deepspeed").write_text('bash "$1" deepspeed.launcher.launch "$2" & wait')
+    (tmp_path / "module").write_text('sleep 60 & echo $$ $! > "$2.part"; mv "$2.part" "$2"; wait')
+    told = tmp_path / "told"
+    runner = subprocess.Popen(["bash", tmp_path / "deepspeed", tmp_path / "module", told])
+    assert within(20, told.exists)
+    module, rank = map(int, told.read_text().split())
+    try:
+        above = launchers(rank)
+        assert above == [module, runner.pid], "nothing beyond the program: that may be any shell"
+        assert ended(above, rank) is None
+        assert launchers(module) == [runner.pid] and launchers(runner.pid) == []
+        runner.kill()
+        assert within(20, lambda: ended(above, rank) == runner.pid)
+        os.kill(module, signal.SIGKILL)
+        assert within(20, lambda: ended(above, rank) == module)
+    finally:
+        for process in (module, rank):
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        runner.kill()
+        runner.wait()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_launcher_that_ends_asks_the_run_to_stop(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], there: bool
+) -> None:
+    parent = os.getppid() if there else 2**22 + 1
+    monkeypatch.setattr(signals_module, "LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(signals_module, "launchers", lambda: [parent])
+    with StopSignals().installed() as signals:
+        assert within(0.2 if there else 20, lambda: signals.requested) is not there
+    if not there:
+        assert signals.reason == "end of the launcher"
+        said = (
+            f"the launcher (process {parent}) has ended: the run stops after this step or the next, and saves"
+        )
+        assert said in capsys.readouterr().err

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from tim_ds.errors import CheckpointError
 from tim_ds.model.weights import sync_folder
+from tim_ds.trainer.host_copy import HostCopy, Room, layout_of
 from tim_ds.trainer.rank_file import FileRecord, check_rank_file, write_rank_file
 from tim_ds.trainer.world import World
 
@@ -218,6 +219,8 @@ class _Writing:
     aside: Path
     needed: int
     manifest: Mapping[str, Any]
+    read: threading.Event = field(default_factory=threading.Event)
+    """Set when the tensors of this rank may change again."""
     done: threading.Event = field(default_factory=threading.Event)
     cancelled: threading.Event = field(default_factory=threading.Event)
     """Set when the main rank need not wait for the files of the others any more."""
@@ -227,8 +230,10 @@ class _Writing:
 class CheckpointFolder:
     """Writes checkpoints of a run and keeps the last few. All ranks call its methods together.
 
-    A save copies this rank's pieces to host memory and returns; a thread writes them while the run goes on.
-    The copy is made into the same memory each time: as many bytes as the pieces have.
+    `start` copies this rank's pieces to host memory and returns; a thread writes them while the run goes on.
+    The copy is made into the same memory each time: as many bytes as the pieces have. `prepare` has that
+    memory made before the first save. Where the host has no room for it, a save is written from the pieces
+    themselves while the step waits.
 
     Args:
         keep: newest checkpoints that stay.
@@ -250,7 +255,7 @@ class CheckpointFolder:
         self._keep = keep
         self._milestones = frozenset(milestones)
         self._strict = strict
-        self._host: dict[str, Tensor] = {}
+        self._host = HostCopy(world.device)
         self._writing: _Writing | None = None
 
     def newest(self) -> Checkpoint | None:
@@ -314,37 +319,71 @@ class CheckpointFolder:
                 problems.append(str(error))
         return [problem for part in self._world.gather(problems) for problem in part]
 
+    def prepare(self, pieces: Iterator[Piece], own: Mapping[str, Tensor]) -> None:
+        """Have a thread make the memory of later copies. The pieces are those that `start` will be given."""
+        layout = layout_of(_tensors(pieces, own))
+        room = Room.of(self._world.gather(self._host.need(layout)), self._world.rank)
+        if room.enough:
+            self._host.make(layout, behind=True)
+        elif room.first:
+            logger.warning("%s: %s to copy a checkpoint; it is not made ahead", self.folder, room)
+
     def save(
         self, step: int, pieces: Iterator[Piece], own: Mapping[str, Tensor], manifest: Mapping[str, Any]
     ) -> Path:
-        """Write the checkpoint of `step` from every rank's pieces, and wait for it.
+        """Write the checkpoint of `step` from every rank's pieces, and wait for it. Nothing is copied.
 
         Raises:
             CheckpointError: as `settle`.
         """
-        final = self.start(step, pieces, own, manifest)
         self.settle(wait=True)
-        return final
+        tensors = _tensors(pieces, own)
+        writing = self._launch(step, tensors, sum(self._world.gather(_bytes_of(tensors))), manifest)
+        self.settle(wait=True)
+        return writing.final
 
     def start(
         self, step: int, pieces: Iterator[Piece], own: Mapping[str, Tensor], manifest: Mapping[str, Any]
     ) -> Path:
         """Copy every rank's pieces to the host and begin to write the checkpoint of `step`. Waits for the one
-        before, if that is still being written.
+        before, if that is still being written, and for memory that is still being made.
 
         Raises:
-            CheckpointError: on every rank, if there is no room; or as `settle`.
+            CheckpointError: on every rank, if there is no room on the disk; or as `settle`.
         """
         self.settle(wait=True)
+        tensors = _tensors(pieces, own)
+        layout = layout_of(tensors)
+        told = self._world.gather((_bytes_of(tensors), self._host.need(layout)))
+        room = Room.of([need for _, need in told], self._world.rank)
+        if room.enough and told[self._world.rank][1].lacking:
+            self._host.make(layout)
+        copied = self._host.fill(tensors)
+        writing = self._launch(
+            step, tensors if copied is None else copied, sum(size for size, _ in told), manifest
+        )
+        if copied is None:
+            if room.enough:
+                logger.warning("%s: not copied; the step waits for the disk", writing.final)
+            elif room.first:
+                logger.warning("%s: %s to copy it; the step waits for the disk", writing.final, room)
+            writing.read.wait()
+        return writing.final
+
+    def _launch(
+        self, step: int, tensors: Mapping[str, Tensor], payload: int, manifest: Mapping[str, Any]
+    ) -> _Writing:
+        """Begin to write `tensors`, of `payload` bytes on all ranks, which stay as they are until `read`."""
         final = self.folder / f"{PREFIX}{step:09d}"
         aside = self.folder / f"{ASIDE}{final.name}"
-        tensors = self._copy_to_host(pieces, own)
-        needed = sum(self._world.gather(sum(value.nbytes for value in tensors.values()))) + SPARE_BYTES
+        if self._world.device.type == "cuda":
+            torch.cuda.current_stream(self._world.device).synchronize()
+        needed = payload + SPARE_BYTES
         self._begin(final, aside, needed)
         writing = self._writing = _Writing(final, aside, needed, manifest)
         # Not a daemon: a process that ends waits for its file.
         threading.Thread(target=self._write, args=(writing, tensors), name=f"write {final.name}").start()
-        return final
+        return writing
 
     def settle(self, *, wait: bool = False) -> None:
         """Look after a checkpoint that is being written: called every step, it costs a message only while
@@ -374,24 +413,10 @@ class CheckpointFolder:
     def leave(self) -> None:
         """Called by one rank alone, on its way out with an error: gives a checkpoint that is being written a
         while to become complete, and then up."""
+        self._host.stop()
         writing = self._writing
         if writing is not None and not writing.done.wait(LEAVE_S):
             writing.cancelled.set()
-
-    def _copy_to_host(self, pieces: Iterator[Piece], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The state as it is now, which later steps do not write to."""
-        given = {piece.key: piece.values for piece in pieces} | {f"own/{n}": v for n, v in own.items()}
-        kept: dict[str, Tensor] = {}
-        for key, value in given.items():
-            buffer = self._host.get(key)
-            if buffer is None or (buffer.shape, buffer.dtype) != (value.shape, value.dtype):
-                # Page-locked where there is a device, for the speed of the copy.
-                buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
-            kept[key] = buffer.copy_(value.detach(), non_blocking=True)
-        self._host = kept
-        if self._world.device.type == "cuda":
-            torch.cuda.current_stream(self._world.device).synchronize()
-        return dict(kept)
 
     def _begin(self, final: Path, aside: Path, needed: int) -> None:
         problem = None
@@ -413,6 +438,7 @@ class CheckpointFolder:
         rank = self._world.rank
         try:
             record = write_rank_file(writing.aside / _rank_file(rank), tensors)
+            writing.read.set()
             write_flushed(writing.aside / _receipt(rank), json.dumps(record.as_json()))
             if self._world.is_main:
                 self._finish(writing, self._receipts(writing))
@@ -422,6 +448,7 @@ class CheckpointFolder:
             logger.exception("%s: a thread that writes failed", writing.final)
             writing.problem = f"rank {rank}: {type(error).__name__}: {error}"
         finally:
+            writing.read.set()
             writing.done.set()
 
     def _receipts(self, writing: _Writing) -> dict[str, FileRecord]:
@@ -483,6 +510,15 @@ class CheckpointFolder:
                 "free space and run the same command again"
             )
         )
+
+
+def _tensors(pieces: Iterator[Piece], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a rank's file holds, by the keys that it has there."""
+    return {piece.key: piece.values for piece in pieces} | {f"own/{n}": value for n, value in own.items()}
+
+
+def _bytes_of(tensors: Mapping[str, Tensor]) -> int:
+    return sum(value.nbytes for value in tensors.values())
 
 
 def _receipt(rank: int) -> str:

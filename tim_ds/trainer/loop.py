@@ -72,6 +72,7 @@ class Loop:
         save: begins to write a checkpoint of the given progress; called by all ranks.
         settle: looks after a checkpoint that is being written, every step; told to wait, until it is on the
             disk. Called by all ranks.
+        prepare: called once, after the first step, by all ranks: has what saves need made beside later steps.
         snapshot: writes the averages that `post_hoc` combines; called by all ranks.
         clock: times the phases of a step; `forward_phase` is the name of the forward, with all that it holds.
         preview, evaluate: sample pictures at a step; called by all ranks, while the module has the averaged
@@ -90,6 +91,7 @@ class Loop:
     progress: Progress
     save: Callable[[Progress], None]
     settle: Callable[[bool], None]
+    prepare: Callable[[], None]
     snapshot: Callable[[Progress], None]
     teacher: dict[str, nn.Parameter]
     clock: PhaseClock
@@ -123,11 +125,15 @@ class Loop:
             self.world.raise_everywhere(
                 RunStopped(f"stopped before step {self.progress.step + 1} ({self.stop.reason})")
             )
+        first = self.progress.step + 1
         with bar:
             for micro_batches in self._steps():
                 self._step(micro_batches)
                 self.settle(False)
                 step = self.progress.step
+                if step == first:
+                    # Only now the optimiser has its averages, and the device's memory has had its peak.
+                    self.prepare()
                 if step % config.log_every == 0 or step == config.steps:
                     self._report(bar)
                 if self.preview is not None and step % config.preview.every_steps == 0:

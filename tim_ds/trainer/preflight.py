@@ -42,6 +42,7 @@ from tim_ds.trainer.engine import (
     zero_stage,
 )
 from tim_ds.trainer.flops import PackShape
+from tim_ds.trainer.host_copy import available_bytes
 from tim_ds.trainer.inputs import StepInputs
 from tim_ds.trainer.memory import GIB, MemoryEstimate, Ranks, estimate
 from tim_ds.trainer.run import (
@@ -158,7 +159,7 @@ def _look_at_data(
 ) -> tuple[Index | None, StepLoader[StepInputs] | None]:
     data, config = recipe.data, recipe.train
     found.title("data")
-    index = found.attempt(lambda: load_index(data.shards, verify=True))
+    index = found.attempt(lambda: load_index(data.shards, kept_in=data.index, verify=True))
     if index is None:
         return None, None
     found.say(
@@ -203,9 +204,13 @@ def _look_at_data(
     )
     null_length = 0
     if recipe.objective.guided_target is not None and index.has_text:
-        null_length = len(load_null_states(data.shards, index.text_width))
-    packs = pack_shapes(index, step, recipe.model.patch_size)
-    operations = sum(expected_flops(recipe, pack, null_length).model for pack in packs)
+        null_length = len(load_null_states(data, index.text_width))
+    filled = data.text_encoder is not None and data.text_encoder.padding == "constant"
+    packs = pack_shapes(index, step, recipe.model.patch_size, filled=filled)
+    operations = sum(
+        expected_flops(recipe, pack, max(pack.text_lengths or (0,)) if filled else null_length).model
+        for pack in packs
+    )
     found.say("operations", f"{operations:.3e} FLOP a step over all ranks (matrix products and attention)")
     return index, loader
 
@@ -239,12 +244,14 @@ def plan_tokens(index: Index, step: StepPlan, patch_size: int) -> list[int]:
     return [height * width for height, width in index.grids(samples, patch_size)]
 
 
-def pack_shapes(index: Index, step: StepPlan, patch_size: int) -> list[PackShape]:
-    """Lengths of every pack of a step, with whole captions."""
+def pack_shapes(index: Index, step: StepPlan, patch_size: int, *, filled: bool = False) -> list[PackShape]:
+    """Lengths of every pack of a step, with whole captions, or filled up to the longest of their pack."""
     shapes = []
     for pack in step.packs:
         grids = index.grids(np.array(pack), patch_size)
         text = tuple(int(index.columns["text_length"][sample]) for sample in pack) if index.has_text else None
+        if filled and text is not None:
+            text = (max(text),) * len(text)
         shapes.append(PackShape(tuple(height * width for height, width in grids), text))
     return shapes
 
@@ -357,7 +364,7 @@ def _look_at_machine(
             f"memory: a rank needs {needs.device_bytes / GIB:.1f} GiB (+- {needs.device_spread / GIB:.1f}) "
             f"of {card_gib:.1f} on its GPU; see ds_configs/README.md for engine files that need less"
         )
-    host = _host_bytes()
+    host = available_bytes()
     if host is not None and needs.host_bytes_per_node > host:
         found.problems.append(
             f"memory: a node needs {needs.host_bytes_per_node / GIB:.1f} GiB of host memory, "
@@ -365,17 +372,6 @@ def _look_at_machine(
             "loader processes are part of it (table above)"
         )
     _look_at_disk(found, recipe, needs, run_dir)
-
-
-def _host_bytes() -> int | None:
-    """Host memory that is available, where the system tells."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024 * int(line.split()[1])
-    except OSError:
-        pass
-    return None
 
 
 def _look_at_disk(found: Findings, recipe: Recipe, needs: MemoryEstimate, run_dir: Path | None) -> None:
@@ -441,7 +437,7 @@ def _take_step(
 def _step(recipe: Recipe, engine_config: dict[str, Any], world: World) -> tuple[float, float, bool, float]:
     """Loss, gradient norm, whether it was applied, seconds."""
     config = recipe.train
-    data = DataFacts.of(load_index(recipe.data.shards))
+    data = DataFacts.of(load_index(recipe.data.shards, kept_in=recipe.data.index))
     loader = build_loader(
         recipe.data,
         patch_size=recipe.model.patch_size,

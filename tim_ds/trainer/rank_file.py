@@ -48,7 +48,8 @@ class FileRecord(NamedTuple):
 
 
 def write_rank_file(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
-    """Write tensors of the host as a safetensors file and flush it to the disk.
+    """Write tensors as a safetensors file and flush it to the disk. Those of a GPU pass through the host one
+    by one.
 
     Raises:
         OSError: if it cannot be written.
@@ -68,7 +69,7 @@ def write_rank_file(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
         file.write(head)
         for value in tensors.values():
             # Both calls leave Python's lock to others.
-            content = memoryview(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            content = memoryview(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
             for start in range(0, len(content), BLOCK_BYTES):
                 block = content[start : start + BLOCK_BYTES]
                 checksum = zlib.crc32(block, checksum)

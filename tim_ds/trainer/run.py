@@ -87,11 +87,12 @@ UNITS = (TransitionBlock, FinalLayer)
 Only modules whose input carries a gradient can be: DeepSpeed collects the gradients of such a piece when the
 gradient of its input is known (the embedders' inputs have none, and would be collected before they exist)."""
 
-# Settings that a resumed run may change: they alter neither what is computed nor its order. (data.shards is
-# a place; the data themselves are compared by the hash of their index.)
+# Settings that a resumed run may change: they alter neither what is computed nor its order. (data.shards and
+# data.index are places; the data themselves are compared by the hash of the index.)
 MAY_CHANGE = (
     "name",
     "data.shards",
+    "data.index",
     "data.workers",
     "data.autoencoder.path",
     "data.text_encoder.path",
@@ -244,6 +245,9 @@ def _run(
         manifest |= {"encoders": encoders, "initial_weights": initial_digest}
         folder.start(progress.step, state_pieces(engine, ema), sums.state(), manifest)
 
+    def prepare() -> None:
+        folder.prepare(state_pieces(engine, ema), sums.state())
+
     clock, forward_phase = build_clock(recipe, root, world)
     loader.watch_encoders(partial(clock.phase, "encoders"))
     clock.entered = watch.enter
@@ -265,6 +269,7 @@ def _run(
         progress=progress,
         save=save,
         settle=lambda wait: folder.settle(wait=wait),
+        prepare=prepare,
         snapshot=snapshot,
         clock=clock,
         forward_phase=forward_phase,
@@ -561,7 +566,7 @@ def prepare_of(recipe: Recipe, data: DataFacts) -> Prepare:
     null_states, null_label = None, None
     if recipe.objective.guided_target is not None:
         if data.has_text:
-            null_states = load_null_states(data.folder, data.text_width)
+            null_states = load_null_states(recipe.data, data.text_width)
         else:
             null_label = data.num_classes
     return Prepare(recipe.objective, recipe.train.seed, null_states, null_label)
@@ -573,7 +578,7 @@ def _read(recipe: Recipe, engine_file: Path, world: World) -> tuple[dict[str, An
     merge_config(
         engine_config, recipe.train, packs_per_step=recipe.data.packs_per_step, world_size=world.size
     )
-    data = DataFacts.of(load_index(recipe.data.shards))
+    data = DataFacts.of(load_index(recipe.data.shards, kept_in=recipe.data.index))
     check_parts(recipe, engine_config, data)
     return engine_config, data
 

@@ -1,4 +1,5 @@
-"""Stopping a run from outside: SIGTERM, SIGUSR1 and Ctrl-C let the step end, save and leave.
+"""Stopping a run from outside: SIGTERM, SIGUSR1, Ctrl-C, and a launcher that ends, let the step end, save and
+leave.
 
 A signal that reaches one rank stops all of them after the same step. Nothing is added to the step's
 collectives for this, and no device is waited for: a rank that was asked writes the number of the next step
@@ -11,12 +12,14 @@ signal.
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path, PurePath
 
 from torch._C._distributed_c10d import Store
 
@@ -32,6 +35,14 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SAME_PRESS_S = 1.0
 """Within this time a second SIGINT is the same press of Ctrl-C: terminals and launchers both pass it on."""
 
+LOOK_EVERY_S = 2.0
+"""How often a rank looks whether its launcher is still there."""
+
+LAUNCHERS = ("deepspeed", "deepspeed.launcher.runner", "deepspeed.launcher.launch")
+"""Programs and modules that start ranks and should be there as long as these run. A shell is none of them: a
+run may outlive the terminal that started it. Nor is torchrun: the ranks' key-value store ends with it, which
+the watch notices."""
+
 _KEY = "last_step"
 _END = b"\0"
 
@@ -46,7 +57,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.reason: str | None = None
-        """Name of the first signal; None as long as nobody asked."""
+        """Name of the first signal, or what else asked; None as long as nothing did."""
         self._pressed: float | None = None
 
     @property
@@ -61,7 +72,8 @@ class StopSignals:
         # Python writes every signal's number there from the handler itself, whatever the main thread does.
         earlier_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         earlier = {number: signal.signal(number, _nothing) for number in SIGNALS}
-        thread = threading.Thread(target=self._listen, args=(reader,), name="signals", daemon=True)
+        arguments = (reader, launchers())
+        thread = threading.Thread(target=self._listen, args=arguments, name="signals", daemon=True)
         thread.start()
         try:
             yield self
@@ -75,8 +87,12 @@ class StopSignals:
             os.close(writer)
             os.close(reader)
 
-    def _listen(self, reader: int) -> None:
+    def _listen(self, reader: int, above: list[int]) -> None:
         while True:
+            while not select.select([reader], [], [], LOOK_EVERY_S if above else None)[0]:
+                if (gone := ended(above)) is not None:
+                    above = []
+                    self._ask("end of the launcher", f"the launcher (process {gone}) has ended")
             for number in os.read(reader, 64):
                 if number == _END[0]:
                     return
@@ -90,10 +106,51 @@ class StopSignals:
                 _say("second Ctrl-C: ended at once, nothing is saved")
                 os._exit(AT_ONCE)
             self._pressed = self._pressed or now
+        again = "; Ctrl-C once more ends it at once" if received is signal.SIGINT else ""
+        self._ask(received.name, received.name, again)
+
+    def _ask(self, reason: str, told: str, more: str = "") -> None:
         if self.reason is None:
-            self.reason = received.name
-            again = "; Ctrl-C once more ends it at once" if received is signal.SIGINT else ""
-            _say(f"{received.name}: the run stops after this step or the next, and saves{again}")
+            self.reason = reason
+            _say(f"{told}: the run stops after this step or the next, and saves{more}")
+
+
+def launchers(process: int | None = None) -> list[int]:
+    """The launchers that a process runs under, nearest first: deepspeed is two, one above the other. Empty
+    without one, and on systems without /proc."""
+    found: list[int] = []
+    above = _parent(process or os.getpid())
+    while above is not None and _is_launcher(above):
+        found.append(above)
+        above = _parent(above)
+    return found
+
+
+def ended(above: list[int], process: int | None = None) -> int | None:
+    """Which of the launchers of a process has ended: its children have another parent then."""
+    child = process or os.getpid()
+    for launcher in above:
+        if _parent(child) != launcher:
+            return launcher
+        child = launcher
+    return None
+
+
+def _parent(process: int) -> int | None:
+    try:
+        # After the name of the program, which may hold anything: state, parent.
+        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, IndexError, ValueError):
+        return None
+
+
+def _is_launcher(process: int) -> bool:
+    try:
+        arguments = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    # Interpreter, its options, program or module; what the program is given comes later.
+    return any(PurePath(os.fsdecode(argument)).name in LAUNCHERS for argument in arguments[:4])
 
 
 def _nothing(*_: object) -> None:
