@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tests.eval.test_geneval import LINES
 from tests.eval.tiny_scorers import TinyFeatures, save_clip, save_detector, save_vilt, write_random_picture
 from tests.networks import export_of, write_tiny_export
 from tim_ds.errors import RequestError
-from tim_ds.eval import benchmark_cli, cli, imagenet
+from tim_ds.eval import benchmark_cli, cli, geneval, imagenet
 from tim_ds.eval.benchmark_cli import (
     DpgOptions,
     GenevalOptions,
@@ -104,8 +105,21 @@ def test_geneval_in_two_halves_from_the_command_line(
     # Against itself, the agreement is whole; and what is scored is not scored again.
     again = [*common, *scorers, "--only", "score", "--calibrate", str(out / "verdicts.jsonl")]
     assert cli.main(again) == 0
-    assert "difference +0.00 points" in capsys.readouterr().out
-    assert (out / "calibration.md").exists() and len(stored(out)) == 1
+    assert "difference +0.00 points" in capsys.readouterr().out and len(stored(out)) == 1
+    curves = json.loads((out / "calibration.json").read_text())["curves"]
+    assert list(curves) == list(geneval.TASKS)
+    for curve in curves.values():
+        assert curve["agreement"][curve["thresholds"].index(curve["published"])] == 1.0
+    assert (out / "calibration.md").stat().st_size > 0
+    with Image.open(out / "calibration.png") as image:
+        assert image.size[0] > 1000
+    # Nothing is looked at again, and one flipped verdict shows.
+    verdicts[0]["correct"] = not verdicts[0]["correct"]
+    theirs = tmp_path / "theirs.jsonl"
+    theirs.write_text("".join(json.dumps(one) + "\n" for one in verdicts))
+    monkeypatch.setattr(Detector, "__call__", lambda *_, **__: pytest.fail("looked"))
+    assert cli.main([*common, *scorers, "--only", "score", "--calibrate", str(theirs)]) == 0
+    assert "| single_object | 1 | 0.00" in re.sub(" +", " ", capsys.readouterr().out)
 
 
 def test_geneval_is_refused_before_any_picture_is_made(

@@ -190,6 +190,7 @@ class Geneval(Benchmark):
         self.networks: tuple[Detector, Clip] | None = None
         self.results: list[dict[str, Any]] = []
         """Verdicts of the pictures scored last, in the published format."""
+        self._scored: PictureSet | None = None
 
     @property
     def title(self) -> str:
@@ -238,6 +239,7 @@ class Geneval(Benchmark):
         progress: bool = True,
     ) -> Scored:
         detector, clip = self.loaded
+        self._scored = pictures
         log = ScoreLog(cache, self.name, {"pictures_sha256": pictures.sha256, "scorer": self.scorer})
         colours = geneval.ColourReader(clip)
         self.results = geneval.score_pictures(
@@ -272,6 +274,24 @@ class Geneval(Benchmark):
                 "sheet: judged wrong.\n"
                 + ("" if whole else "The prompts are not the published 553: a part or others.\n")
             ),
+        )
+
+    def judge_at_thresholds(
+        self, thresholds: Sequence[float], cache: Path, *, progress: bool = True
+    ) -> list[list[bool]]:
+        """Of the pictures scored last, whether each is right at every threshold; kept in `cache`."""
+        detector, clip = self.loaded
+        assert self._scored is not None, "score() comes first"
+        identity = {"pictures_sha256": self._scored.sha256, "scorer": self.scorer, "at": list(thresholds)}
+        return geneval.judge_at_thresholds(
+            self._scored,
+            self.tasks,
+            detector,
+            geneval.ColourReader(clip),
+            self.rules,
+            thresholds,
+            ScoreLog(cache, "geneval_thresholds", identity),
+            progress=progress,
         )
 
 
