@@ -12,7 +12,7 @@ from tim_kernels import bench, use_path
 from tim_kernels.bench import report, tiles
 from tim_kernels.bench.__main__ import main
 from tim_kernels.bench.cases import MIXES, NotHere, cases, lengths_of
-from tim_kernels.bench.measure import Failed, ParityError, Quantiles, Row, check, rows
+from tim_kernels.bench.measure import Failed, ParityError, Quantiles, Row, ceilings, check, rows
 from tim_kernels.varlen_attention import jvp_kernel
 from tim_kernels.varlen_attention.jvp_kernel import CANDIDATES
 
@@ -246,6 +246,13 @@ def test_a_tile_that_is_wrong_or_raises_is_named_and_not_timed(device, monkeypat
     assert {x.p50 for x in found if not x.problem} == {2.0}
     assert "shared memory" in (problems[CANDIDATES[1]] or "") and "off by" in (problems[CANDIDATES[2]] or "")
     assert "out of resource" in tiles.table(found)
+
+
+def test_ceilings_follow_from_bytes_and_operations(device):
+    # In 2 ms each: 20 MB, and 2 * 1024^3 operations.
+    assert ceilings(device, _no_timer, copied_bytes=20 * 10**6, side=1024) == (
+        "a copy moves 10 GB/s, a product of 1024 x 1024 makes 1 TFLOP/s"
+    )
 
 
 def test_a_candidate_that_raises_is_named_and_the_others_are_measured(device):

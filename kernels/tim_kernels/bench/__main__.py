@@ -12,7 +12,7 @@ import torch
 from tim_kernels import bench
 from tim_kernels.bench import report, tiles
 from tim_kernels.bench.cases import MIXES, NotHere, cases, lengths_of
-from tim_kernels.bench.measure import CudaTimer, Row, rows
+from tim_kernels.bench.measure import CudaTimer, Row, ceilings, rows
 
 TOKENS = (1024, 4096, 8192, 16384, 65536, 262144)
 
@@ -61,6 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device("cuda", torch.cuda.current_device())
     where, refused = report.environment(device), 0
     timer = CudaTimer(device, warmup_ms=chosen.measured_ms / 4, measured_ms=chosen.measured_ms)
+    print(f"ceilings: {ceilings(device, timer)}", flush=True)
     if chosen.tune:
         return tiles.main(device, timer, chosen.out, where)
     found: list[Row] = []

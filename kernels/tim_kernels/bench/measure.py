@@ -80,6 +80,16 @@ class CudaTimer:
         return [begin.elapsed_time(end) for begin, end in pairs]
 
 
+def ceilings(device: torch.device, timer: Timer, *, copied_bytes: int = 2**32, side: int = 8192) -> str:
+    """What this device reaches at best: bandwidth of a large copy, and of a large bfloat16 product on random
+    numbers, the TFLOP/s."""
+    copied = timer(_copy(copied_bytes, device)).p50
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    product = timer(lambda: a @ b).p50
+    bandwidth, arithmetic = copied_bytes / copied / 1e6, 2 * side**3 / product / 1e9
+    return f"a copy moves {bandwidth:.0f} GB/s, a product of {side} x {side} makes {arithmetic:.0f} TFLOP/s"
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of the results. Times in milliseconds; bandwidth by the byte model, in GB/s."""

@@ -96,7 +96,7 @@ def with_fault(field: Field, at: int, fault: str) -> Field:
 def run(settings: Any, field: Field, clock: FakeClock, seconds: float = 1e6, **options: Any) -> Any:
     budget = options.pop("budget", None) or Budget(seconds, options.pop("repetitions", 4), clock.now)
     left = options.pop("sizes_left", 1)
-    return measure("64", work(settings), field, settings, budget, clock, sizes_left=left)
+    return measure("64", work(settings), field, settings, budget, clock, sizes_left=left, **options)
 
 
 def test_rows_say_what_was_measured(settings: Any, field: Field) -> None:
@@ -146,13 +146,15 @@ def test_contenders_are_timed_in_turn(settings: Any, field: Field) -> None:
 def test_what_fails_gets_no_row_and_the_others_go_on(
     settings: Any, field: Field, fault: str, kind: str, message: str
 ) -> None:
-    found = run(settings, with_fault(field, 1, fault), FakeClock(1.0), repetitions=3)
+    said: list[str] = []
+    found = run(settings, with_fault(field, 1, fault), FakeClock(1.0), repetitions=3, say=said.append)
     rows = [one for one in found if isinstance(one, Row)]
     (refused,) = (one for one in found if isinstance(one, Refusal))
     assert [(row.implementation, row.objective) for row in rows] == [WANTED[0], *WANTED[2:]]
     assert all(row.repetitions == 3 for row in rows)
     assert refused.key == ("64", "ours", "dde") and refused.kind == kind
     assert refused.message.startswith(message) and "\n" not in refused.message
+    assert f"64, {refused}" in said and any(text.startswith("64, ours, paired: ready after") for text in said)
     assert all(p.grad is None for p in field.parameters)
 
 

@@ -32,9 +32,10 @@ FLOAT32_TOLERANCE: dict[Objective, float] = {"flow matching": 1e-3, "dde": 5e-3,
 """Of the loss of each image and of the whole gradient, relative, in float32. A central difference at 0.005
 divides the rounding of F by 0.01, and is off from the derivative itself by a term of second order. On a CPU,
 at the XL network's width and 8 blocks, gradients are 7e-7 and 5e-5 off."""
-TIMED_TOLERANCE = {"fp32": 2e-3, "bf16_autocast": 2e-2}
-"""Of the squared error of the images with r = t in the timed steps against float32: rounding of F. Where
-r < t a difference in bfloat16 is mostly rounding, by measurement, and says nothing about correctness."""
+TIMED_TOLERANCE = {"fp32": 2e-3, "bf16_autocast": 5e-2}
+"""Of the squared error of the images with r = t in the timed steps against float32: rounding of F. At 28
+blocks of width 128, on a CPU, bfloat16 is 7e-4 off in ours and 3e-3 in the baseline. Where r < t a difference
+in bfloat16 is mostly rounding, by measurement, and says nothing about correctness."""
 
 STATE_BYTES = 12
 """Of a parameter between two steps: itself and AdamW's two averages, float32."""
@@ -154,12 +155,21 @@ class _Ready:
 
 
 def measure(
-    size: str, work: Work, field: Field, recipe: Recipe, budget: Budget, clock: Clock, *, sizes_left: int
+    size: str,
+    work: Work,
+    field: Field,
+    recipe: Recipe,
+    budget: Budget,
+    clock: Clock,
+    *,
+    sizes_left: int,
+    say: Callable[[str], None] = lambda _: None,
 ) -> list[Row | Refusal]:
     """Every contender at one size. What fails is a refusal; the others go on.
 
     Args:
         sizes_left: sizes that the remaining time is for, this one included.
+        say: is told what became of each contender, as soon as it is known.
     """
     device = work.batches[0].x.device
     num_parameters = sum(p.numel() for p in field.parameters)
@@ -178,6 +188,7 @@ def measure(
         text = str(error).splitlines()[0] if str(error) else ""
         message = text if kind != "error" else f"{type(error).__name__}: {text}"
         found.append(Refusal(size, contender.implementation, contender.objective, kind, message))
+        say(f"{size}, {found[-1]}")
         clear(field.parameters, device)
 
     def time_for(contender: Contender) -> bool:
@@ -191,6 +202,7 @@ def measure(
             f"{LEAST_REPETITIONS} repetitions of the others"
         )
         found.append(Refusal(size, *name, "no time", message))
+        say(f"{size}, {found[-1]}")
         return False
 
     for contender in field.contenders:
@@ -206,6 +218,7 @@ def measure(
         ready[-1].prepare_s = budget.now() - start
         name = contender.implementation, contender.objective
         budget.spent[name] = ready[-1].prepare_s / len(work.batches)
+        say(f"{size}, {', '.join(name)}: ready after {ready[-1].prepare_s:.1f} s, {budget.left:.0f} s left")
 
     # In turn, so that a clock that drifts or a busy machine meets all of them. Every size gets its share of
     # what is left, counting preparations to come as another share. What is prepared is measured.
