@@ -1,6 +1,6 @@
 """The index beside the shards: one row a sample, so that order is planned on integers and read by offset.
 
-`index.safetensors` holds one array a column (68 bytes a sample, plus its key), a table of the sizes that
+`index.safetensors` holds one array a column (88 bytes a sample, plus its key), a table of the sizes that
 occur, and a JSON header. Loading maps it into memory: rows are paged in as they are read. It is built in one
 pass over any webdataset tars that follow `schema.py`, whoever wrote them:
 
@@ -16,7 +16,6 @@ import logging
 import os
 import sys
 import tarfile
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -29,6 +28,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 from tqdm import tqdm
+from zlib_ng.zlib_ng import crc32
 
 from data_pipeline import schema
 from data_pipeline.errors import DataError
@@ -39,7 +39,7 @@ from data_pipeline.storage import Remote, is_url
 logger = logging.getLogger(__name__)
 
 INDEX_NAME = "index.safetensors"
-FORMAT = 2
+FORMAT = 3
 
 MAX_BAD_SHARE = 0.01
 """Share of samples that may break the schema before the index is refused ..."""
@@ -74,6 +74,14 @@ COLUMNS: dict[str, Any] = {
     "text_size": np.int32,
     "meta_start": np.int32,
     "meta_size": np.int32,
+    # Values of a latent inside that span, and `latent_checksum` of them: a read needs to parse nothing.
+    # `flipped_at` is 0 without a stored mirror image, `latent_at` where a picture lies there.
+    "latent_at": np.int32,
+    "latent_crc32": np.uint32,
+    "flipped_at": np.int32,
+    "flipped_crc32": np.uint32,
+    # Of the whole text member.
+    "text_crc32": np.uint32,
     # Latent cells, caption length in tokens (0 for class data), class label (-1 for text data).
     "height": np.uint16,
     "width": np.uint16,
@@ -82,6 +90,8 @@ COLUMNS: dict[str, Any] = {
     "key_end": np.int64,
 }
 
+VALUES: tuple[str, ...] = ("latent_at", "latent_crc32", "flipped_at", "flipped_crc32")
+"""Columns of the values of a latent and of its mirror image."""
 
 DTYPES: dict[str, Any] = {
     "U8": np.uint8,
@@ -136,6 +146,8 @@ class Index:
     """Samples (or broken ends of shards) that the index leaves out because they break the schema."""
     bad: tuple[tuple[str, str], ...] = ()
     """(shard:key, reason) of the first of them."""
+    latent_dtype: str = ""
+    """safetensors' name of the type of every latent; empty where they differ or are not stored."""
     online: tuple[str, ...] = ()
     """What is encoded while training: `picture`, and `ids` or `caption`; empty where all of it was before."""
     stored: tuple[Path, str] | None = None
@@ -244,6 +256,7 @@ class Index:
             "num_classes": self.num_classes,
             "num_bad": self.num_bad,
             "bad": [list(entry) for entry in self.bad],
+            "latent_dtype": self.latent_dtype,
             **({"online": list(self.online)} if self.online else {}),
         }
 
@@ -322,7 +335,10 @@ def load_index(location: Path | str, *, kept_in: Path | str | None = None, verif
     else:
         path = Path(home) / INDEX_NAME
         if not path.is_file():
-            raise DataError(f"{path}: no index; prepare the data, or if the shards are there {rebuild}")
+            raise DataError(
+                f"{path}: no index; prepare the data (python -m data_pipeline.prepare, or for the embedded "
+                f"handwriting python -m data_pipeline.handwriting), or if the shards are there {rebuild}"
+            )
     index = _map_index(path, folder)
     if isinstance(folder, Path):
         for name, size in zip(index.shards, index.shard_bytes, strict=True):
@@ -410,6 +426,7 @@ def _map_index(path: Path, folder: Path | str) -> Index:
             members=arrays["members"],
             num_bad=header["num_bad"],
             bad=tuple((name, reason) for name, reason in header["bad"]),
+            latent_dtype=header["latent_dtype"],
             online=tuple(header.get("online", ())),
             stored=(path, header["hash"]),
         )
@@ -474,12 +491,14 @@ class _Row:
 
 @dataclass
 class _ShardRows:
-    """What one tar holds. `channels` and `widths` have one entry a row; `key_end` cuts `keys` into keys."""
+    """What one tar holds. `channels`, `widths` and `dtypes` have one entry a row; `key_end` cuts `keys`."""
 
     columns: dict[str, np.ndarray]
     keys: np.ndarray
     channels: np.ndarray
     widths: np.ndarray
+    dtypes: np.ndarray
+    """safetensors' name of the latent's type; empty for a picture, and where the mirror image has another."""
     bad: list[tuple[str, str]]
     forms: dict[tuple[str, ...], str]
     """What samples leave to encode (`Index.online`), and one sample for each."""
@@ -502,7 +521,7 @@ class _ShardRows:
         self.keys = self.keys[np.repeat(kept, sizes)]
         self.columns = {name: column[kept] for name, column in self.columns.items()}
         self.columns["key_end"] = np.cumsum(sizes[kept])
-        self.channels, self.widths = self.channels[kept], self.widths[kept]
+        self.channels, self.widths, self.dtypes = self.channels[kept], self.widths[kept], self.dtypes[kept]
 
 
 def build_index(
@@ -563,6 +582,7 @@ def build_index(
     if text_width == 0 and num_classes is not None and largest >= num_classes:
         raise DataError(f"{folder}: label {largest} with num_classes {num_classes}")
     shapes, members = group_by_size(columns["height"], columns["width"])
+    dtypes = {str(dtype) for part in parts for dtype in np.unique(part.dtypes)}
     return Index(
         folder=folder,
         shards=names,
@@ -576,6 +596,7 @@ def build_index(
         members=members,
         num_bad=len(bad),
         bad=tuple(bad[:BAD_LISTED]),
+        latent_dtype=dtypes.pop() if len(dtypes) == 1 else "",
         online=next(iter(forms)),
     )
 
@@ -676,6 +697,7 @@ def _read_shard(name: str, stream: BinaryIO) -> _ShardRows:
     rows: dict[str, list[int]] = {column: [] for column in COLUMNS}
     keys = bytearray()
     shapes: list[tuple[int, int]] = []
+    dtypes: list[str] = []
     bad: list[tuple[str, str]] = []
     forms: dict[tuple[str, ...], str] = {}
     seen: set[str] = set()
@@ -689,7 +711,7 @@ def _read_shard(name: str, stream: BinaryIO) -> _ShardRows:
         seen.add(row.key)
         if problem is None:
             try:
-                values, shape, online = _check_row(row, stream, where)
+                values, shape, dtype, online = _check_row(row, stream, where)
             except DataError as error:
                 problem = str(error).removeprefix(f"{where}: ")
             else:
@@ -698,21 +720,30 @@ def _read_shard(name: str, stream: BinaryIO) -> _ShardRows:
                 for column, value in values.items():
                     rows[column].append(value)
                 shapes.append(shape)
+                dtypes.append(dtype)
                 forms.setdefault(online, where)
         if problem is not None:
             bad.append((where, problem))
     rows["shard"] = [0] * len(shapes)
     channels, widths = np.array(shapes, dtype=np.int64).reshape(-1, 2).T
-    columns = {column: np.asarray(rows[column], dtype=dtype) for column, dtype in COLUMNS.items()}
+    columns = {column: np.asarray(rows[column], dtype=kind) for column, kind in COLUMNS.items()}
     return _ShardRows(
-        columns, np.frombuffer(bytes(keys), dtype=np.uint8), channels, widths, bad, forms, size=total
+        columns,
+        np.frombuffer(bytes(keys), dtype=np.uint8),
+        channels,
+        widths,
+        np.array(dtypes, dtype="U4"),
+        bad,
+        forms,
+        size=total,
     )
 
 
 def _check_row(
     row: _Row, stream: BinaryIO, where: str
-) -> tuple[dict[str, int], tuple[int, int], tuple[str, ...]]:
-    """Columns of a sample; its channels and width of states (0 for class data); what is still to be encoded.
+) -> tuple[dict[str, int], tuple[int, int], str, tuple[str, ...]]:
+    """Columns of a sample; its channels and width of states (0 for class data); type of its latent (empty for
+    a picture); what is still to be encoded.
 
     Raises:
         DataError: if it breaks the schema.
@@ -745,13 +776,20 @@ def _check_row(
     if picture is not None:
         online.append("picture")
         shape = schema.planned_latent(schema.decode_meta(meta_bytes, where), where)
+        direct, dtype = {name: 0 for name in VALUES}, ""
     else:
         tensors = schema.decode_tensors(latent_bytes, where)
         latent = schema.take_tensor(tensors, "latent", where)
         schema.check_latent(latent, where)
         if "flipped" in tensors:
             schema.check_latent(tensors["flipped"], f"{where}: flipped")
+            if tensors["flipped"].shape != latent.shape:
+                raise DataError(
+                    f"{where}: flipped: expected the shape of the latent {list(latent.shape)}, "
+                    f"received {list(tensors['flipped'].shape)}"
+                )
         shape = (latent.shape[0], latent.shape[1], latent.shape[2])
+        direct, dtype = _latent_places(latent_bytes, latent_start, shape[1:])
     if max(shape[1:]) >= 1 << 16:
         raise DataError(f"{where}: latent: expected sides below 65536 cells, received {list(shape)}")
     text_length, width, label = 0, 0, -1
@@ -778,19 +816,40 @@ def _check_row(
     values = {
         "offset": offset,
         "size": end - offset,
-        "crc32": zlib.crc32(span),
+        "crc32": crc32(span),
         "latent_start": latent_start,
         "latent_size": latent_size,
         "text_start": text_start,
         "text_size": text_size,
         "meta_start": meta_start,
         "meta_size": meta_size,
+        **direct,
+        "text_crc32": crc32(text_bytes),
         "height": shape[1],
         "width": shape[2],
         "text_length": text_length,
         "label": label,
     }
-    return values, (shape[0], width), tuple(online)
+    return values, (shape[0], width), dtype, tuple(online)
+
+
+def latent_checksum(values: bytes | memoryview, height: int, width: int) -> int:
+    """CRC-32 of a latent's values, which vouches for its height and width too: it starts from them."""
+    return crc32(values, height << 16 | width)
+
+
+def _latent_places(member: bytes, start: int, size: tuple[int, int]) -> tuple[dict[str, int], str]:
+    """`VALUES` of a latent member that begins at byte `start` of its sample; the type of the latent, empty
+    where the mirror image has another."""
+    begin = 8 + int.from_bytes(member[:8], "little")
+    places = schema.tensor_places(member[8:begin], begin)
+    columns: dict[str, int] = {}
+    for name in ("latent", "flipped"):
+        _, first, end = places.get(name, ("", 0, 0))
+        columns[f"{name}_at"] = start + first if end else 0
+        columns[f"{name}_crc32"] = latent_checksum(member[first:end], *size) if end else 0
+    dtypes = {places[name][0] for name in ("latent", "flipped") if name in places}
+    return columns, dtypes.pop() if len(dtypes) == 1 else ""
 
 
 def _walk(stream: BinaryIO, total: int) -> Iterator[_Row]:

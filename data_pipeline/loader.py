@@ -23,14 +23,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data_pipeline.batch import Latents, PackedBatch
+from data_pipeline.buffers import Buffers
 from data_pipeline.config import DataConfig
+from data_pipeline.direct import open_direct
 from data_pipeline.draws import generator, uniforms
 from data_pipeline.encoders.identity import latent_shape
 from data_pipeline.encoders.text import fill_up
 from data_pipeline.errors import DataError
 from data_pipeline.index import Index, load_index
 from data_pipeline.online import FrozenEncoders, OnlineReader, RawSample
-from data_pipeline.packing import Plan, StepPlan
+from data_pipeline.packing import PackPlan, Plan
 from data_pipeline.reader import ShardReader, StoredSample
 from data_pipeline.schema import MANIFEST_NAME, NULL_NAME, check_states
 from data_pipeline.storage import read_beside
@@ -45,6 +47,9 @@ CACHE_BYTES = 1 << 30
 
 PREFETCH = 4
 """Packs that each worker reads ahead."""
+
+DRAWS = ("caption_dropout", "caption_choice", "flip")
+"""Streams of what is drawn for each sample."""
 
 FLIP_SHARE = 0.5
 """Share of the epochs in which a sample is mirrored, where it may be."""
@@ -112,11 +117,20 @@ class _Item(NamedTuple):
 class _Unencoded:
     """A pack as a worker read it, before the frozen encoders of the training process."""
 
-    planned: StepPlan
-    step: int
-    planned_ids: tuple[int, ...]
+    planned: PackPlan
     chosen: tuple[int, ...]
     samples: list[RawSample]
+
+
+class _Draws(NamedTuple):
+    """What is drawn for each sample of a pack, in its epoch."""
+
+    dropped: np.ndarray
+    """Whether the caption or label is replaced by the null one."""
+    caption: np.ndarray
+    """From [0, 1): which of several captions."""
+    mirrored: np.ndarray
+    """Whether the mirror image is used where it is stored."""
 
 
 class StepLoader(Generic[T]):
@@ -174,26 +188,28 @@ class StepLoader(Generic[T]):
         items = range(
             self.start_step * self._packs_per_rank, (self.start_step + self.num_steps) * self._packs_per_rank
         )
-        # batch_size None: an item is a whole pack. Items arrive in the sampler's order, whoever is first.
-        # Its own generator: the loader must not advance the global one of a training process.
-        source: Iterator[_Item] = iter(
-            DataLoader(
-                self._read_packs,
-                batch_size=None,
-                sampler=items,
-                num_workers=self._workers,
-                worker_init_fn=outlive_signals if self._workers else None,
-                generator=torch.Generator(),
-                prefetch_factor=PREFETCH if self._workers else None,
-                pin_memory=torch.cuda.is_available(),
-            )
-        )
+        source = self._read_by_workers(items) if self._workers else map(self._packs.pinned, items)
         try:
             for _ in range(self.num_steps):
                 yield [self._take(item) for item in islice(source, self._packs_per_rank)]
         finally:
             # A raised error refers to this frame. Left to the garbage collector, workers take 5 s to stop.
             del source
+
+    def _read_by_workers(self, items: range) -> Iterator[_Item]:
+        # batch_size None: an item is a whole pack. Items arrive in the sampler's order, whoever is first.
+        # Its own generator: the loader must not advance the global one of a training process.
+        loader = DataLoader(
+            self._read_packs,
+            batch_size=None,
+            sampler=items,
+            num_workers=self._workers,
+            worker_init_fn=outlive_signals,
+            generator=torch.Generator(),
+            prefetch_factor=PREFETCH,
+            pin_memory=torch.cuda.is_available(),
+        )
+        return iter(loader)
 
     def _take(self, item: _Item) -> T:
         """The micro-batch of an item, encoded if a worker left that to do, its damage counted and logged.
@@ -253,18 +269,21 @@ class _Packs(Dataset["_Item"], Generic[T]):
         self.plan = plan
         self.rank = rank
         self._patch_size = patch_size
-        self._world_size = world_size
         self._seed = seed
         self._caption_dropout = caption_dropout
         self._null_states = null_states
         self._padding_state = padding_state
         self._finish = finish
         self._is_encoded = encoders is None
+        self._packs_of_rank = plan.of_rank(rank, world_size)
         self._reader = ShardReader(index) if encoders is None else OnlineReader(index, pixel_channels)
+        self._direct = open_direct(self._reader) if encoders is None else None
+        self._states = Buffers()
         self._flip_pictures = flip_pictures
         # By id and by whether it was mirrored.
         self._cache: dict[tuple[int, bool], StoredSample] = {}
-        self._cache_room = cache_bytes
+        # What lies in a folder is kept by the system's page cache, for all processes of a machine.
+        self._cache_room = cache_bytes if self._direct is None else 0
         self._damage = _Damage(f"a process of rank {rank}")
         self._news: list[tuple[int, str]] = []
         self._retries = 0
@@ -289,14 +308,18 @@ class _Packs(Dataset["_Item"], Generic[T]):
         return self._retries - before
 
     def _pack(self, number: int) -> _Item:
-        step, position = divmod(number, self.plan.packs_per_step // self._world_size)
-        planned = self.plan.step(step)
-        sample_ids = planned.of_rank(self.rank, self._world_size)[position]
+        planned = self._packs_of_rank.pack(*divmod(number, self._packs_of_rank.packs_per_step))
+        batch = self._read_directly(planned)
+        if batch is not None:
+            return self._finished(planned, batch)
+        sample_ids = tuple(planned.sample_ids.tolist())
         try:
             samples, chosen = self._load(sample_ids, planned.epoch)
         except DataError as error:
             return _Item(None, len(sample_ids), self._take_news(), error)
-        return self._item(planned, step, sample_ids, chosen, samples)
+        if not self._is_encoded and self.encoders is None:
+            return self._item(planned, _Unencoded(planned, chosen, samples))
+        return self._finished(planned, self._assemble(planned, chosen, samples))
 
     def encoded(self, pack: _Unencoded) -> _Item:
         """The pack that a worker read, encoded here."""
@@ -305,80 +328,81 @@ class _Packs(Dataset["_Item"], Generic[T]):
             samples, chosen = self._load(pack.chosen, pack.planned.epoch, raw)
         except DataError as error:
             return _Item(None, len(pack.chosen), self._take_news(), error)
-        item = self._item(pack.planned, pack.step, pack.planned_ids, chosen, samples)
-        pin = getattr(item.value, "pin_memory", None)
-        return item._replace(value=pin()) if pin is not None and torch.cuda.is_available() else item
+        return _pinned(self._finished(pack.planned, self._assemble(pack.planned, chosen, samples)))
 
-    def _item(
-        self,
-        planned: StepPlan,
-        step: int,
-        planned_ids: tuple[int, ...],
-        chosen: tuple[int, ...],
-        samples: list[Any],
-    ) -> _Item:
-        value: Any
-        if not self._is_encoded and self.encoders is None:
-            value = _Unencoded(planned, step, planned_ids, chosen, samples)
-        else:
-            value = self._assemble(
-                chosen,
-                samples,
-                epoch=planned.epoch,
-                step=step,
-                images_in_step=planned.num_images,
-                num_replaced=sum(a != b for a, b in zip(planned_ids, chosen, strict=True)),
-            )
-            if self._finish is not None:
-                value = self._finish(value)
-        return _Item(value, len(planned_ids), self._take_news(), None)
+    def pinned(self, number: int) -> _Item:
+        """Item `number`, in page-locked memory where there is a device."""
+        return _pinned(self[number])
+
+    def _finished(self, planned: PackPlan, batch: PackedBatch) -> _Item:
+        return self._item(planned, batch if self._finish is None else self._finish(batch))
+
+    def _item(self, planned: PackPlan, value: Any) -> _Item:
+        return _Item(value, len(planned.sample_ids), self._take_news(), None)
 
     def _take_news(self) -> tuple[tuple[int, str], ...]:
         news, self._news = tuple(self._news), []
         return news
 
+    def _read_directly(self, planned: PackPlan) -> PackedBatch | None:
+        """The pack as it is planned; None if anything about it is not as the index says, or if these shards
+        have to be read sample by sample."""
+        if self._direct is None:
+            return None
+        ids, draws = planned.sample_ids, self._draws(planned.epoch, planned.sample_ids)
+        values = self._direct.latents(ids, draws.mirrored)
+        texts = None
+        if values is not None and self._null_states is not None:
+            texts = self._direct.captions(ids, draws.caption, draws.dropped, self._null_states)
+        if values is None or (texts is None and self.index.has_text):
+            return None
+        self._damage.num_read += len(ids)
+        return self._batch(planned, ids, draws, values, texts)
+
     def _assemble(
-        self,
-        sample_ids: tuple[int, ...],
-        samples: list[StoredSample],
-        *,
-        epoch: int,
-        step: int,
-        images_in_step: int,
-        num_replaced: int,
+        self, planned: PackPlan, sample_ids: tuple[int, ...], samples: list[StoredSample]
     ) -> PackedBatch:
+        """The batch of samples that were read one by one; some may stand in for those that were planned."""
         ids = np.array(sample_ids)
-        dropped = self._draw("caption_dropout", epoch, ids) < self._caption_dropout
+        draws = self._draws(planned.epoch, ids)
         texts: list[Tensor] | None = None
-        padding: Tensor | None = None
-        labels: Tensor | None = None
-        if self.index.has_text:
-            draws = self._draw("caption_choice", epoch, ids)
-            texts = [
-                cast(Tensor, self._null_states) if drop else _caption(sample, draw)
-                for sample, drop, draw in zip(samples, dropped, draws, strict=True)
-            ]
+        if self._null_states is not None:
+            null, drawn = self._null_states, zip(samples, draws.dropped, draws.caption, strict=True)
+            texts = [null if drop else _caption(sample, draw) for sample, drop, draw in drawn]
+        values, features = _latents(samples, draws.mirrored), _features(samples, draws.mirrored)
+        return self._batch(planned, ids, draws, values, texts, features)
+
+    def _batch(
+        self,
+        planned: PackPlan,
+        ids: np.ndarray,
+        draws: _Draws,
+        values: Tensor,
+        texts: list[Tensor] | None,
+        features: Tensor | None = None,
+    ) -> PackedBatch:
+        labels = padding = None
+        if texts is not None:
             padding = self._padding()
             if padding is not None:
                 texts = fill_up(texts, padding)
         else:
             stored = self.index.columns["label"][ids].astype(np.int64)
-            labels = torch.from_numpy(np.where(dropped, self.index.num_classes, stored))
+            labels = torch.from_numpy(np.where(draws.dropped, self.index.num_classes, stored))
         grids = self.index.grids(ids, self._patch_size)
-        flips = self._draw("flip", epoch, ids)
         return PackedBatch(
-            latents=Latents(_latents(samples, flips), grids, self._patch_size, self.index.channels),
-            text_LE=None if texts is None else torch.cat(texts).to(torch.float32),
-            text_lengths=None if texts is None else tuple(text.shape[0] for text in texts),
+            latents=Latents(values, grids, self._patch_size, self.index.channels),
+            text_LE=None if texts is None else self._joined(texts),
+            text_lengths=None if texts is None else tuple(len(text) for text in texts),
             labels_S=labels,
-            sample_ids=sample_ids,
+            sample_ids=tuple(ids.tolist()),
             keys=self.index.names(ids),
-            epoch=epoch,
-            step=step,
-            images_in_step=images_in_step,
-            dropped_S=tuple(dropped.tolist()),
-            num_replaced=num_replaced,
-            features_TZ=_features(samples, flips),
+            epoch=planned.epoch,
+            step=planned.step,
+            images_in_step=planned.images_in_step,
+            dropped_S=tuple(draws.dropped.tolist()),
+            num_replaced=int(np.count_nonzero(ids != planned.sample_ids)),
+            features_TZ=features,
             padding_1E=padding,
         )
 
@@ -387,8 +411,14 @@ class _Packs(Dataset["_Item"], Generic[T]):
         online = None if self.encoders is None else self.encoders.padding_state
         return self._padding_state if online is None else online
 
-    def _draw(self, stream: str, epoch: int, ids: np.ndarray) -> np.ndarray:
-        return uniforms(self._seed, stream, epoch, ids)
+    def _joined(self, texts: list[Tensor]) -> Tensor:
+        """All states in float32, end to end."""
+        rows, width = sum(len(text) for text in texts), self.index.text_width
+        return torch.cat(texts, out=self._states.take(4 * rows * width).view(torch.float32).view(rows, width))
+
+    def _draws(self, epoch: int, ids: np.ndarray) -> _Draws:
+        dropped, caption, mirrored = uniforms(self._seed, DRAWS, epoch, ids)
+        return _Draws(dropped < self._caption_dropout, caption, mirrored < FLIP_SHARE)
 
     def _load(
         self, sample_ids: tuple[int, ...], epoch: int, raw: Mapping[int, RawSample] | None = None
@@ -426,8 +456,8 @@ class _Packs(Dataset["_Item"], Generic[T]):
         mirror images, these would be used."""
         if not self._flip_pictures:
             return set()
-        draws = self._draw("flip", epoch, np.array(sample_ids)).tolist()
-        return {i for i, draw in zip(sample_ids, draws, strict=True) if draw < FLIP_SHARE}
+        mirrored = self._draws(epoch, np.array(sample_ids)).mirrored.tolist()
+        return {i for i, mirror in zip(sample_ids, mirrored, strict=True) if mirror}
 
     def _read(self, sample_ids: tuple[int, ...], epoch: int, raw: Mapping[int, RawSample]) -> dict[int, Any]:
         """The samples that are readable; a damaged one is counted, and not tried again.
@@ -473,20 +503,25 @@ class _Packs(Dataset["_Item"], Generic[T]):
         return [whole[i] if i in whole else cast(DataError, read[i]) for i in wanted]
 
 
-def _latents(samples: Sequence[StoredSample], flips: np.ndarray) -> Tensor:
+def _pinned(item: _Item) -> _Item:
+    pin = getattr(item.value, "pin_memory", None) if torch.cuda.is_available() else None
+    return item if pin is None else item._replace(value=pin())
+
+
+def _latents(samples: Sequence[StoredSample], mirrored: np.ndarray) -> Tensor:
     """Latents of all samples as they were stored, end to end, that of the mirror image where it is used."""
     chosen = [
-        sample.flipped if sample.flipped is not None and flip < FLIP_SHARE else sample.latent
-        for sample, flip in zip(samples, flips.tolist(), strict=True)
+        sample.flipped if sample.flipped is not None and mirror else sample.latent
+        for sample, mirror in zip(samples, mirrored.tolist(), strict=True)
     ]
     return torch.cat([latent.reshape(-1) for latent in chosen])
 
 
-def _features(samples: Sequence[StoredSample], flips: np.ndarray) -> Tensor | None:
+def _features(samples: Sequence[StoredSample], mirrored: np.ndarray) -> Tensor | None:
     """Features of all tokens, of the mirror image where that is used; None without an image encoder."""
     chosen = [
-        sample.flipped_features if sample.flipped is not None and flip < FLIP_SHARE else sample.features
-        for sample, flip in zip(samples, flips, strict=True)
+        sample.flipped_features if sample.flipped is not None and mirror else sample.features
+        for sample, mirror in zip(samples, mirrored.tolist(), strict=True)
     ]
     present = [features for features in chosen if features is not None]
     return torch.cat(present) if present else None

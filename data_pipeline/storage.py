@@ -63,7 +63,7 @@ class Folder:
         """
         # Not mapped: a shard that is cut short while it is read must be an error, not a signal that kills.
         data = np.empty(size, np.uint8).data
-        return data[: os.preadv(self._file(name), [data], offset)]
+        return data[: os.preadv(self.descriptor(name), [data], offset)]
 
     def size(self, name: str) -> int:
         """Bytes of a file.
@@ -73,7 +73,12 @@ class Folder:
         """
         return (self.location / name).stat().st_size
 
-    def _file(self, name: str) -> int:
+    def descriptor(self, name: str) -> int:
+        """Descriptor of a file, opened once.
+
+        Raises:
+            FileNotFoundError, OSError
+        """
         if self._pid != os.getpid():
             # A forked worker inherits the parent's descriptors; it opens its own so that close() stays local.
             self._files, self._pid = {}, os.getpid()
