@@ -11,7 +11,7 @@ import resource
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from tim_ds.trainer.loop import Loop
 from tim_ds.trainer.memory import Ranks, estimate
 from tim_ds.trainer.preview import describe_export
 from tim_ds.trainer.run import train
+from tim_ds.trainer.signals import RunStopped, StopSignals
 from tim_ds.trainer.step import StepOutput, TransitionStep
 from tim_ds.trainer.world import World
 
@@ -409,6 +410,17 @@ def train_through_failures(world: World, settings: Recipe, folder: Path) -> None
         train(settings, folder / "failing", shared_engine_file(world, folder, 1), world)
     # Three pictures, two a call: two for rank 0 and one for rank 1, in each of four evaluations.
     assert drawn == [2 - world.rank] * 4
+    signals, ended = StopSignals(), threading.Event()
+
+    def endless_score(*arguments: Any, **named: Any) -> Any:
+        signals.reason = "SIGTERM"
+        ended.wait()
+        raise RuntimeError("too late for anybody")
+
+    with patch.object(dpg, "score_pictures", endless_score), patch.object(benchmarks, "MEETING_S", 0.01):
+        with suppress(RunStopped):
+            train(settings, folder / "stopping", shared_engine_file(world, folder, 1), world, signals=signals)
+        ended.set()
 
 
 def write_questions(folder: Path, world: World) -> Path:

@@ -176,7 +176,16 @@ def _run(
     if config.evaluation.every_steps:
         export_now = describe_export(recipe, progress.step, recipe_hash(recipe))
         evaluate = world.together(
-            partial(Evaluations, recipe, export_now, root.network, run_dir, world, log, watch.enter),
+            lambda: Evaluations(
+                recipe,
+                export_now,
+                root.network,
+                run_dir,
+                world,
+                log,
+                watch.enter,
+                lambda: signals.requested,
+            ),
             (TimError, DataError),
         )
 
