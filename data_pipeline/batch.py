@@ -12,6 +12,10 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from data_pipeline.buffers import Buffers
+
+_tokens = Buffers()
+
 
 @dataclass(frozen=True, eq=False)
 class Latents:
@@ -35,7 +39,7 @@ class Latents:
         if self.values.shape != (expected,):
             raise ValueError(f"grids hold {expected} values, received {list(self.values.shape)}")
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
         return sum(h * w for h, w in self.grids)
 
@@ -46,10 +50,11 @@ class Latents:
     def tokens(self) -> Tensor:
         """float32 [T, C], tokens of all images end to end, row-major, last axis (row in patch, col in patch,
         channel); on the device of `values`."""
-        p, channels = self.patch_size, self.channels
-        tokens = torch.empty(
-            self.num_tokens, self.token_channels, dtype=torch.float32, device=self.values.device
-        )
+        p, channels, shape = self.patch_size, self.channels, (self.num_tokens, self.token_channels)
+        if self.values.device.type == "cpu":
+            tokens = _tokens.take(4 * self.values.numel()).view(torch.float32).view(shape)
+        else:
+            tokens = torch.empty(shape, dtype=torch.float32, device=self.values.device)
         start = 0
         # One copy for all neighbours of one size: a device is given few large copies, not many small ones.
         for (h, w), run in groupby(self.grids):
@@ -76,6 +81,8 @@ class PackedBatch:
         text_LE: float32 [L, E], captions end to end (None for class data).
         labels_S: int64 [S] (None for text data).
         features_TZ: [T, Z] of an image encoder, in its dtype (None without one).
+        padding_1E: float32 [1, E], with which every caption is filled up to the longest of the pack; None
+            where captions keep their own lengths.
     """
 
     latents: Latents
@@ -96,6 +103,7 @@ class PackedBatch:
     num_replaced: int = 0
     """Images that stand in for damaged samples."""
     features_TZ: Tensor | None = None
+    padding_1E: Tensor | None = None
 
     def __post_init__(self) -> None:
         tokens = self.latents.num_tokens

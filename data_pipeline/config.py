@@ -36,7 +36,8 @@ class TextEncoderConfig:
     """words only: width of a state."""
     max_tokens: int = 256
     padding: Literal["none", "constant"] = "none"
-    """`constant` appends the authors' padding states, for their weights."""
+    """`constant` fills the captions of a batch up to the longest, the empty ones too, with the authors'
+    padding state, for their weights."""
 
     def __post_init__(self) -> None:
         if self.kind != "words" and not self.path:
@@ -75,6 +76,9 @@ class ImageEncoderConfig:
 class DataConfig:
     shards: str
     """Folder, or URL that fsspec reads, of the tar shards and their index."""
+    index: str | None = None
+    """Folder or URL of the index, where it is not beside the shards. What else belongs to them
+    (null.safetensors, manifest.json) is looked for there first."""
     tokens_per_pack: int
     """Token budget of one pack (one micro-batch of one rank); at least the largest image."""
     packs_per_step: int
@@ -87,16 +91,30 @@ class DataConfig:
     encode_online: bool = False
     """Whether autoencoder or text encoder run while training: true for shards that hold pictures, token ids
     or captions, false for shards that hold latents and states."""
+    flip_online: bool = False
+    """Whether pictures that are encoded while training are mirrored first, half of the time. Stored mirror
+    images (`prepare --flip`) are used whatever this says."""
     caption_dropout: float = 0.1
     """Share of images whose caption (or label) is replaced by the null one, for guidance."""
     workers: int = 0
     """Loader processes a rank; 0 reads in the training process."""
 
     def __post_init__(self) -> None:
-        if not self.shards:
-            raise ValueError("data.shards: expected a folder or a URL, received an empty word")
+        for name in ("shards", "index"):
+            if getattr(self, name) == "":
+                raise ValueError(f"data.{name}: expected a folder or a URL, received an empty word")
+        if self.flip_online and not self.encode_online:
+            raise ValueError(
+                "data.flip_online: mirrors pictures that are encoded while training, but data.encode_online "
+                "is false; for stored latents prepare the shards with --flip"
+            )
         for name, least in (("tokens_per_pack", 1), ("packs_per_step", 1), ("workers", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"data.{name}: expected at least {least}, received {getattr(self, name)}")
         if not 0.0 <= self.caption_dropout <= 1.0:
             raise ValueError(f"data.caption_dropout: expected 0 to 1, received {self.caption_dropout}")
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Where what lies beside the shards is looked for, in this order."""
+        return (self.shards,) if self.index is None else (self.index, self.shards)

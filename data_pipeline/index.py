@@ -1,39 +1,45 @@
 """The index beside the shards: one row a sample, so that order is planned on integers and read by offset.
 
-`index.safetensors` holds one array a column (68 bytes a sample, plus its key), a table of the sizes that
+`index.safetensors` holds one array a column (88 bytes a sample, plus its key), a table of the sizes that
 occur, and a JSON header. Loading maps it into memory: rows are paged in as they are read. It is built in one
 pass over any webdataset tars that follow `schema.py`, whoever wrote them:
 
     python -m data_pipeline.index FOLDER
+    python -m data_pipeline.index URL --out FOLDER
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 import tarfile
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 from tqdm import tqdm
+from zlib_ng.zlib_ng import crc32
 
 from data_pipeline import schema
 from data_pipeline.errors import DataError
 from data_pipeline.packing import LengthGroups
+from data_pipeline.remote_shards import RemoteShard, find_shards
 from data_pipeline.storage import Remote, is_url
 
+logger = logging.getLogger(__name__)
+
 INDEX_NAME = "index.safetensors"
-FORMAT = 2
+FORMAT = 3
 
 MAX_BAD_SHARE = 0.01
 """Share of samples that may break the schema before the index is refused ..."""
@@ -46,6 +52,9 @@ BAD_LISTED = 100
 
 FETCH_BYTES = 1 << 24
 """Bytes of one request while an index is fetched."""
+
+SIZES_AT_ONCE = 16
+"""Shards at a URL that are asked for their size at once."""
 
 TRUNCATED = "truncated tar: what follows is lost; copy or prepare it again"
 
@@ -65,6 +74,14 @@ COLUMNS: dict[str, Any] = {
     "text_size": np.int32,
     "meta_start": np.int32,
     "meta_size": np.int32,
+    # Values of a latent inside that span, and `latent_checksum` of them: a read needs to parse nothing.
+    # `flipped_at` is 0 without a stored mirror image, `latent_at` where a picture lies there.
+    "latent_at": np.int32,
+    "latent_crc32": np.uint32,
+    "flipped_at": np.int32,
+    "flipped_crc32": np.uint32,
+    # Of the whole text member.
+    "text_crc32": np.uint32,
     # Latent cells, caption length in tokens (0 for class data), class label (-1 for text data).
     "height": np.uint16,
     "width": np.uint16,
@@ -73,6 +90,8 @@ COLUMNS: dict[str, Any] = {
     "key_end": np.int64,
 }
 
+VALUES: tuple[str, ...] = ("latent_at", "latent_crc32", "flipped_at", "flipped_crc32")
+"""Columns of the values of a latent and of its mirror image."""
 
 DTYPES: dict[str, Any] = {
     "U8": np.uint8,
@@ -127,6 +146,8 @@ class Index:
     """Samples (or broken ends of shards) that the index leaves out because they break the schema."""
     bad: tuple[tuple[str, str], ...] = ()
     """(shard:key, reason) of the first of them."""
+    latent_dtype: str = ""
+    """safetensors' name of the type of every latent; empty where they differ or are not stored."""
     online: tuple[str, ...] = ()
     """What is encoded while training: `picture`, and `ids` or `caption`; empty where all of it was before."""
     stored: tuple[Path, str] | None = None
@@ -235,6 +256,7 @@ class Index:
             "num_classes": self.num_classes,
             "num_bad": self.num_bad,
             "bad": [list(entry) for entry in self.bad],
+            "latent_dtype": self.latent_dtype,
             **({"online": list(self.online)} if self.online else {}),
         }
 
@@ -244,17 +266,18 @@ class Index:
         arrays.append(("shapes", self.shapes))
         return sorted(arrays, key=lambda item: (-item[1].dtype.itemsize, item[0]))
 
-    def save(self) -> Path:
-        """Write the index beside its shards (aside, then renamed). Returns its path.
+    def save(self, folder: Path | None = None) -> Path:
+        """Write the index (aside, then renamed), by default beside its shards. Returns its path.
 
         Raises:
-            DataError: if the shards lie at a URL.
+            DataError: if the shards lie at a URL and no folder is given.
         """
-        if not isinstance(self.folder, Path):
-            raise DataError(
-                f"{self.folder}: an index is written beside local shards, then uploaded with them"
-            )
-        path = self.folder / INDEX_NAME
+        if folder is None and isinstance(self.folder, Path):
+            folder = self.folder
+        if folder is None:
+            raise DataError(f"{self.folder}: the index of shards at a URL needs a folder of its own")
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / INDEX_NAME
         aside = path.with_name(f".{INDEX_NAME}.partial")
         try:
             with open(aside, "wb") as stream:
@@ -290,7 +313,7 @@ def encode_header(arrays: Sequence[tuple[str, np.ndarray]], header: dict[str, An
     return len(text).to_bytes(8, "little") + text
 
 
-def load_index(location: Path | str, *, verify: bool = False) -> Index:
+def load_index(location: Path | str, *, kept_in: Path | str | None = None, verify: bool = False) -> Index:
     """The index of a folder or URL of shards.
 
     The file is mapped, not read: this costs the same at any number of samples. A row that was altered is
@@ -299,27 +322,39 @@ def load_index(location: Path | str, *, verify: bool = False) -> Index:
 
     Args:
         location: folder, or URL that fsspec reads.
-        verify: compare the whole content with the recorded hash.
+        kept_in: folder or URL of the index, where it is not beside the shards.
+        verify: compare the whole content with the recorded hash, and the sizes of shards at a URL, too.
 
     Raises:
         DataError: if it is missing, unreadable, altered, or older than its shards.
     """
-    rebuild = f"build it with `python -m data_pipeline.index {location}`"
-    if is_url(location):
-        index = _map_index(_fetch(Remote(str(location))), str(location).rstrip("/"))
+    home = location if kept_in is None else kept_in
+    rebuild = f"build it with `{_command(location, kept_in)}`"
+    folder = str(location).rstrip("/") if is_url(location) else Path(location)
+    if is_url(home):
+        path = _fetch(Remote(str(home)), rebuild)
     else:
-        path = Path(location) / INDEX_NAME
+        path = Path(home) / INDEX_NAME
         if not path.is_file():
             raise DataError(
                 f"{path}: no index; prepare the data (python -m data_pipeline.prepare, or for the embedded "
                 f"handwriting python -m data_pipeline.handwriting), or if the shards are there {rebuild}"
             )
-        index = _map_index(path, Path(location))
+    index = _map_index(path, folder)
+    if isinstance(folder, Path):
         for name, size in zip(index.shards, index.shard_bytes, strict=True):
-            _check_shard(Path(location) / name, size, rebuild)
+            _check_shard(folder / name, size, rebuild)
+    elif verify:
+        _check_remote_shards(index, rebuild)
     if verify and index.compute_hash() != index.hash:
-        raise DataError(f"{location}/{INDEX_NAME}: its content does not match its hash; re{rebuild}")
+        raise DataError(f"{home}/{INDEX_NAME}: its content does not match its hash; re{rebuild}")
     return index
+
+
+def _command(location: Path | str, kept_in: Path | str | None) -> str:
+    """What builds an index."""
+    out = "" if kept_in is None else f" --out {kept_in}"
+    return f"python -m data_pipeline.index {location}{out or (' --out FOLDER' if is_url(location) else '')}"
 
 
 def _check_shard(path: Path, expected: int, rebuild: str) -> None:
@@ -327,6 +362,10 @@ def _check_shard(path: Path, expected: int, rebuild: str) -> None:
         size = os.stat(path).st_size
     except FileNotFoundError as error:
         raise DataError(f"{path}: missing, but the index lists it; restore it or re{rebuild}") from error
+    _check_size(path, expected, size, rebuild)
+
+
+def _check_size(path: Path | str, expected: int, size: int, rebuild: str) -> None:
     if size != expected:
         raise DataError(
             f"{path}: expected {expected} bytes, received {size}: it changed after the index was built; "
@@ -334,9 +373,28 @@ def _check_shard(path: Path, expected: int, rebuild: str) -> None:
         )
 
 
+def _check_remote_shards(index: Index, rebuild: str) -> None:
+    remote = Remote(str(index.folder))
+    threads = ThreadPoolExecutor(SIZES_AT_ONCE)
+    sizes = [threads.submit(remote.size, name) for name in index.shards]
+    try:
+        for name, expected, size in zip(index.shards, index.shard_bytes, sizes, strict=True):
+            where = f"{index.folder}/{name}"
+            try:
+                _check_size(where, expected, size.result(), rebuild)
+            except FileNotFoundError as error:
+                raise DataError(
+                    f"{where}: missing, but the index lists it; restore it or re{rebuild}"
+                ) from error
+            except OSError as error:
+                raise DataError(f"{where}: cannot be asked for its size ({error})") from error
+    finally:
+        threads.shutdown(cancel_futures=True)
+
+
 def _map_index(path: Path, folder: Path | str) -> Index:
     """The index in the file `path`, for the shards in `folder`."""
-    rebuild = f"rebuild it with `python -m data_pipeline.index {folder}`"
+    rebuild = f"rebuild it with `{_command(folder, None)}`"
     try:
         with open(path, "rb") as stream:
             start = 8 + int.from_bytes(stream.read(8), "little")
@@ -369,6 +427,7 @@ def _map_index(path: Path, folder: Path | str) -> Index:
             members=arrays["members"],
             num_bad=header["num_bad"],
             bad=tuple((name, reason) for name, reason in header["bad"]),
+            latent_dtype=header["latent_dtype"],
             online=tuple(header.get("online", ())),
             stored=(path, header["hash"]),
         )
@@ -383,7 +442,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tim_ds"
 
 
-def _fetch(remote: Remote) -> Path:
+def _fetch(remote: Remote, rebuild: str) -> Path:
     """Local copy of the index at a URL, fetched unless the copy at hand has the same header."""
     where = f"{remote.location}/{INDEX_NAME}"
     try:
@@ -414,7 +473,10 @@ def _fetch(remote: Remote) -> Path:
             aside.unlink(missing_ok=True)
         return path
     except FileNotFoundError as error:
-        raise DataError(f"{where}: no index; upload the one that was built beside the shards") from error
+        raise DataError(
+            f"{where}: no index; upload the one that was built beside the shards, or {rebuild} and name "
+            f"that folder in data.index"
+        ) from error
     except OSError as error:
         raise DataError(f"{where}: cannot be read ({error})") from error
 
@@ -430,15 +492,21 @@ class _Row:
 
 @dataclass
 class _ShardRows:
-    """What one tar holds. `channels` and `widths` have one entry a row; `key_end` cuts `keys` into keys."""
+    """What one tar holds. `channels`, `widths` and `dtypes` have one entry a row; `key_end` cuts `keys`."""
 
     columns: dict[str, np.ndarray]
     keys: np.ndarray
     channels: np.ndarray
     widths: np.ndarray
+    dtypes: np.ndarray
+    """safetensors' name of the latent's type; empty for a picture, and where the mirror image has another."""
     bad: list[tuple[str, str]]
     forms: dict[tuple[str, ...], str]
     """What samples leave to encode (`Index.online`), and one sample for each."""
+    size: int
+    """Bytes of the tar."""
+    num_retries: int = 0
+    """Requests for it that had to be made again."""
 
     def __len__(self) -> int:
         return len(self.channels)
@@ -454,24 +522,26 @@ class _ShardRows:
         self.keys = self.keys[np.repeat(kept, sizes)]
         self.columns = {name: column[kept] for name, column in self.columns.items()}
         self.columns["key_end"] = np.cumsum(sizes[kept])
-        self.channels, self.widths = self.channels[kept], self.widths[kept]
+        self.channels, self.widths, self.dtypes = self.channels[kept], self.widths[kept], self.dtypes[kept]
 
 
 def build_index(
-    folder: Path | str,
+    location: Path | str | Sequence[str],
     *,
     num_classes: int | None = None,
     progress: bool = True,
     processes: int = 1,
     max_bad_share: float = MAX_BAD_SHARE,
 ) -> Index:
-    """Index every `*.tar` of `folder` in one pass; nothing is written (see `Index.save`).
+    """Index webdataset tars in one pass; nothing is written (see `Index.save`).
 
     A sample that breaks the schema is left out and recorded in `Index.bad`; so is the end of a truncated tar,
     and a sample whose channels or width of states differ from those of most.
 
+    Shards at URLs are streamed, a few blocks at a time, and give the index that they would on a disk.
+
     Args:
-        folder: of webdataset shards, in any layout that `schema.py` describes.
+        location: folder whose `*.tar` follow `schema.py`, or URLs of such shards (`find_shards`).
         num_classes: of class data; null takes the largest label plus one.
         progress: whether to show a bar.
         processes: that read shards side by side.
@@ -479,25 +549,28 @@ def build_index(
             except with 0.
 
     Raises:
-        DataError: if there are no shards, no usable sample, or too many bad ones.
+        DataError: if there are no shards, no usable sample, or too many bad ones, or if a shard at a URL
+            cannot be read.
     """
-    folder = Path(folder)
-    paths = sorted(folder.glob("*.tar"))
-    if not paths:
-        raise DataError(f"{folder}: expected webdataset shards (*.tar), received none")
+    folder, names = _shards_of(location)
     parts: list[_ShardRows] = []
     num_bad = 0
     with ExitStack() as stack:
         if processes > 1:
-            found = stack.enter_context(ProcessPoolExecutor(processes)).map(_index_shard, paths)
+            pool = stack.enter_context(ProcessPoolExecutor(processes))
+            found = pool.map(partial(_index_shard, folder), names)
         else:
-            found = map(_index_shard, paths)
-        for part in tqdm(found, total=len(paths), desc="index", unit="shard", disable=not progress):
+            found = map(partial(_index_shard, folder), names)
+        for part in tqdm(found, total=len(names), desc="index", unit="shard", disable=not progress):
             parts.append(part)
             num_bad += len(part.bad)
             if num_bad > BAD_STOP:
                 break
-    _keep_the_most_common(paths, parts)
+    names = names[: len(parts)]
+    retries = sum(part.num_retries for part in parts)
+    if retries:
+        logger.warning("%s: %d requests failed or took too long, and were made again", folder, retries)
+    _keep_the_most_common(names, parts)
     samples, bad = sum(map(len, parts)), [entry for part in parts for entry in part.bad]
     _check_bad(folder, samples, bad, max_bad_share)
     forms = {form: where for part in parts for form, where in part.forms.items()}
@@ -510,10 +583,11 @@ def build_index(
     if text_width == 0 and num_classes is not None and largest >= num_classes:
         raise DataError(f"{folder}: label {largest} with num_classes {num_classes}")
     shapes, members = group_by_size(columns["height"], columns["width"])
+    dtypes = {str(dtype) for part in parts for dtype in np.unique(part.dtypes)}
     return Index(
         folder=folder,
-        shards=tuple(p.name for p in paths),
-        shard_bytes=tuple(p.stat().st_size for p in paths),
+        shards=names,
+        shard_bytes=tuple(part.size for part in parts),
         channels=next(int(part.channels[0]) for part in parts if len(part)),
         text_width=text_width,
         num_classes=0 if text_width else (num_classes or largest + 1),
@@ -523,8 +597,22 @@ def build_index(
         members=members,
         num_bad=len(bad),
         bad=tuple(bad[:BAD_LISTED]),
+        latent_dtype=dtypes.pop() if len(dtypes) == 1 else "",
         online=next(iter(forms)),
     )
+
+
+def _shards_of(location: Path | str | Sequence[str]) -> tuple[Path | str, tuple[str, ...]]:
+    """Where shards lie, and their names, sorted."""
+    if not isinstance(location, Path | str):
+        return find_shards(location)
+    if is_url(location):
+        return find_shards([str(location)])
+    folder = Path(location)
+    names = tuple(path.name for path in sorted(folder.glob("*.tar")))
+    if not names:
+        raise DataError(f"{folder}: expected webdataset shards (*.tar), received none")
+    return folder, names
 
 
 def group_by_size(heights: np.ndarray, widths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -539,7 +627,7 @@ def group_by_size(heights: np.ndarray, widths: np.ndarray) -> tuple[np.ndarray, 
     return np.stack([codes >> 16, codes & 0xFFFF, counts], axis=1).astype(np.int64), members
 
 
-def _keep_the_most_common(paths: Sequence[Path], parts: Sequence[_ShardRows]) -> None:
+def _keep_the_most_common(names: Sequence[str], parts: Sequence[_ShardRows]) -> None:
     """Move samples with other channels, or another width of states, than most samples to the bad ones."""
     counts: Counter[tuple[int, int]] = Counter()
     for part in parts:
@@ -547,13 +635,13 @@ def _keep_the_most_common(paths: Sequence[Path], parts: Sequence[_ShardRows]) ->
     if len(counts) < 2:
         return
     channels, width = max(counts, key=lambda pair: (counts[pair], pair))
-    for path, part in zip(paths, parts, strict=False):
+    for name, part in zip(names, parts, strict=True):
         other = (part.channels != channels) | (part.widths != width)
         for row in np.flatnonzero(other).tolist():
             found = f"{part.channels[row]} channels and states of width {part.widths[row]}"
             part.bad.append(
                 (
-                    f"{path.name}:{part.key(row)}",
+                    f"{name}:{part.key(row)}",
                     f"expected {channels} channels and {width}, received {found}",
                 )
             )
@@ -561,7 +649,7 @@ def _keep_the_most_common(paths: Sequence[Path], parts: Sequence[_ShardRows]) ->
             part.keep(~other)
 
 
-def _check_bad(folder: Path, samples: int, bad: Sequence[tuple[str, str]], share: float) -> None:
+def _check_bad(folder: Path | str, samples: int, bad: Sequence[tuple[str, str]], share: float) -> None:
     total = samples + len(bad)
     if total == 0:
         raise DataError(f"{folder}: its shards hold no sample at all")
@@ -588,44 +676,75 @@ def _merge_columns(parts: Sequence[_ShardRows]) -> dict[str, np.ndarray]:
     return columns
 
 
-def _index_shard(path: Path) -> _ShardRows:
-    rows: dict[str, list[int]] = {name: [] for name in COLUMNS}
+def _index_shard(folder: Path | str, name: str) -> _ShardRows:
+    """Raises DataError if it lies at a URL and cannot be read."""
+    if isinstance(folder, Path):
+        with open(folder / name, "rb") as stream:
+            return _read_shard(name, stream)
+    try:
+        with RemoteShard(Remote(folder), name) as shard:
+            # tarfile asks for a typed file object; this one reads and seeks like any.
+            part = _read_shard(name, cast(BinaryIO, shard))
+            part.num_retries = shard.num_retries
+            return part
+    except FileNotFoundError as error:
+        raise DataError(f"{folder}/{name}: missing") from error
+    except OSError as error:
+        # Not a truncated tar: left out, its samples would be missing from every run on this index.
+        raise DataError(f"{folder}/{name}: cannot be read ({error}); try again") from error
+
+
+def _read_shard(name: str, stream: BinaryIO) -> _ShardRows:
+    rows: dict[str, list[int]] = {column: [] for column in COLUMNS}
     keys = bytearray()
     shapes: list[tuple[int, int]] = []
+    dtypes: list[str] = []
     bad: list[tuple[str, str]] = []
     forms: dict[tuple[str, ...], str] = {}
     seen: set[str] = set()
-    with open(path, "rb") as stream:
-        for row in _walk(path, stream):
-            where = f"{path.name}:{row.key}"
-            problem = row.problem
-            if problem is None and row.key in seen:
-                problem = "key given twice, or its members are not next to each other"
-            seen.add(row.key)
-            if problem is None:
-                try:
-                    values, shape, online = _check_row(row, stream, where)
-                except DataError as error:
-                    problem = str(error).removeprefix(f"{where}: ")
-                else:
-                    keys.extend(row.key.encode())
-                    values["key_end"] = len(keys)
-                    for name, value in values.items():
-                        rows[name].append(value)
-                    shapes.append(shape)
-                    forms.setdefault(online, where)
-            if problem is not None:
-                bad.append((where, problem))
+    total = stream.seek(0, os.SEEK_END)
+    stream.seek(0)
+    for row in _walk(stream, total):
+        where = f"{name}:{row.key}"
+        problem = row.problem
+        if problem is None and row.key in seen:
+            problem = "key given twice, or its members are not next to each other"
+        seen.add(row.key)
+        if problem is None:
+            try:
+                values, shape, dtype, online = _check_row(row, stream, where)
+            except DataError as error:
+                problem = str(error).removeprefix(f"{where}: ")
+            else:
+                keys.extend(row.key.encode())
+                values["key_end"] = len(keys)
+                for column, value in values.items():
+                    rows[column].append(value)
+                shapes.append(shape)
+                dtypes.append(dtype)
+                forms.setdefault(online, where)
+        if problem is not None:
+            bad.append((where, problem))
     rows["shard"] = [0] * len(shapes)
     channels, widths = np.array(shapes, dtype=np.int64).reshape(-1, 2).T
-    columns = {name: np.asarray(rows[name], dtype=dtype) for name, dtype in COLUMNS.items()}
-    return _ShardRows(columns, np.frombuffer(bytes(keys), dtype=np.uint8), channels, widths, bad, forms)
+    columns = {column: np.asarray(rows[column], dtype=kind) for column, kind in COLUMNS.items()}
+    return _ShardRows(
+        columns,
+        np.frombuffer(bytes(keys), dtype=np.uint8),
+        channels,
+        widths,
+        np.array(dtypes, dtype="U4"),
+        bad,
+        forms,
+        size=total,
+    )
 
 
 def _check_row(
     row: _Row, stream: BinaryIO, where: str
-) -> tuple[dict[str, int], tuple[int, int], tuple[str, ...]]:
-    """Columns of a sample; its channels and width of states (0 for class data); what is still to be encoded.
+) -> tuple[dict[str, int], tuple[int, int], str, tuple[str, ...]]:
+    """Columns of a sample; its channels and width of states (0 for class data); type of its latent (empty for
+    a picture); what is still to be encoded.
 
     Raises:
         DataError: if it breaks the schema.
@@ -658,13 +777,20 @@ def _check_row(
     if picture is not None:
         online.append("picture")
         shape = schema.planned_latent(schema.decode_meta(meta_bytes, where), where)
+        direct, dtype = {name: 0 for name in VALUES}, ""
     else:
         tensors = schema.decode_tensors(latent_bytes, where)
         latent = schema.take_tensor(tensors, "latent", where)
         schema.check_latent(latent, where)
         if "flipped" in tensors:
             schema.check_latent(tensors["flipped"], f"{where}: flipped")
+            if tensors["flipped"].shape != latent.shape:
+                raise DataError(
+                    f"{where}: flipped: expected the shape of the latent {list(latent.shape)}, "
+                    f"received {list(tensors['flipped'].shape)}"
+                )
         shape = (latent.shape[0], latent.shape[1], latent.shape[2])
+        direct, dtype = _latent_places(latent_bytes, latent_start, shape[1:])
     if max(shape[1:]) >= 1 << 16:
         raise DataError(f"{where}: latent: expected sides below 65536 cells, received {list(shape)}")
     text_length, width, label = 0, 0, -1
@@ -691,25 +817,45 @@ def _check_row(
     values = {
         "offset": offset,
         "size": end - offset,
-        "crc32": zlib.crc32(span),
+        "crc32": crc32(span),
         "latent_start": latent_start,
         "latent_size": latent_size,
         "text_start": text_start,
         "text_size": text_size,
         "meta_start": meta_start,
         "meta_size": meta_size,
+        **direct,
+        "text_crc32": crc32(text_bytes),
         "height": shape[1],
         "width": shape[2],
         "text_length": text_length,
         "label": label,
     }
-    return values, (shape[0], width), tuple(online)
+    return values, (shape[0], width), dtype, tuple(online)
 
 
-def _walk(path: Path, stream: BinaryIO) -> Iterator[_Row]:
+def latent_checksum(values: bytes | memoryview, height: int, width: int) -> int:
+    """CRC-32 of a latent's values, which vouches for its height and width too: it starts from them."""
+    return crc32(values, height << 16 | width)
+
+
+def _latent_places(member: bytes, start: int, size: tuple[int, int]) -> tuple[dict[str, int], str]:
+    """`VALUES` of a latent member that begins at byte `start` of its sample; the type of the latent, empty
+    where the mirror image has another."""
+    begin = 8 + int.from_bytes(member[:8], "little")
+    places = schema.tensor_places(member[8:begin], begin)
+    columns: dict[str, int] = {}
+    for name in ("latent", "flipped"):
+        _, first, end = places.get(name, ("", 0, 0))
+        columns[f"{name}_at"] = start + first if end else 0
+        columns[f"{name}_crc32"] = latent_checksum(member[first:end], *size) if end else 0
+    dtypes = {places[name][0] for name in ("latent", "flipped") if name in places}
+    return columns, dtypes.pop() if len(dtypes) == 1 else ""
+
+
+def _walk(stream: BinaryIO, total: int) -> Iterator[_Row]:
     """Yield one `_Row` a run of members that share a key. A broken tar ends in a row that says so."""
     current: _Row | None = None
-    total = os.fstat(stream.fileno()).st_size
     broken: str | None = None
     try:
         # The caller reads payloads from the same stream between members: tarfile seeks before each header.
@@ -749,9 +895,20 @@ def _walk(path: Path, stream: BinaryIO) -> Iterator[_Row]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: build and save the index of a folder, or verify the one that is there."""
+    """Command line: build and save the index of shards, or verify the one that is there."""
     parser = argparse.ArgumentParser(prog="python -m data_pipeline.index", description=main.__doc__)
-    parser.add_argument("folder", help="of webdataset shards; with --verify also a URL")
+    parser.add_argument(
+        "location",
+        nargs="+",
+        help="folder of webdataset shards, or URLs: of a folder that its server lists, of shards, or of many "
+        "at once, as in https://host/part-{000000..000127}.tar",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="where the index goes (default: beside local shards; needed for a URL); data.index names it",
+    )
     parser.add_argument(
         "--num-classes", type=int, default=None, help="class data: labels are below this number"
     )
@@ -767,22 +924,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--verify", action="store_true", help="compare the stored index with its hash; build nothing"
     )
     options = parser.parse_args(arguments)
+    first, several = options.location[0], len(options.location) > 1
     try:
         if options.verify:
-            index = load_index(options.folder, verify=True)
-            path: Path | str = f"{options.folder}/{INDEX_NAME}"
+            if several:
+                raise DataError("--verify: expected the one folder or URL of the shards")
+            index = load_index(first, kept_in=options.out, verify=True)
+            path: Path | str = f"{options.out or first}/{INDEX_NAME}"
         else:
+            if options.out is None and is_url(first):
+                raise DataError("--out: required for shards at a URL; data.index then names that folder")
             index = build_index(
-                options.folder,
+                options.location if several else first,
                 num_classes=options.num_classes,
                 processes=options.processes,
                 max_bad_share=options.max_bad,
             )
-            path = index.save()
+            path = index.save(options.out)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"{path}: {len(index)} samples in {len(index.shards)} shards, hash {index.hash}")
+    if not options.verify and options.out is not None:
+        print(f"for the recipe: data.shards={index.folder} data.index={options.out}")
     for name, reason in index.bad:
         print(f"left out: {name}: {reason}", file=sys.stderr)
     if index.num_bad:

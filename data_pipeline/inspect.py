@@ -27,7 +27,7 @@ from data_pipeline.packing import Plan
 from data_pipeline.permutation import derive_key, permute
 from data_pipeline.reader import ShardReader
 from data_pipeline.schema import MANIFEST_NAME, decode_tensor
-from data_pipeline.storage import open_storage
+from data_pipeline.storage import read_beside
 
 TILE_PX = 128
 TEXT_LINES = 3
@@ -63,10 +63,17 @@ def some_rows(index: Index) -> np.ndarray:
 
 
 def report(
-    index: Index, *, patch_size: int, tokens_per_pack: int, packs_per_step: int, rows: int = 20
+    index: Index,
+    *,
+    patch_size: int,
+    tokens_per_pack: int,
+    packs_per_step: int,
+    rows: int = 20,
+    kept_in: str | None = None,
 ) -> str:
     """The text that the command prints. Sizes, fill and balance are exact; shares of bytes, and what is said
-    of captions and classes, come from `some_rows`."""
+    of captions and classes, come from `some_rows`. The manifest may lie beside an index `kept_in` another
+    folder than the shards'."""
     looked_at = some_rows(index)
     columns = {name: column[looked_at] for name, column in index.columns.items()}
     groups = index.groups(patch_size)
@@ -114,16 +121,20 @@ def report(
         f"fill             {plan.fill():.2%}",
         f"slowest pack     {plan.balance():.3f} x the mean cost of its step",
         f"left out         {plan.left_out_per_epoch} samples an epoch",
-        *_drops(index),
+        *_drops(index, _places(index.folder, kept_in)),
     ]
     return "\n".join(lines)
 
 
-def _drops(index: Index) -> list[str]:
+def _places(folder: Path | str, kept_in: str | None) -> tuple[str, ...]:
+    return (str(folder),) if kept_in is None else (kept_in, str(folder))
+
+
+def _drops(index: Index, places: Sequence[str]) -> list[str]:
     """What preparation dropped, as its manifest says, and what the index leaves out."""
     lines: list[str] = []
     try:
-        manifest = json.loads(open_storage(index.folder).read(MANIFEST_NAME))
+        manifest = json.loads(read_beside(places, MANIFEST_NAME)[1])
         dropped = manifest["report"]["dropped"]
         lines.append(f"dropped          {sum(dropped.values())} of the source when the shards were made")
         lines += [f"  {count:>9}  {reason}" for reason, count in sorted(dropped.items())]
@@ -189,7 +200,7 @@ def _tile(picture: Image.Image) -> Image.Image:
     return framed
 
 
-def manifest_autoencoder(folder: Path | str) -> AutoencoderConfig:
+def manifest_autoencoder(folder: Path | str, *, kept_in: str | None = None) -> AutoencoderConfig:
     """The autoencoder that made the shards, from their manifest.
 
     Raises:
@@ -197,7 +208,8 @@ def manifest_autoencoder(folder: Path | str) -> AutoencoderConfig:
     """
     path = f"{folder}/{MANIFEST_NAME}"
     try:
-        return AutoencoderConfig(**json.loads(open_storage(folder).read(MANIFEST_NAME))["autoencoder"])
+        path, content = read_beside(_places(folder, kept_in), MANIFEST_NAME)
+        return AutoencoderConfig(**json.loads(content)["autoencoder"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path}: does not say which autoencoder made the latents ({error!r}); use --no-sheet"
@@ -208,6 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line: describe a folder of shards."""
     parser = argparse.ArgumentParser(prog="python -m data_pipeline.inspect", description=main.__doc__)
     parser.add_argument("folder", help="of shards, or its URL")
+    parser.add_argument("--index", metavar="FOLDER", help="of the index, where it is not beside the shards")
     parser.add_argument("--patch-size", type=int, default=1, help="latent cells a side of a token")
     parser.add_argument(
         "--tokens-per-pack", type=int, default=None, help="budget (default: 4 of the largest image)"
@@ -224,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-sheet", action="store_true")
     options = parser.parse_args(arguments)
     try:
-        index = load_index(options.folder)
+        index = load_index(options.folder, kept_in=options.index)
         largest = int(index.groups(options.patch_size).lengths[-1])
         print(
             report(
@@ -232,13 +245,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 patch_size=options.patch_size,
                 tokens_per_pack=options.tokens_per_pack or 4 * largest,
                 packs_per_step=options.packs_per_step,
+                kept_in=options.index,
             )
         )
         if not options.no_sheet:
             if options.sheet is None and not isinstance(index.folder, Path):
                 raise DataError("--sheet: required for shards at a URL, or --no-sheet")
             path = options.sheet or Path(options.folder) / "contact_sheet.png"
-            autoencoder = build_autoencoder(manifest_autoencoder(index.folder))
+            autoencoder = build_autoencoder(manifest_autoencoder(index.folder, kept_in=options.index))
             contact_sheet(index, autoencoder, count=options.samples, seed=options.seed).save(path)
             print(f"contact sheet    {path}")
     except (DataError, OSError) as error:

@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import numpy as np
@@ -24,16 +23,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data_pipeline.batch import Latents, PackedBatch
+from data_pipeline.buffers import Buffers
 from data_pipeline.config import DataConfig
+from data_pipeline.direct import open_direct
 from data_pipeline.draws import generator, uniforms
 from data_pipeline.encoders.identity import latent_shape
+from data_pipeline.encoders.text import fill_up
 from data_pipeline.errors import DataError
 from data_pipeline.index import Index, load_index
 from data_pipeline.online import FrozenEncoders, OnlineReader, RawSample
-from data_pipeline.packing import Plan, StepPlan
+from data_pipeline.packing import PackPlan, Plan
 from data_pipeline.reader import ShardReader, StoredSample
 from data_pipeline.schema import MANIFEST_NAME, NULL_NAME, check_states
-from data_pipeline.storage import open_storage
+from data_pipeline.storage import read_beside
 from data_pipeline.workers import outlive_signals
 
 logger = logging.getLogger(__name__)
@@ -45,6 +47,12 @@ CACHE_BYTES = 1 << 30
 
 PREFETCH = 4
 """Packs that each worker reads ahead."""
+
+DRAWS = ("caption_dropout", "caption_choice", "flip")
+"""Streams of what is drawn for each sample."""
+
+FLIP_SHARE = 0.5
+"""Share of the epochs in which a sample is mirrored, where it may be."""
 
 MAX_CORRUPT_SHARE = 0.01
 """Share of damaged samples above which a run stops ..."""
@@ -101,24 +109,36 @@ class _Item(NamedTuple):
     """Samples that were found damaged since the last item, and why."""
     error: DataError | None
     """Returned, not raised: so it arrives as it is, not wrapped in a worker's traceback."""
+    retries: int = 0
+    """Requests to a URL that were made again since the last item."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Unencoded:
     """A pack as a worker read it, before the frozen encoders of the training process."""
 
-    planned: StepPlan
-    step: int
-    planned_ids: tuple[int, ...]
+    planned: PackPlan
     chosen: tuple[int, ...]
     samples: list[RawSample]
+
+
+class _Draws(NamedTuple):
+    """What is drawn for each sample of a pack, in its epoch."""
+
+    dropped: np.ndarray
+    """Whether the caption or label is replaced by the null one."""
+    caption: np.ndarray
+    """From [0, 1): which of several captions."""
+    mirrored: np.ndarray
+    """Whether the mirror image is used where it is stored."""
 
 
 class StepLoader(Generic[T]):
     """Iterates over optimiser steps: each item is the list of this rank's micro-batches, in order.
 
     `steps_per_epoch`, `plan` and `index` are there for reports; `len()` is the number of steps. `num_damaged`
-    counts the distinct samples that were replaced so far, by all workers of this rank.
+    counts the distinct samples that were replaced so far, by all workers of this rank, and `num_retries` the
+    requests to a URL that failed or took too long and were made again.
     """
 
     def __init__(
@@ -132,6 +152,7 @@ class StepLoader(Generic[T]):
         self._workers = workers
         self._packs_per_rank = packs_per_rank
         self._damage = _Damage(f"rank {packs.rank}")
+        self.num_retries = 0
 
     @property
     def plan(self) -> Plan:
@@ -167,20 +188,7 @@ class StepLoader(Generic[T]):
         items = range(
             self.start_step * self._packs_per_rank, (self.start_step + self.num_steps) * self._packs_per_rank
         )
-        # batch_size None: an item is a whole pack. Items arrive in the sampler's order, whoever is first.
-        # Its own generator: the loader must not advance the global one of a training process.
-        source: Iterator[_Item] = iter(
-            DataLoader(
-                self._read_packs,
-                batch_size=None,
-                sampler=items,
-                num_workers=self._workers,
-                worker_init_fn=outlive_signals if self._workers else None,
-                generator=torch.Generator(),
-                prefetch_factor=PREFETCH if self._workers else None,
-                pin_memory=torch.cuda.is_available(),
-            )
-        )
+        source = self._read_by_workers(items) if self._workers else map(self._packs.pinned, items)
         try:
             for _ in range(self.num_steps):
                 yield [self._take(item) for item in islice(source, self._packs_per_rank)]
@@ -188,14 +196,31 @@ class StepLoader(Generic[T]):
             # A raised error refers to this frame. Left to the garbage collector, workers take 5 s to stop.
             del source
 
+    def _read_by_workers(self, items: range) -> Iterator[_Item]:
+        # batch_size None: an item is a whole pack. Items arrive in the sampler's order, whoever is first.
+        # Its own generator: the loader must not advance the global one of a training process.
+        loader = DataLoader(
+            self._read_packs,
+            batch_size=None,
+            sampler=items,
+            num_workers=self._workers,
+            worker_init_fn=outlive_signals,
+            generator=torch.Generator(),
+            prefetch_factor=PREFETCH,
+            pin_memory=torch.cuda.is_available(),
+        )
+        return iter(loader)
+
     def _take(self, item: _Item) -> T:
         """The micro-batch of an item, encoded if a worker left that to do, its damage counted and logged.
 
         Raises:
             DataError: that of the item, or if this rank has met too much damage.
         """
+        self._count_retries(item.retries)
         if isinstance(item.value, _Unencoded):
             encoded = self._packs.encoded(item.value)
+            self._count_retries(self._packs.take_retries())
             item = encoded._replace(damaged=(*item.damaged, *encoded.damaged))
         self._damage.num_read += item.num_images
         for sample_id, message in item.damaged:
@@ -205,6 +230,16 @@ class StepLoader(Generic[T]):
         if item.error is not None:
             raise item.error
         return cast(T, item.value)
+
+    def _count_retries(self, retries: int) -> None:
+        before, self.num_retries = self.num_retries, self.num_retries + retries
+        # The first, and whenever they have doubled: a slow server must not fill the log.
+        if self.num_retries.bit_length() > before.bit_length():
+            logger.warning(
+                "%s: %d requests failed or took too long so far, and were made again",
+                self.index.folder,
+                self.num_retries,
+            )
 
 
 class _Packs(Dataset["_Item"], Generic[T]):
@@ -221,10 +256,12 @@ class _Packs(Dataset["_Item"], Generic[T]):
         seed: int,
         caption_dropout: float,
         null_states: Tensor | None,
+        padding_state: Tensor | None,
         cache_bytes: int,
         finish: Callable[[PackedBatch], T] | None,
         encoders: FrozenEncoders | None = None,
         pixel_channels: int = 3,
+        flip_pictures: bool = False,
     ) -> None:
         self.index = index
         self.encoders = encoders
@@ -232,17 +269,24 @@ class _Packs(Dataset["_Item"], Generic[T]):
         self.plan = plan
         self.rank = rank
         self._patch_size = patch_size
-        self._world_size = world_size
         self._seed = seed
         self._caption_dropout = caption_dropout
         self._null_states = null_states
+        self._padding_state = padding_state
         self._finish = finish
         self._is_encoded = encoders is None
+        self._packs_of_rank = plan.of_rank(rank, world_size)
         self._reader = ShardReader(index) if encoders is None else OnlineReader(index, pixel_channels)
-        self._cache: dict[int, StoredSample] = {}
-        self._cache_room = cache_bytes
+        self._direct = open_direct(self._reader) if encoders is None else None
+        self._states = Buffers()
+        self._flip_pictures = flip_pictures
+        # By id and by whether it was mirrored.
+        self._cache: dict[tuple[int, bool], StoredSample] = {}
+        # What lies in a folder is kept by the system's page cache, for all processes of a machine.
+        self._cache_room = cache_bytes if self._direct is None else 0
         self._damage = _Damage(f"a process of rank {rank}")
         self._news: list[tuple[int, str]] = []
+        self._retries = 0
 
     def without_encoders(self) -> _Packs[T]:
         """What workers are given: it reads everything and encodes nothing. Itself without encoders."""
@@ -254,14 +298,28 @@ class _Packs(Dataset["_Item"], Generic[T]):
         return reading
 
     def __getitem__(self, number: int) -> _Item:
-        step, position = divmod(number, self.plan.packs_per_step // self._world_size)
-        planned = self.plan.step(step)
-        sample_ids = planned.of_rank(self.rank, self._world_size)[position]
+        item = self._pack(number)
+        retries = self.take_retries()
+        return item._replace(retries=retries) if retries else item
+
+    def take_retries(self) -> int:
+        """Requests that this process made again since it was last asked."""
+        before, self._retries = self._retries, self._reader.storage.num_retries
+        return self._retries - before
+
+    def _pack(self, number: int) -> _Item:
+        planned = self._packs_of_rank.pack(*divmod(number, self._packs_of_rank.packs_per_step))
+        batch = self._read_directly(planned)
+        if batch is not None:
+            return self._finished(planned, batch)
+        sample_ids = tuple(planned.sample_ids.tolist())
         try:
             samples, chosen = self._load(sample_ids, planned.epoch)
         except DataError as error:
             return _Item(None, len(sample_ids), self._take_news(), error)
-        return self._item(planned, step, sample_ids, chosen, samples)
+        if not self._is_encoded and self.encoders is None:
+            return self._item(planned, _Unencoded(planned, chosen, samples))
+        return self._finished(planned, self._assemble(planned, chosen, samples))
 
     def encoded(self, pack: _Unencoded) -> _Item:
         """The pack that a worker read, encoded here."""
@@ -270,86 +328,103 @@ class _Packs(Dataset["_Item"], Generic[T]):
             samples, chosen = self._load(pack.chosen, pack.planned.epoch, raw)
         except DataError as error:
             return _Item(None, len(pack.chosen), self._take_news(), error)
-        item = self._item(pack.planned, pack.step, pack.planned_ids, chosen, samples)
-        pin = getattr(item.value, "pin_memory", None)
-        return item._replace(value=pin()) if pin is not None and torch.cuda.is_available() else item
+        return _pinned(self._finished(pack.planned, self._assemble(pack.planned, chosen, samples)))
 
-    def _item(
-        self,
-        planned: StepPlan,
-        step: int,
-        planned_ids: tuple[int, ...],
-        chosen: tuple[int, ...],
-        samples: list[Any],
-    ) -> _Item:
-        value: Any
-        if not self._is_encoded and self.encoders is None:
-            value = _Unencoded(planned, step, planned_ids, chosen, samples)
-        else:
-            value = self._assemble(
-                chosen,
-                samples,
-                epoch=planned.epoch,
-                step=step,
-                images_in_step=planned.num_images,
-                num_replaced=sum(a != b for a, b in zip(planned_ids, chosen, strict=True)),
-            )
-            if self._finish is not None:
-                value = self._finish(value)
-        return _Item(value, len(planned_ids), self._take_news(), None)
+    def pinned(self, number: int) -> _Item:
+        """Item `number`, in page-locked memory where there is a device."""
+        return _pinned(self[number])
+
+    def _finished(self, planned: PackPlan, batch: PackedBatch) -> _Item:
+        return self._item(planned, batch if self._finish is None else self._finish(batch))
+
+    def _item(self, planned: PackPlan, value: Any) -> _Item:
+        return _Item(value, len(planned.sample_ids), self._take_news(), None)
 
     def _take_news(self) -> tuple[tuple[int, str], ...]:
         news, self._news = tuple(self._news), []
         return news
 
+    def _read_directly(self, planned: PackPlan) -> PackedBatch | None:
+        """The pack as it is planned; None if anything about it is not as the index says, or if these shards
+        have to be read sample by sample."""
+        if self._direct is None:
+            return None
+        ids, draws = planned.sample_ids, self._draws(planned.epoch, planned.sample_ids)
+        values = self._direct.latents(ids, draws.mirrored)
+        texts = None
+        if values is not None and self._null_states is not None:
+            texts = self._direct.captions(ids, draws.caption, draws.dropped, self._null_states)
+        if values is None or (texts is None and self.index.has_text):
+            return None
+        self._damage.num_read += len(ids)
+        return self._batch(planned, ids, draws, values, texts)
+
     def _assemble(
-        self,
-        sample_ids: tuple[int, ...],
-        samples: list[StoredSample],
-        *,
-        epoch: int,
-        step: int,
-        images_in_step: int,
-        num_replaced: int,
+        self, planned: PackPlan, sample_ids: tuple[int, ...], samples: list[StoredSample]
     ) -> PackedBatch:
+        """The batch of samples that were read one by one; some may stand in for those that were planned."""
         ids = np.array(sample_ids)
-        dropped = self._draw("caption_dropout", epoch, ids) < self._caption_dropout
+        draws = self._draws(planned.epoch, ids)
         texts: list[Tensor] | None = None
-        labels: Tensor | None = None
-        if self.index.has_text:
-            draws = self._draw("caption_choice", epoch, ids)
-            texts = [
-                cast(Tensor, self._null_states) if drop else _caption(sample, draw)
-                for sample, drop, draw in zip(samples, dropped, draws, strict=True)
-            ]
+        if self._null_states is not None:
+            null, drawn = self._null_states, zip(samples, draws.dropped, draws.caption, strict=True)
+            texts = [null if drop else _caption(sample, draw) for sample, drop, draw in drawn]
+        values, features = _latents(samples, draws.mirrored), _features(samples, draws.mirrored)
+        return self._batch(planned, ids, draws, values, texts, features)
+
+    def _batch(
+        self,
+        planned: PackPlan,
+        ids: np.ndarray,
+        draws: _Draws,
+        values: Tensor,
+        texts: list[Tensor] | None,
+        features: Tensor | None = None,
+    ) -> PackedBatch:
+        labels = padding = None
+        if texts is not None:
+            padding = self._padding()
+            if padding is not None:
+                texts = fill_up(texts, padding)
         else:
             stored = self.index.columns["label"][ids].astype(np.int64)
-            labels = torch.from_numpy(np.where(dropped, self.index.num_classes, stored))
+            labels = torch.from_numpy(np.where(draws.dropped, self.index.num_classes, stored))
         grids = self.index.grids(ids, self._patch_size)
-        flips = self._draw("flip", epoch, ids)
         return PackedBatch(
-            latents=Latents(_latents(samples, flips), grids, self._patch_size, self.index.channels),
-            text_LE=None if texts is None else torch.cat(texts).to(torch.float32),
-            text_lengths=None if texts is None else tuple(text.shape[0] for text in texts),
+            latents=Latents(values, grids, self._patch_size, self.index.channels),
+            text_LE=None if texts is None else self._joined(texts),
+            text_lengths=None if texts is None else tuple(len(text) for text in texts),
             labels_S=labels,
-            sample_ids=sample_ids,
+            sample_ids=tuple(ids.tolist()),
             keys=self.index.names(ids),
-            epoch=epoch,
-            step=step,
-            images_in_step=images_in_step,
-            dropped_S=tuple(dropped.tolist()),
-            num_replaced=num_replaced,
-            features_TZ=_features(samples, flips),
+            epoch=planned.epoch,
+            step=planned.step,
+            images_in_step=planned.images_in_step,
+            dropped_S=tuple(draws.dropped.tolist()),
+            num_replaced=int(np.count_nonzero(ids != planned.sample_ids)),
+            features_TZ=features,
+            padding_1E=padding,
         )
 
-    def _draw(self, stream: str, epoch: int, ids: np.ndarray) -> np.ndarray:
-        return uniforms(self._seed, stream, epoch, ids)
+    def _padding(self) -> Tensor | None:
+        """What captions are filled up with: of the encoder that runs, or else of that of the shards."""
+        online = None if self.encoders is None else self.encoders.padding_state
+        return self._padding_state if online is None else online
+
+    def _joined(self, texts: list[Tensor]) -> Tensor:
+        """All states in float32, end to end."""
+        rows, width = sum(len(text) for text in texts), self.index.text_width
+        return torch.cat(texts, out=self._states.take(4 * rows * width).view(torch.float32).view(rows, width))
+
+    def _draws(self, epoch: int, ids: np.ndarray) -> _Draws:
+        dropped, caption, mirrored = uniforms(self._seed, DRAWS, epoch, ids)
+        return _Draws(dropped < self._caption_dropout, caption, mirrored < FLIP_SHARE)
 
     def _load(
         self, sample_ids: tuple[int, ...], epoch: int, raw: Mapping[int, RawSample] | None = None
     ) -> tuple[list[Any], tuple[int, ...]]:
         """The samples, damaged ones replaced, and the ids of what was loaded. `raw` is not read again."""
-        found = self._read(sample_ids, raw or {})
+        found = self._read(sample_ids, epoch, raw or {})
         chosen = tuple(i if i in found else self._replace(i, epoch, found) for i in sample_ids)
         return [found[i] for i in chosen], chosen
 
@@ -369,23 +444,33 @@ class _Packs(Dataset["_Item"], Generic[T]):
                 if candidate == sample_id or tried == MAX_REPLACEMENTS:
                     continue
                 tried += 1
-                found.update(self._read((candidate,), {}))
+                found.update(self._read((candidate,), epoch, {}))
                 if candidate in found:
                     return candidate
         raise DataError(
             f"{self._damage[sample_id]}; none of {tried} samples of its size or smaller could replace it"
         )
 
-    def _read(self, sample_ids: tuple[int, ...], raw: Mapping[int, RawSample]) -> dict[int, Any]:
+    def _mirrored(self, sample_ids: tuple[int, ...], epoch: int) -> set[int]:
+        """Those of the samples whose picture is mirrored before it is encoded: where shards hold latents of
+        mirror images, these would be used."""
+        if not self._flip_pictures:
+            return set()
+        mirrored = self._draws(epoch, np.array(sample_ids)).mirrored.tolist()
+        return {i for i, mirror in zip(sample_ids, mirrored, strict=True) if mirror}
+
+    def _read(self, sample_ids: tuple[int, ...], epoch: int, raw: Mapping[int, RawSample]) -> dict[int, Any]:
         """The samples that are readable; a damaged one is counted, and not tried again.
 
         Raises:
             DataError: if this process has met too much damage.
         """
-        found: dict[int, Any] = {i: self._cache[i] for i in sample_ids if i in self._cache}
+        mirrored = self._mirrored(sample_ids, epoch)
+        variants = {i: (i, i in mirrored) for i in sample_ids}
+        found: dict[int, Any] = {i: self._cache[v] for i, v in variants.items() if v in self._cache}
         wanted = [i for i in sample_ids if i not in found and i not in self._damage]
         self._damage.num_read += len(wanted)
-        for sample_id, sample in zip(wanted, self._read_wanted(wanted, raw), strict=True):
+        for sample_id, sample in zip(wanted, self._read_wanted(wanted, mirrored, raw), strict=True):
             if isinstance(sample, DataError):
                 self._news.append((sample_id, str(sample)))
                 self._damage.add(sample_id, str(sample))
@@ -394,11 +479,11 @@ class _Packs(Dataset["_Item"], Generic[T]):
             if self._cache_room and isinstance(sample, StoredSample) and sample.num_bytes <= self._cache_room:
                 self._cache_room -= sample.num_bytes
                 # As read, its tensors are views that keep all bytes of the sample in memory.
-                self._cache[sample_id] = sample.copied()
+                self._cache[variants[sample_id]] = sample.copied()
         return found
 
     def _read_wanted(
-        self, wanted: Sequence[int], given: Mapping[int, RawSample]
+        self, wanted: Sequence[int], mirrored: set[int], given: Mapping[int, RawSample]
     ) -> Sequence[StoredSample | RawSample | DataError]:
         if not isinstance(self._reader, OnlineReader):
             return self._reader.read_all(wanted)
@@ -407,27 +492,36 @@ class _Packs(Dataset["_Item"], Generic[T]):
         read.update(zip(fresh, self._reader.read_raw(fresh), strict=True))
         if self.encoders is None:
             return [read[i] for i in wanted]
-        good = {i: sample for i in wanted if isinstance(sample := read[i], RawSample)}
+        good = {
+            i: sample.mirrored() if i in mirrored else sample
+            for i in wanted
+            if isinstance(sample := read[i], RawSample)
+        }
         with self.around_encoders():
             encoded = self.encoders.encode(list(good.values()), [self.index.name(i) for i in good])
         whole = dict(zip(good, encoded, strict=True))
         return [whole[i] if i in whole else cast(DataError, read[i]) for i in wanted]
 
 
-def _latents(samples: Sequence[StoredSample], flips: np.ndarray) -> Tensor:
+def _pinned(item: _Item) -> _Item:
+    pin = getattr(item.value, "pin_memory", None) if torch.cuda.is_available() else None
+    return item if pin is None else item._replace(value=pin())
+
+
+def _latents(samples: Sequence[StoredSample], mirrored: np.ndarray) -> Tensor:
     """Latents of all samples as they were stored, end to end, that of the mirror image where it is used."""
     chosen = [
-        sample.flipped if sample.flipped is not None and flip < 0.5 else sample.latent
-        for sample, flip in zip(samples, flips.tolist(), strict=True)
+        sample.flipped if sample.flipped is not None and mirror else sample.latent
+        for sample, mirror in zip(samples, mirrored.tolist(), strict=True)
     ]
     return torch.cat([latent.reshape(-1) for latent in chosen])
 
 
-def _features(samples: Sequence[StoredSample], flips: np.ndarray) -> Tensor | None:
+def _features(samples: Sequence[StoredSample], mirrored: np.ndarray) -> Tensor | None:
     """Features of all tokens, of the mirror image where that is used; None without an image encoder."""
     chosen = [
-        sample.flipped_features if sample.flipped is not None and flip < 0.5 else sample.features
-        for sample, flip in zip(samples, flips, strict=True)
+        sample.flipped_features if sample.flipped is not None and mirror else sample.features
+        for sample, mirror in zip(samples, mirrored.tolist(), strict=True)
     ]
     present = [features for features in chosen if features is not None]
     return torch.cat(present) if present else None
@@ -452,7 +546,8 @@ def check_encoders(config: DataConfig, index: Index) -> None:
         raise DataError(f"data.text_encoder: the shards in {where} hold {holds}, the recipe says {asks}")
     path = f"{where}/{MANIFEST_NAME}"
     try:
-        manifest = json.loads(open_storage(where).read(MANIFEST_NAME))
+        path, content = read_beside(config.places, MANIFEST_NAME)
+        manifest = json.loads(content)
     except FileNotFoundError:
         manifest = {}
     except (OSError, ValueError) as error:
@@ -493,9 +588,6 @@ def check_encoders(config: DataConfig, index: Index) -> None:
 
 
 def _is_cached(config: DataConfig, encoders: FrozenEncoders | None) -> bool:
-    if encoders is not None and config.text_encoder is not None and config.text_encoder.padding == "constant":
-        # The number of padding states is that of a batch: kept, it would depend on what was read before.
-        return False
     # What this process encodes is kept whoever reads it: encoding costs more than reading.
     return config.workers == 0 or encoders is not None
 
@@ -513,23 +605,61 @@ def _check_what_is_encoded(config: DataConfig, index: Index) -> None:
             f"data.encode_online: true, but the shards in {config.shards} hold latents"
             f"{' and states' if index.has_text else ''} already; set it to false"
         )
+    if config.flip_online and "picture" not in index.online:
+        raise DataError(
+            f"data.flip_online: true, but the shards in {config.shards} hold latents; prepare them with "
+            f"--flip, or with --pictures png or original"
+        )
 
 
-def load_null_states(folder: Path | str, width: int) -> Tensor:
+def load_null_states(config: DataConfig, width: int) -> Tensor:
     """States of the empty caption, float32 [n, E].
 
     Raises:
         DataError: if they are missing, damaged or of another width than the captions.
     """
-    path = f"{folder}/{NULL_NAME}"
+    path, tensors = _null_tensors(config)
+    if "states" not in tensors:
+        raise DataError(
+            f"{path}: expected a tensor 'states', received {sorted(tensors)}; prepare the data again"
+        )
+    return _checked_states(tensors["states"], width, path)
+
+
+def _stored_padding(config: DataConfig, index: Index) -> Tensor | None:
+    """The padding state beside stored states, where the recipe fills captions up.
+
+    Raises:
+        DataError: if it is asked for and not there.
+    """
+    asked = config.text_encoder is not None and config.text_encoder.padding == "constant"
+    if not asked or {"ids", "caption"} & {*index.online}:
+        return None
+    path, tensors = _null_tensors(config)
+    if "padding" not in tensors:
+        raise DataError(
+            f"data.text_encoder.padding: 'constant', but {path} holds no tensor 'padding'; prepare the data "
+            f"again, or use 'none'"
+        )
+    return _checked_states(tensors["padding"], index.text_width, path)
+
+
+def _null_tensors(config: DataConfig) -> tuple[str, dict[str, Tensor]]:
+    path = f"{config.places[0]}/{NULL_NAME}"
     try:
-        states = load(open_storage(folder).read(NULL_NAME))["states"].to(torch.float32)
+        path, content = read_beside(config.places, NULL_NAME)
+        return path, load(content)
     except FileNotFoundError as error:
         raise DataError(
-            f"{path}: missing; text data hold the states of the empty caption there. Prepare them again"
+            f"{' or '.join(f'{place}/{NULL_NAME}' for place in config.places)}: missing; text data hold the "
+            f"states of the empty caption there. Prepare them again"
         ) from error
-    except (OSError, SafetensorError, KeyError) as error:
+    except (OSError, SafetensorError) as error:
         raise DataError(f"{path}: expected a tensor 'states' ({error!r}); prepare the data again") from error
+
+
+def _checked_states(states: Tensor, width: int, path: str) -> Tensor:
+    states = states.to(torch.float32)
     check_states(states, path)
     if states.shape[1] != width:
         raise DataError(
@@ -579,7 +709,7 @@ def build_loader(
         raise DataError(
             f"start_step and num_steps: expected 0 or more, received {start_step} and {num_steps}"
         )
-    index = load_index(config.shards)
+    index = load_index(config.shards, kept_in=config.index)
     if index.has_text == (config.text_encoder is None):
         holds, asks = ("captions", "null") if index.has_text else ("class labels", "an encoder")
         raise DataError(
@@ -604,11 +734,13 @@ def build_loader(
         world_size=world_size,
         seed=seed,
         caption_dropout=config.caption_dropout,
-        null_states=load_null_states(config.shards, index.text_width) if index.has_text else None,
+        null_states=load_null_states(config, index.text_width) if index.has_text else None,
+        padding_state=_stored_padding(config, index),
         cache_bytes=cache_bytes if _is_cached(config, encoders) else 0,
         finish=finish,
         encoders=encoders,
         pixel_channels=latent_shape(config.autoencoder).pixel_channels if encoders is not None else 3,
+        flip_pictures=config.flip_online,
     )
     return StepLoader(
         packs,

@@ -9,7 +9,7 @@ neither transformers nor diffusers.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -52,6 +52,10 @@ class RawSample:
     texts: tuple[Any, ...]
     """Token ids (int32 [n] each) or captions, where the shards hold them and no states."""
     label: int | None
+
+    def mirrored(self) -> RawSample:
+        """The same with the picture mirrored, left to right: what is encoded then are its features, too."""
+        return self if self.pixels is None else replace(self, pixels=self.pixels.flip(-1))
 
 
 class OnlineReader(ShardReader):
@@ -157,6 +161,11 @@ class FrozenEncoders:
     @property
     def _reads_captions(self) -> bool:
         return "ids" in self._index.online or "caption" in self._index.online
+
+    @property
+    def padding_state(self) -> Tensor | None:
+        """What captions of a pack are filled up with; None where they are not, or not encoded here."""
+        return self._text_encoder.padding_state if self._reads_captions else None
 
     def describe(self) -> dict[str, dict[str, Any]]:
         """Kind, path and revision of each encoder that runs, for the record."""

@@ -110,6 +110,21 @@ class StepPlan:
 
 
 @dataclass(frozen=True, eq=False)
+class PackPlan:
+    """One pack of one rank.
+
+    Shapes:
+        sample_ids: int64 [S].
+    """
+
+    step: int
+    epoch: int
+    sample_ids: np.ndarray
+    images_in_step: int
+    """Images of the step over all packs and ranks."""
+
+
+@dataclass(frozen=True, eq=False)
 class _Template:
     """Packed slots of a window, or of several parts end to end.
 
@@ -143,14 +158,19 @@ class _Template:
 
 
 @dataclass(frozen=True, eq=False)
-class _Block:
-    """Neighbouring steps of one epoch; pack p of them holds `samples[starts[p]:starts[p + 1]]`."""
+class Block:
+    """Neighbouring steps of one epoch, all packs of each or a rank's; pack p holds
+    `samples[starts[p]:starts[p + 1]]`."""
 
     epoch: int
     first: int
-    num_steps: int
+    num_images: np.ndarray
+    """Images of each step, over all of its packs."""
     samples: np.ndarray
     starts: np.ndarray
+
+    def has(self, epoch: int, position: int) -> bool:
+        return self.epoch == epoch and 0 <= position - self.first < len(self.num_images)
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,8 +228,8 @@ class Plan:
         self.steps_per_epoch = packs // packs_per_step
         self.left_out_per_epoch = self._count_left_out()
         images = max(1, len(self.groups) // self.steps_per_epoch)
-        self._steps_in_block = max(1, BLOCK_IMAGES // images)
-        self._block: _Block | None = None
+        self.steps_in_block = max(1, BLOCK_IMAGES // images)
+        self._block: Block | None = None
 
     def _check(self) -> None:
         lengths, total = self.groups.lengths, len(self.groups)
@@ -235,33 +255,38 @@ class Plan:
             raise ValueError(f"step: expected 0 or more, received {step}")
         epoch, position = divmod(step, self.steps_per_epoch)
         block = self._block
-        if block is None or block.epoch != epoch or not 0 <= position - block.first < block.num_steps:
+        if block is None or not block.has(epoch, position):
             # The block of a step does not depend on the steps asked before.
-            block = self._look_up(epoch, position - position % self._steps_in_block)
-            self._block = block
+            first = position - position % self.steps_in_block
+            block = self._block = self.look_up(epoch, first, self.steps_in_block, slice(None))
         first = (position - block.first) * self.packs_per_step
         starts = block.starts[first : first + self.packs_per_step + 1].tolist()
         samples = block.samples[starts[0] : starts[-1]].tolist()
         packs = tuple(tuple(samples[a - starts[0] : b - starts[0]]) for a, b in pairwise(starts))
         return StepPlan(step, epoch, packs)
 
-    def _look_up(self, epoch: int, first: int) -> _Block:
-        """The samples of the steps from `first` on, as many as a block has."""
+    def of_rank(self, rank: int, world_size: int) -> RankPlan:
+        """The packs that `rank` trains on: `step(n).of_rank(rank, world_size)`, one at a time."""
+        return RankPlan(self, rank, world_size)
+
+    def look_up(self, epoch: int, first: int, num_steps: int, chosen: slice) -> Block:
+        """The samples of up to `num_steps` steps from `first` on, of the `chosen` packs of each."""
         template = self._template
-        num_steps = min(self._steps_in_block, self.steps_per_epoch - first)
-        positions = np.arange(first, first + num_steps)
+        positions = np.arange(first, min(first + num_steps, self.steps_per_epoch))
         places = permute(positions, self.steps_per_epoch, derive_key(self.seed, "plan.steps", epoch))
         # Packs of the epoch, counted through all windows, then within their window and template.
         packs = places[:, None] * self.packs_per_step + self._turned(epoch, positions)
         windows = np.minimum(packs // self._window, self._num_windows)
         packs -= windows * self._window
         packs[windows == self._num_windows] += self._tail
-        packs, windows = packs.ravel(), windows.ravel()
-        counts = np.diff(template.pack_starts)[packs]
+        sizes = np.diff(template.pack_starts)
+        num_images = sizes[packs].sum(axis=1)
+        packs, windows = packs[:, chosen].ravel(), windows[:, chosen].ravel()
+        counts = sizes[packs]
         starts = np.concatenate([[0], np.cumsum(counts)])
         slots = np.repeat(template.pack_starts[packs] - starts[:-1], counts) + np.arange(starts[-1])
         samples = self._samples(slots, np.repeat(windows, counts), epoch)
-        return _Block(epoch, first, num_steps, samples, starts)
+        return Block(epoch, first, num_images, samples, starts)
 
     def _turned(self, epoch: int, positions: np.ndarray) -> np.ndarray:
         """Places 0 to packs_per_step - 1 of each step, moved on: no rank keeps a slot of the template.
@@ -469,3 +494,28 @@ class Plan:
             costs=costs[packs],
             tokens_left_out=int(lengths[placed < 0].sum()),
         )
+
+
+class RankPlan:
+    """The packs of one rank, `rank::world_size` of every step. Only its own images are looked up, so that
+    planning costs a rank the same among one rank and among a thousand."""
+
+    def __init__(self, plan: Plan, rank: int, world_size: int) -> None:
+        self._plan = plan
+        self._packs = slice(rank, None, world_size)
+        self.packs_per_step = len(range(rank, plan.packs_per_step, world_size))
+        self._steps_in_block = plan.steps_in_block * world_size
+        self._block: Block | None = None
+
+    def pack(self, step: int, number: int) -> PackPlan:
+        """Pack `number` of this rank in global step `step`."""
+        epoch, position = divmod(step, self._plan.steps_per_epoch)
+        block = self._block
+        if block is None or not block.has(epoch, position):
+            first = position - position % self._steps_in_block
+            block = self._block = self._plan.look_up(epoch, first, self._steps_in_block, self._packs)
+        place = position - block.first
+        pack = place * self.packs_per_step + number
+        start, end = block.starts[pack : pack + 2].tolist()
+        sample_ids = block.samples[start:end].astype(np.int64)
+        return PackPlan(step, epoch, sample_ids, int(block.num_images[place]))

@@ -10,7 +10,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -110,7 +110,8 @@ class Settings:
             raise DataError("--text ids: the words encoder has no token ids; use states, or caption")
         if self.flip and self.pictures != "latent":
             raise DataError(
-                "--flip stores a second latent; stored pictures are mirrored when they are encoded"
+                "--flip stores a second latent; stored pictures are mirrored when they are encoded: "
+                "data.flip_online"
             )
         for name in ("per_shard", "max_caption_characters", "batch_pixels", "max_pixels"):
             if getattr(self, name) < 1:
@@ -593,12 +594,20 @@ def _blocks(size: int) -> int:
     return -(-size // 512) * 512
 
 
-def null_states(settings: Settings, device: str) -> Tensor | None:
-    """States of the empty caption in 16 bits; None for class data. Loads the text encoder."""
-    if settings.text_encoder is None:
-        return None
-    encoder = _on(build_text_encoder(settings.text_encoder), device)
-    return encoder.encode([""])[0].to(DTYPES[settings.dtype])
+def null_states(settings: Settings, device: str) -> dict[str, Tensor]:
+    """Tensor `states` of the empty caption in 16 bits; nothing for class data. Loads the text encoder.
+
+    For gemma also `padding` [1, E], with which a recipe may fill captions up.
+    """
+    config = settings.text_encoder
+    if config is None:
+        return {}
+    config = replace(config, padding="constant") if config.kind == "gemma" else config
+    encoder = _on(build_text_encoder(config), device)
+    found = {"states": encoder.encode([""])[0]}
+    if encoder.padding_state is not None:
+        found["padding"] = encoder.padding_state
+    return {name: states.to(DTYPES[settings.dtype]) for name, states in found.items()}
 
 
 def read_part(path: Path) -> PartReport | None:

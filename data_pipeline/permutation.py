@@ -7,6 +7,7 @@ integer operations that wrap at 64 bits: the same everywhere.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from hashlib import blake2b
 
 import numpy as np
@@ -18,6 +19,7 @@ _HALF = np.uint64(32)
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
+@lru_cache(maxsize=256)
 def derive_key(seed: int, stream: str, epoch: int) -> np.uint64:
     """Key of the permutations of one purpose in one epoch."""
     digest = blake2b(f"{seed}/{stream}/{epoch}".encode(), digest_size=8).digest()
@@ -25,13 +27,14 @@ def derive_key(seed: int, stream: str, epoch: int) -> np.uint64:
 
 
 def mix(values: np.ndarray) -> np.ndarray:
-    """Scatter 64-bit words: a bijection whose outputs look independent (the finaliser of SplitMix64)."""
-    with np.errstate(over="ignore"):
-        x = values ^ (values >> np.uint64(30))
-        x = x * np.uint64(0xBF58476D1CE4E5B9)
-        x = x ^ (x >> np.uint64(27))
-        x = x * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
+    """Scatter an array of 64-bit words: a bijection whose outputs look independent (the finaliser of
+    SplitMix64)."""
+    x = values ^ (values >> np.uint64(30))
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return x
 
 
 def permute(positions: np.ndarray, sizes: np.ndarray | int, keys: np.ndarray | np.uint64) -> np.ndarray:

@@ -385,9 +385,9 @@ def finish(
             max_bad_share=0.0,
         )
         null = null_states(settings, job.devices[0])
-        if null is not None:
+        if null:
             aside = job.out / f".{NULL_NAME}.partial"
-            aside.write_bytes(save({"states": null}))
+            aside.write_bytes(save(null))
             os.replace(aside, job.out / NULL_NAME)
         index.save()
         manifest = {

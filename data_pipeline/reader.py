@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -28,9 +27,8 @@ REMOTE_READS = 16
 KNOWN_LAYOUTS = 4096
 """Distinct headers of members that a reader keeps parsed."""
 
-DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I32": torch.int32}
+DTYPES = {**schema.FLOATS, "I32": torch.int32}
 """safetensors' names of the types that the schema allows."""
-
 
 HEADER_BYTES = Struct("<Q")
 """How a member begins: the length of its header."""
@@ -97,7 +95,7 @@ class ShardReader:
 
     def __init__(self, index: Index, storage: Storage | None = None) -> None:
         self.index = index
-        self._storage = storage or open_storage(index.folder)
+        self.storage = storage or open_storage(index.folder)
         self._layouts: dict[tuple[int, bytes], tuple[_Place, ...]] = {}
 
     def read(self, sample_id: int) -> StoredSample:
@@ -115,7 +113,7 @@ class ShardReader:
         return self._each(self._read_or_error, self.index.rows(sample_ids))
 
     def _each(self, read: Callable[[Row], T], rows: Sequence[Row]) -> list[T]:
-        if not isinstance(self._storage, Remote) or len(rows) < 2:
+        if not isinstance(self.storage, Remote) or len(rows) < 2:
             return [read(row) for row in rows]
         with ThreadPoolExecutor(min(REMOTE_READS, len(rows))) as threads:
             return list(threads.map(read, rows))
@@ -149,18 +147,25 @@ class ShardReader:
         latent, flipped = self._latents(span, row)
         if not index.has_text:
             return StoredSample(latent, None, row.label, flipped)
-        tensors = self._tensors(span, row, "text")
-        states = self._checked(tensors, "states", (row.text_length, index.text_width), row)
-        more: list[Tensor] = []
-        while (further := tensors.get(f"states.{len(more) + 1}")) is not None:
-            # The index knows the length of the first caption only.
-            name, expected = f"states.{len(more) + 1}", (further.shape[0], index.text_width)
-            more.append(self._checked(tensors, name, expected, row))
+        states, *more = self.captions(_cut(span, row, "text"), row)
         return StoredSample(latent, states, None, flipped, tuple(more))
+
+    def captions(self, member: memoryview, row: Row) -> tuple[Tensor, ...]:
+        """States of every caption in the text member of a sample, as views of it.
+
+        Raises:
+            DataError: naming shard and key, if they are not what the index says.
+        """
+        width, tensors = self.index.text_width, self._tensors(member, row)
+        found = [self._checked(tensors, "states", (row.text_length, width), row)]
+        while (further := tensors.get(name := schema.variant("states", len(found)))) is not None:
+            # The index knows the length of the first caption only.
+            found.append(self._checked(tensors, name, (further.shape[0], width), row))
+        return tuple(found)
 
     def _latents(self, span: memoryview, row: Row) -> tuple[Tensor, Tensor | None]:
         """The latent, and that of the mirror image where it is stored."""
-        tensors = self._tensors(span, row, "latent")
+        tensors = self._tensors(_cut(span, row, "latent"), row)
         expected = (self.index.channels, row.height, row.width)
         latent = self._checked(tensors, "latent", expected, row)
         return latent, self._checked(tensors, "flipped", expected, row) if "flipped" in tensors else None
@@ -175,26 +180,26 @@ class ShardReader:
             )
         return tensor
 
-    def _tensors(self, span: memoryview, row: Row, name: str) -> dict[str, Tensor]:
-        """All tensors of a member, as views of `span`.
+    def _tensors(self, member: memoryview, row: Row) -> dict[str, Tensor]:
+        """All tensors of a member, as views of it.
 
         A header says where everything lies, and few differ: safetensors parses and checks each of them once.
         """
-        start, size = _member_place(row, name)
-        length = 8 + (HEADER_BYTES.unpack_from(span, start)[0] if size >= HEADER_BYTES.size else 0)
+        size = len(member)
+        length = 8 + (HEADER_BYTES.unpack_from(member)[0] if size >= HEADER_BYTES.size else 0)
         # The same header belongs to members of one size; with another, safetensors says what is wrong.
-        head = (size, span[start : start + min(length, size)].tobytes())
+        head = (size, member[: min(length, size)].tobytes())
         places = self._layouts.get(head)
         if places is None:
-            tensors = self._parsed(self._member(span, row, name), row)
-            places = _places(span[start + 8 : start + length], length, tensors)
+            tensors = self._parsed(bytes(member), row)
+            places = _places(bytes(member[8:length]), length, tensors)
             if places is None:
                 return tensors
             if len(self._layouts) == KNOWN_LAYOUTS:
                 self._layouts.clear()
             self._layouts[head] = places
         return {
-            name: torch.frombuffer(span, dtype=dtype, count=count, offset=start + offset).view(shape)
+            name: torch.frombuffer(member, dtype=dtype, count=count, offset=offset).view(shape)
             for name, dtype, shape, offset, count in places
         }
 
@@ -208,7 +213,7 @@ class ShardReader:
     def _span(self, row: Row) -> memoryview:
         name, size = self.index.name, row.size
         try:
-            span = self._storage.read_range(self.index.shards[row.shard], row.offset, size)
+            span = self.storage.read_range(self.index.shards[row.shard], row.offset, size)
         except OSError as error:
             raise DataError(f"{name(row.sample_id)}: cannot be read ({error})") from error
         if len(span) != size:
@@ -221,30 +226,31 @@ class ShardReader:
         return span
 
     def _member(self, span: memoryview, row: Row, name: str) -> bytes:
-        start, size = _member_place(row, name)
-        return bytes(span[start : start + size])
+        return bytes(_cut(span, row, name))
 
     def close(self) -> None:
         """Close what this process opened."""
-        self._storage.close()
+        self.storage.close()
 
 
-def _member_place(row: Row, name: str) -> tuple[int, int]:
-    """First byte of a member within its sample's bytes, and its size."""
+def _cut(span: memoryview, row: Row, name: str) -> memoryview:
+    """The bytes of a member within its sample's; empty where it is absent."""
     if name == "latent":
-        return row.latent_start, row.latent_size
-    if name == "text":
-        return row.text_start, row.text_size
-    return row.meta_start, row.meta_size
+        start, size = row.latent_start, row.latent_size
+    elif name == "text":
+        start, size = row.text_start, row.text_size
+    else:
+        start, size = row.meta_start, row.meta_size
+    return span[start : start + size]
 
 
-def _places(header: memoryview, start: int, tensors: dict[str, Tensor]) -> tuple[_Place, ...] | None:
+def _places(header: bytes, start: int, tensors: dict[str, Tensor]) -> tuple[_Place, ...] | None:
     """Where the `tensors` of a member lie whose data begin at byte `start`; None where views will not do:
     a tensor without values, or one that does not begin at a multiple of its width."""
-    entries = json.loads(bytes(header))
+    stored = schema.tensor_places(header, start)
     places = []
     for name, tensor in tensors.items():
-        dtype, offset = DTYPES.get(entries[name]["dtype"]), start + entries[name]["data_offsets"][0]
+        dtype, offset = DTYPES.get(stored[name][0]), stored[name][1]
         if dtype is None or tensor.numel() == 0 or offset % dtype.itemsize:
             return None
         places.append(_Place(name, dtype, tuple(tensor.shape), offset, tensor.numel()))

@@ -39,7 +39,7 @@ MANIFEST_NAME = "manifest.json"
 """How the shards were made: settings, counts, encoders, hashes. Absent beside shards of other origin."""
 
 NULL_NAME = "null.safetensors"
-"""States of the empty caption, stored once beside the shards of text data."""
+"""States of the empty caption, and of padding (Gemma), stored once beside the shards of text data."""
 
 LATENT = "latent.safetensors"
 TEXT = "text.safetensors"
@@ -50,7 +50,10 @@ META = "json"
 PICTURES = ("png", "jpg", "webp")
 """Members that hold a picture for an autoencoder that runs while training."""
 
-FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+"""Types of latents and states, under safetensors' names."""
+
+FLOAT_DTYPES = tuple(FLOATS.values())
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,6 +199,21 @@ def decode_tensors(data: bytes, where: str) -> dict[str, Tensor]:
         return load(data)
     except (SafetensorError, ValueError, KeyError) as error:
         raise DataError(f"{where}: not a readable safetensors member ({error})") from error
+
+
+def tensor_places(header: bytes, start: int) -> dict[str, tuple[str, int, int]]:
+    """(safetensors' name of its type, first byte, byte after the last) of each tensor of a member.
+
+    Args:
+        header: of a member that `decode_tensors` has read.
+        start: byte of the member at which the data begin, after the header.
+    """
+    entries = json.loads(header)
+    entries.pop("__metadata__", None)
+    return {
+        name: (entry["dtype"], start + entry["data_offsets"][0], start + entry["data_offsets"][1])
+        for name, entry in entries.items()
+    }
 
 
 def take_tensor(tensors: Mapping[str, Tensor], name: str, where: str) -> Tensor:

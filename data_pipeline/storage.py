@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +26,11 @@ TIMEOUT_S = 30.0
 FIRST_PAUSE_S = 0.5
 """Pause before the second try; it doubles with every further one."""
 
+S3_PROTOCOLS = ("s3", "s3a")
+
+S3_CONNECTIONS = 32
+"""Of one process to an S3 server; requests beyond it wait for one to be free."""
+
 
 def is_url(location: Path | str) -> bool:
     return "://" in str(location)
@@ -33,6 +38,9 @@ def is_url(location: Path | str) -> bool:
 
 class Folder:
     """Files of a local folder. Holds one descriptor a file, opened on first use by the process that reads."""
+
+    num_retries = 0
+    """A disk is asked once."""
 
     def __init__(self, location: Path | str) -> None:
         self.location = Path(location)
@@ -55,7 +63,7 @@ class Folder:
         """
         # Not mapped: a shard that is cut short while it is read must be an error, not a signal that kills.
         data = np.empty(size, np.uint8).data
-        return data[: os.preadv(self._file(name), [data], offset)]
+        return data[: os.preadv(self.descriptor(name), [data], offset)]
 
     def size(self, name: str) -> int:
         """Bytes of a file.
@@ -65,7 +73,12 @@ class Folder:
         """
         return (self.location / name).stat().st_size
 
-    def _file(self, name: str) -> int:
+    def descriptor(self, name: str) -> int:
+        """Descriptor of a file, opened once.
+
+        Raises:
+            FileNotFoundError, OSError
+        """
         if self._pid != os.getpid():
             # A forked worker inherits the parent's descriptors; it opens its own so that close() stays local.
             self._files, self._pid = {}, os.getpid()
@@ -85,7 +98,7 @@ class Folder:
 
 
 class Remote:
-    """Files under a URL. A read that fails or takes longer than `timeout_s` is tried again."""
+    """Files under a URL. A read that fails or takes longer than `timeout_s` is tried again, and counted."""
 
     def __init__(
         self,
@@ -99,6 +112,13 @@ class Remote:
         self._attempts = ATTEMPTS if attempts is None else attempts
         self._timeout_s = TIMEOUT_S if timeout_s is None else timeout_s
         self._first_pause_s = FIRST_PAUSE_S if first_pause_s is None else first_pause_s
+        # One entry for each: threads append at once, and a fork cannot inherit a list that is locked.
+        self._failed: list[int] = []
+
+    @property
+    def num_retries(self) -> int:
+        """Tries that failed or took too long and were followed by another."""
+        return len(self._failed)
 
     def read(self, name: str) -> bytes:
         """A whole file.
@@ -131,7 +151,29 @@ class Remote:
         Raises:
             FileNotFoundError, OSError: as `read_range`.
         """
-        return int(self._try(name, lambda files, path: self._call(files, "info", path))["size"])
+
+        def ask(files: Any, path: str) -> Any:
+            # A listing that the file system remembers may be older than the file.
+            files.invalidate_cache(path)
+            return self._call(files, "info", path)["size"]
+
+        size = self._try(name, ask)
+        if size is None:
+            raise OSError("the server does not say how large it is")
+        return int(size)
+
+    def names(self, pattern: str) -> list[str]:
+        """Names of the files that match a pattern, such as `*.tar`, sorted.
+
+        Raises:
+            OSError: as `read_range`; FileNotFoundError where the folder is unknown to the server.
+        """
+
+        def ask(files: Any, path: str) -> Any:
+            files.invalidate_cache()
+            return self._call(files, "glob", path)
+
+        return sorted({str(path).rstrip("/").rpartition("/")[2] for path in self._try(pattern, ask)})
 
     def close(self) -> None:
         """Nothing is held open."""
@@ -156,10 +198,17 @@ class Remote:
             except Exception as error:
                 if attempt == self._attempts:
                     raise OSError(f"{attempt} tries failed, the last with {error!r}") from error
+                self._failed.append(attempt)
                 logger.info("%s: try %d failed (%r); again in %.1f s", where, attempt, error, pause)
                 time.sleep(pause)
                 pause *= 2
         raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+_KEPT: list[Any] = []
+"""The file systems of this process, and those that it was forked with. fsspec would drop the latter, and they
+close their connections through the epoll that they share with the parent: it never hears of these again, and
+its next request over one of them hangs."""
 
 
 def _file_system(url: str) -> tuple[Any, str]:
@@ -167,10 +216,29 @@ def _file_system(url: str) -> tuple[Any, str]:
     # every read: it keeps one file system a process, and makes another after a fork.
     from fsspec.core import url_to_fs
 
+    is_s3 = url.partition("://")[0] in S3_PROTOCOLS
     try:
-        return url_to_fs(url)
+        files, path = url_to_fs(url, **(_s3_options() if is_s3 else {}))
     except (ImportError, ValueError) as error:
         raise DataError(f"{url}: no reader for this kind of URL ({error})") from error
+    if is_s3:
+        files.retries = 1
+    if not any(files is kept for kept in _KEPT):
+        _KEPT.append(files)
+    return files, path
+
+
+def _s3_options() -> dict[str, Any]:
+    """s3fs and botocore try again on their own, 25 times in all, uncounted and for minutes: `Remote` does it
+    instead. What the user's configuration of fsspec says of a client goes before."""
+    from fsspec.config import conf
+
+    client = {
+        "retries": {"max_attempts": 0},
+        "read_timeout": TIMEOUT_S,
+        "max_pool_connections": S3_CONNECTIONS,
+    }
+    return {"config_kwargs": {**client, **conf.get("s3", {}).get("config_kwargs", {})}}
 
 
 Storage = Folder | Remote
@@ -179,3 +247,18 @@ Storage = Folder | Remote
 def open_storage(location: Path | str) -> Storage:
     """The files of a folder or URL."""
     return Remote(str(location)) if is_url(location) else Folder(location)
+
+
+def read_beside(places: Sequence[str], name: str) -> tuple[str, bytes]:
+    """The path and the bytes of a file, from the first of several folders or URLs that holds it.
+
+    Raises:
+        FileNotFoundError: if none does.
+        OSError: if one cannot be read.
+    """
+    for place in places:
+        try:
+            return f"{place}/{name}", open_storage(place).read(name)
+        except FileNotFoundError:
+            continue
+    raise FileNotFoundError(" or ".join(f"{place}/{name}" for place in places))

@@ -21,6 +21,7 @@ from data_pipeline.encoders.autoencoder import PixelAutoencoder
 from data_pipeline.encoders.text import WordsEncoder
 from tests.networks import export_of, network_of, write_tiny_export
 from tim_ds.errors import CheckpointError, ConfigError, RequestError
+from tim_ds.packed import TextCondition
 from tim_ds.pipeline import PNG_KEY, TiMPipeline, read_settings, write_png
 
 PROMPTS = ["a three", "a one above a seven", "a two before a gap", "a three", "an eight"]
@@ -75,6 +76,36 @@ def test_a_picture_does_not_depend_on_its_batch(pipe: TiMPipeline) -> None:
     for a, b, c in zip(together, alone, backwards, strict=True):
         np.testing.assert_array_equal(a, b)
         np.testing.assert_array_equal(a, c)
+
+
+class FilledUp(WordsEncoder):
+    """Words with a padding state, as the released weights have one."""
+
+    @property
+    def padding_state(self) -> torch.Tensor:  # type: ignore[override]  # WordsEncoder has none
+        return torch.full((1, self.width), 9.0)
+
+
+def test_prompts_and_empty_captions_are_filled_up_to_the_longest_of_their_batch() -> None:
+    export = export_of()
+    encoder = FilledUp(export.model.text_dim or 0)
+    seen: list[TextCondition] = []
+
+    class Listener(Spy):
+        def forward(self, *args: Any, **options: Any) -> Any:
+            seen.append(args[4])
+            return super().forward(*args, **options)
+
+    pipe = TiMPipeline(Listener(network_of(export)), export, text_encoder=encoder)
+    pipe(PROMPTS, SIZES, num_steps=2, seeds=SEEDS, cfg_scale=2.0)
+    own = [*encoder.encode(PROMPTS), *encoder.encode([""] * len(PROMPTS))]
+    longest = max(len(states) for states in own)
+    assert len(own[-1]) < longest
+    guided = [c for c in seen if c.num_segments == len(own)]
+    assert guided and all(c.segments.lengths == (longest,) * c.num_segments for c in seen)
+    for states, expected in zip(guided[0].states_LE.split(longest), own, strict=True):
+        assert torch.equal(states[: len(expected)], expected)
+        assert bool((states[len(expected) :] == 9.0).all())
 
 
 def test_pictures_have_their_own_sizes_and_are_not_all_alike(pipe: TiMPipeline) -> None:

@@ -16,6 +16,7 @@ from tim_ds.config.load import load_recipe
 from tim_ds.errors import TimError
 from tim_ds.eval import cli, sample
 from tim_ds.trainer import preflight, run
+from tim_ds.trainer.bench import __main__ as step_bench
 from tim_ds.trainer.engine import read_engine_file
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +29,7 @@ PROGRAMS: dict[str, Callable[[list[str]], int]] = {
     "launch/evaluate.py": cli.main,
     "tim_ds.compat": compat.main,
     "tim_ds.config.check": check.main,
+    "tim_ds.trainer.bench": step_bench.main,
 }
 
 
@@ -77,6 +79,8 @@ def test_a_shown_command_is_taken(
     monkeypatch.setattr(run, "start_world", understood)
     monkeypatch.setattr(preflight, "check", looked_at)
     monkeypatch.setattr(sample, "_sample", understood)
+    monkeypatch.setattr(step_bench, "_run", understood)
+    monkeypatch.setattr(step_bench, "_render", understood)
     monkeypatch.setattr(compat, "import_weights", understood)
     monkeypatch.setattr(compat, "export_weights", understood)
     for name, evaluation in cli.EVALUATIONS.items():

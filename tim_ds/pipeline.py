@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data_pipeline.encoders.autoencoder import Autoencoder, build_autoencoder, decode_bytes
-from data_pipeline.encoders.text import TextEncoder, build_text_encoder
+from data_pipeline.encoders.text import TextEncoder, build_text_encoder, fill_up
 from tim_ds import __version__
 from tim_ds.config.recipe import parse_size
 from tim_ds.errors import RequestError
@@ -379,6 +379,10 @@ class TiMPipeline:
             for i, prompt in enumerate(found):
                 if not isinstance(prompt, str):
                     raise RequestError(f"prompts[{i}]: expected a caption, received {prompt!r}")
+                try:
+                    prompt.encode()
+                except UnicodeEncodeError as error:
+                    raise RequestError(f"prompts[{i}]: not text that can be written: {error}") from error
             return found
         return [self._check_label(i, label) for i, label in enumerate(found)]
 
@@ -483,14 +487,15 @@ class TiMPipeline:
 
         z_TC = initial_noise(grids, self.export.model.token_channels, seeds).to(self.device, self.dtype)
         segments = Segments.from_grids(grids).to(self.device)
+        condition, null = self._conditions(prompts)
         result = sample(
             self.network,
             self.transport,
             z_TC,
             segments,
-            self._condition(prompts),
+            condition,
             config,
-            null_condition=self._null_condition(len(prompts)) if config.cfg_scale != 1.0 else None,
+            null_condition=null if config.cfg_scale != 1.0 else None,
             seeds=seeds,
             on_step=count,
         )
@@ -498,17 +503,21 @@ class TiMPipeline:
         tokens = segments.split(result.x_TC)
         return [unpatchify(x, grid, patch) for x, grid in zip(tokens, grids, strict=True)], result.nfe
 
-    def _condition(self, prompts: Sequence[PromptLike]) -> Condition:
+    def _conditions(self, prompts: Sequence[PromptLike]) -> tuple[Condition, Condition]:
+        """What the pictures of a batch show, and the null condition of each."""
+        count = len(prompts)
         if self.text_encoder is None:
-            return ClassCondition(torch.tensor(prompts, dtype=torch.int64)).to(self.device)
-        states = self.text_encoder.encode([str(prompt) for prompt in prompts])
+            null = torch.full((count,), self.export.model.num_classes or 0)
+            labels = torch.tensor(prompts, dtype=torch.int64)
+            return ClassCondition(labels).to(self.device), ClassCondition(null).to(self.device)
+        encoder = self.text_encoder
+        states = encoder.encode([str(prompt) for prompt in prompts]) + encoder.encode([""]) * count
+        states = fill_up(states, encoder.padding_state)
+        return self._captions(states[:count]), self._captions(states[count:])
+
+    def _captions(self, states: Sequence[Tensor]) -> Condition:
         packed = torch.cat([state.to(self.dtype) for state in states])
         return TextCondition(packed, Segments.from_lengths([len(s) for s in states])).to(self.device)
-
-    def _null_condition(self, count: int) -> Condition:
-        if self.text_encoder is None:
-            return ClassCondition(torch.full((count,), self.export.model.num_classes or 0)).to(self.device)
-        return self._condition([""] * count)
 
     def _decode(self, latent: Tensor) -> NDArray[np.uint8]:
         """A latent [C, h, w] to a picture [H, W, C], rounded to the nearest of 256 levels."""

@@ -52,9 +52,7 @@ class LanguageModelEncoder:
     """Final-normed last hidden states of the caption's own tokens, in float32.
 
     Captions of one call share a forward, padded on the right under a mask; the padding's states are cut off.
-    With a `padding_state` they are replaced by it instead, up to the longest caption of the call, as the
-    released weights were trained: encode the captions of a batch and the empty one together, so that they
-    agree in length.
+    A `padding_state` is for those who put captions together (`fill_up`).
     """
 
     def __init__(
@@ -63,12 +61,16 @@ class LanguageModelEncoder:
         self._tokens = CaptionTokenizer(tokenizer, max_tokens=max_tokens)
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
-        self.padding_state = padding_state
+        self._padding_state = padding_state
         self._width = width
 
     @property
     def width(self) -> int:
         return self._width
+
+    @property
+    def padding_state(self) -> Tensor | None:
+        return self._padding_state
 
     def to(self, device: torch.device | str) -> LanguageModelEncoder:
         """Move the weights to `device`; returns self."""
@@ -114,11 +116,7 @@ class LanguageModelEncoder:
         hidden = self.model(
             input_ids=input_ids.to(device), attention_mask=mask.long().to(device)
         ).last_hidden_state
-        states = [row[:n].float().cpu() for row, n in zip(hidden, lengths, strict=True)]
-        if self.padding_state is None:
-            return states
-        longest = max(lengths)
-        return [torch.cat([s, self.padding_state.expand(longest - len(s), -1)]) for s in states]
+        return [row[:n].float().cpu() for row, n in zip(hidden, lengths, strict=True)]
 
 
 def load_gemma(
@@ -129,7 +127,7 @@ def load_gemma(
     Args:
         path: of a causal or base model with its tokenizer.
         max_tokens: longest caption.
-        constant_padding: whether to append the padding state of the released weights (`padding_state`).
+        constant_padding: whether it has the padding state of the released weights (`padding_state`).
         dtype: of the weights.
     """
     from transformers import AutoModel, AutoTokenizer

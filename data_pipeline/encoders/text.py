@@ -27,9 +27,28 @@ class TextEncoder(Protocol):
         """Width of a state."""
         ...
 
+    @property
+    def padding_state(self) -> Tensor | None:
+        """float32 [1, width]: what captions that meet in a batch are filled up with (`fill_up`); None where
+        they keep their own lengths."""
+        ...
+
     def encode(self, captions: Sequence[str]) -> list[Tensor]:
         """float32 [n, width] of each caption, trimmed to its real length; n is at least 1, also for ""."""
         ...
+
+
+def fill_up(states: Sequence[Tensor], padding_state: Tensor | None, length: int = 0) -> list[Tensor]:
+    """Captions [n, E] of one batch, filled up with `padding_state` to the longest of them, and to `length` at
+    least; as they are where there is none.
+
+    The released weights were trained so, and attend to the padding: dropped captions and the empty ones of
+    guidance are filled up to the length of the batch that they stand in, like any other.
+    """
+    if padding_state is None:
+        return list(states)
+    length = max(length, *(len(state) for state in states))
+    return [torch.cat([state, padding_state.expand(length - len(state), -1)]) for state in states]
 
 
 class WordsEncoder:
@@ -53,6 +72,10 @@ class WordsEncoder:
     @property
     def width(self) -> int:
         return self._width
+
+    @property
+    def padding_state(self) -> None:
+        return None
 
     def encode(self, captions: Sequence[str]) -> list[Tensor]:
         """float32 [n, width] of each caption. Words beyond `max_tokens` are cut, with a warning."""

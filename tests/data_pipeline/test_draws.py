@@ -45,10 +45,13 @@ def test_a_number_outside_64_bits_is_refused(key):
 
 def test_uniforms_belong_to_seed_stream_epoch_and_sample():
     ids = np.arange(20_000)
-    draws = uniforms(3, "caption_dropout", 1, ids)
-    assert np.array_equal(draws[[5, 77]], uniforms(3, "caption_dropout", 1, np.array([5, 77])))
+    streams = ("caption_dropout", "flip")
+    draws, flips = uniforms(3, streams, 1, ids)
+    assert np.array_equal(uniforms(3, streams, 1, np.array([5, 77])), [draws[[5, 77]], flips[[5, 77]]])
+    assert np.array_equal(uniforms(3, ("flip",), 1, ids)[0], flips)
     assert draws.min() >= 0.0 and draws.max() < 1.0
     # Mean and correlations of 20,000 uniform draws have standard errors of 0.002 and 0.007.
     assert abs(draws.mean() - 0.5) < 0.01 and abs(np.corrcoef(draws[1:], draws[:-1])[0, 1]) < 0.035
-    for other in ((4, "caption_dropout", 1), (3, "flip", 1), (3, "caption_dropout", 2)):
-        assert abs(np.corrcoef(draws, uniforms(*other, ids))[0, 1]) < 0.035
+    (seed,), (epoch,) = uniforms(4, streams[:1], 1, ids), uniforms(3, streams[:1], 2, ids)
+    for other in (seed, flips, epoch):
+        assert abs(np.corrcoef(draws, other)[0, 1]) < 0.035

@@ -123,7 +123,7 @@ def test_a_shard_that_changed_or_vanished_is_refused(text_folder, tmp_path):
 def test_an_index_of_another_format_is_refused(text_folder, tmp_path, monkeypatch):
     folder = shutil.copytree(text_folder, tmp_path / "copy")
     monkeypatch.setattr(index_module, "FORMAT", 99)
-    with pytest.raises(DataError, match=r"index format 2, expected 99; rebuild it with"):
+    with pytest.raises(DataError, match=r"index format 3, expected 99; rebuild it with"):
         load_index(folder)
 
 

@@ -5,6 +5,8 @@ import logging
 import pickle
 import shutil
 from collections import Counter
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +144,32 @@ def test_dropped_captions_are_the_null_states(text_folder):
                 dropped, kept = dropped + drop, kept + (not drop)
     # Standard deviation of the share is below 0.05 at 100 images; the run has several hundred.
     assert 0.35 < dropped / (dropped + kept) < 0.65
+
+
+def test_captions_are_filled_up_to_the_longest_of_their_pack_the_null_states_too(text_folder, tmp_path):
+    folder = shutil.copytree(text_folder, tmp_path / "copy")
+    filled = TextEncoderConfig(kind="gemma", path="not loaded", padding="constant")
+    config = data_config(folder, caption_dropout=0.5, text_encoder=filled)
+    with pytest.raises(
+        DataError, match=r"padding: 'constant', but .*null\.safetensors holds no tensor 'padding'"
+    ):
+        build_loader(config, patch_size=1, num_steps=1)
+    tensors = {"states": torch.full((1, TEXT_WIDTH), -1.0), "padding": torch.full((1, TEXT_WIDTH), -2.0)}
+    (folder / "null.safetensors").write_bytes(save(tensors))
+    plain = build_loader(data_config(folder, caption_dropout=0.5), patch_size=1, num_steps=4)
+    for workers in (0, 1):
+        seen = 0
+        loader = build_loader(replace(config, workers=workers), patch_size=1, num_steps=4)
+        for batch, other in zip(chain.from_iterable(loader), chain.from_iterable(plain), strict=True):
+            assert batch.text_LE is not None and other.text_LE is not None and other.text_lengths
+            longest = max(other.text_lengths)
+            assert batch.text_lengths == (longest,) * len(batch.sample_ids) and other.padding_1E is None
+            assert batch.padding_1E is not None and torch.equal(batch.padding_1E, tensors["padding"])
+            texts = zip(batch.text_LE.split(longest), other.text_LE.split(other.text_lengths), strict=True)
+            for long, short in texts:
+                assert torch.equal(long[: len(short)], short) and bool((long[len(short) :] == -2.0).all())
+            seen += sum(batch.dropped_S)
+        assert seen > 10
 
 
 def test_caption_dropout_is_drawn_afresh_each_epoch(text_folder):

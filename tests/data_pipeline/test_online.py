@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from data_pipeline import online
 from data_pipeline import prepare as prepare_module
 from data_pipeline.batch import PackedBatch
 from data_pipeline.config import AutoencoderConfig, DataConfig, ImageEncoderConfig, TextEncoderConfig
 from data_pipeline.encoders.image import build_image_encoder
+from data_pipeline.encoders.language_model import load_gemma
 from data_pipeline.errors import DataError
 from data_pipeline.loader import StepLoader, build_loader
 from tests.data_pipeline import source_folders, tiny_models
@@ -176,6 +178,128 @@ def test_pictures_of_one_size_share_a_batch_and_are_encoded_once(
         loader.num_steps = 3 * loader.steps_per_epoch
         list(loader)
         assert sum(batches) == 12 and max(batches) > 1, workers
+
+
+@pytest.fixture(scope="module")
+def picture_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pictures of `pixel_shards`, left to encode."""
+    folder = tmp_path_factory.mktemp("pictures")
+    prepared(
+        source_folders.folder(folder / "source", 8),
+        folder / "shards",
+        *("--autoencoder", "pixels", "--factor", "4", "--text-encoder", "words", "--text-width", "8"),
+        *("--max-area", "64x64", "--pictures", "png"),
+    )
+    return folder / "shards"
+
+
+def test_pictures_are_mirrored_where_stored_mirror_images_are_used(
+    pixel_shards: Path, picture_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[int] = []
+    plain = online.FrozenEncoders._latents
+
+    def counting(self: online.FrozenEncoders, pixels: torch.Tensor) -> torch.Tensor:
+        encoded.append(len(pixels))
+        return plain(self, pixels)
+
+    monkeypatch.setattr(online.FrozenEncoders, "_latents", counting)
+    encoder = ImageEncoderConfig(kind="patches", width=8)
+    epochs = 6
+    stored = build_loader(pixels_config(pixel_shards, image_encoder=encoder), patch_size=1, num_steps=1)
+    stored.num_steps = steps = epochs * stored.steps_per_epoch
+    expected = [batch for step in stored for batch in step]
+    for workers in (0, 2):
+        config = pixels_config(
+            picture_shards, image_encoder=encoder, encode_online=True, flip_online=True, workers=workers
+        )
+        encoded.clear()
+        seen: dict[int, set[float]] = {}
+        for batch, other in zip(
+            (b for step in build_loader(config, patch_size=1, num_steps=steps) for b in step),
+            expected,
+            strict=True,
+        ):
+            assert batch.sample_ids == other.sample_ids and batch.features_TZ is not None
+            assert other.features_TZ is not None
+            # What was stored was rounded to float16, of which the features take 16 numbers and more.
+            torch.testing.assert_close(batch.latents_TC, other.latents_TC, rtol=0, atol=2**-11)
+            torch.testing.assert_close(batch.features_TZ, other.features_TZ, rtol=0, atol=2**-8)
+            for sample_id, tokens in zip(
+                batch.sample_ids, batch.latents_TC.split([h * w for h, w in batch.grids]), strict=True
+            ):
+                seen.setdefault(sample_id, set()).add(float(tokens[0].sum()))
+        # Each of them as it is and mirrored at the most, and each of these is encoded once.
+        variants = [len(found) for found in seen.values()]
+        assert len(seen) == 8 and max(variants) == 2 and sum(variants) > 12
+        assert sum(encoded) == sum(variants)
+
+
+def test_a_run_that_resumes_mirrors_what_it_would_have_mirrored(picture_shards: Path) -> None:
+    config = pixels_config(picture_shards, encode_online=True, flip_online=True)
+    whole = samples_of(build_loader(config, patch_size=1, num_steps=6))
+    rest = samples_of(build_loader(config, patch_size=1, start_step=4, num_steps=2))
+    assert rest and all(torch.equal(whole[sample][0], tokens) for sample, (tokens, _) in rest.items())
+
+
+def test_mirroring_is_refused_where_it_has_no_picture(shards: Path, models: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"data\.flip_online: .* data\.encode_online is false"):
+        config_of(shards, models, encode_online=False, flip_online=True)
+    prepared(
+        source_folders.folder(tmp_path / "source", 2),
+        tmp_path / "out",
+        *("--autoencoder", "pixels", "--factor", "4", "--max-area", "64x64", "--text", "caption"),
+        *("--text-encoder", "words", "--text-width", "8"),
+    )
+    config = pixels_config(tmp_path / "out", encode_online=True, flip_online=True)
+    with pytest.raises(DataError, match=r"data\.flip_online: true, but the shards .* hold latents"):
+        build_loader(config, patch_size=1, num_steps=1)
+
+
+def test_captions_that_are_encoded_here_are_filled_up_to_the_longest_of_their_pack(
+    shards: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[int] = []
+    plain = online.FrozenEncoders._texts
+
+    def counting(self: online.FrozenEncoders, samples):
+        encoded.append(len(samples))
+        return plain(self, samples)
+
+    monkeypatch.setattr(online.FrozenEncoders, "_texts", counting)
+    encoder = TextEncoderConfig(kind="gemma", path=str(models / "gemma"), padding="constant")
+    changes = {"text_encoder": encoder, "caption_dropout": 0.5}
+    trimmed = build_loader(config_of(shards, models, caption_dropout=0.5), patch_size=1, num_steps=4)
+    expected = [batch for step in trimmed for batch in step]
+    for workers in (0, 2):
+        encoded.clear()
+        loader = build_loader(
+            config_of(shards, models, workers=workers, **changes), patch_size=1, num_steps=4
+        )
+        filled = shorter = 0
+        for batch, other in zip(chain.from_iterable(loader), expected, strict=True):
+            assert batch.text_LE is not None and other.text_LE is not None and other.text_lengths
+            assert batch.padding_1E is not None and batch.dropped_S == other.dropped_S
+            longest = max(other.text_lengths)
+            assert batch.text_lengths == (longest,) * len(other.text_lengths)
+            for long, short, is_null in zip(
+                batch.text_LE.split(longest),
+                other.text_LE.split(other.text_lengths),
+                batch.dropped_S,
+                strict=True,
+            ):
+                torch.testing.assert_close(long[: len(short)], short, rtol=0.05, atol=STATES_TOLERANCE)
+                assert torch.equal(long[len(short) :], batch.padding_1E.expand(longest - len(short), -1))
+                filled, shorter = filled + is_null, shorter + (len(short) < longest)
+        # Dropped captions are among those that were filled up; what is kept is not filled up, so it is kept.
+        assert filled > 3 and shorter > filled / 2 and sum(encoded) == 12
+
+
+def test_prepared_shards_hold_the_padding_state(shards: Path, models: Path) -> None:
+    stored = load_file(shards / "null.safetensors")
+    encoder = load_gemma(str(models / "gemma"), max_tokens=16, constant_padding=True)
+    assert encoder.padding_state is not None and stored["states"].shape == (1, 16)
+    assert torch.equal(stored["padding"], encoder.padding_state.bfloat16())
 
 
 def test_encoders_are_recorded_with_the_revision_of_their_weights(shards: Path, models: Path) -> None:

@@ -153,6 +153,35 @@ def test_the_ranks_together_hold_the_global_sequence(world_size):
         assert tuple(together) == plan.step(step).packs
 
 
+@pytest.mark.parametrize("name", ["web_mix", "one_size", "packs_of_one"])
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_a_rank_can_be_asked_for_one_pack_at_a_time(name, world_size):
+    lengths, budget, packs = CASES[name]
+    plan = Plan(lengths, tokens_per_pack=budget, packs_per_step=packs, seed=5)
+    ranks = [plan.of_rank(r, world_size) for r in range(world_size)]
+    for step in (0, 3, plan.steps_per_epoch, 2 * plan.steps_per_epoch + 1, 3):
+        planned = plan.step(step)
+        for rank, own in enumerate(ranks):
+            expected = planned.of_rank(rank, world_size)
+            assert own.packs_per_step == len(expected)
+            for number, sample_ids in enumerate(expected):
+                pack = own.pack(step, number)
+                assert tuple(pack.sample_ids.tolist()) == sample_ids
+                assert (pack.step, pack.epoch) == (step, planned.epoch)
+                assert pack.images_in_step == planned.num_images
+
+
+def test_a_rank_looks_up_its_own_images_alone():
+    lengths = web_mix(200_000)
+    plan = Plan(lengths, tokens_per_pack=2 * int(lengths.max()), packs_per_step=64, seed=0)
+    rank = plan.of_rank(5, 64)
+    for step in range(20):
+        rank.pack(step, 0)
+    assert rank._block is not None and rank._block.first == 0
+    # A block of 64 ranks' steps holds as many images as one of all packs of 1/64 of the steps.
+    assert len(rank._block.samples) <= packing.BLOCK_IMAGES * 1.2
+
+
 def test_a_step_does_not_depend_on_the_steps_asked_before():
     lengths, budget, packs = CASES["web_mix"]
     walked = Plan(lengths, tokens_per_pack=budget, packs_per_step=packs, seed=5)

@@ -1,5 +1,7 @@
 """Reads by offset over HTTP: ranges, retries, time limits, and the loader on top."""
 
+import gc
+import multiprocessing
 import re
 import shutil
 import threading
@@ -149,6 +151,15 @@ def test_failing_requests_are_tried_again(served):
     assert sample.latent.shape[0] == index.channels and served.failures == 0
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_loader_counts_the_requests_that_were_made_again(served, workers, caplog):
+    loader = build_loader(data_config(served.url, workers=workers), patch_size=1, num_steps=3)
+    served.failures = 3
+    assert sum(len(step) for step in loader) == 12
+    assert (loader.num_retries, loader.num_damaged, served.failures) == (3, 0, 0)
+    assert re.search(r"127\.0\.0\.1:\d+: \d requests failed or took too long so far", caplog.text)
+
+
 def test_a_request_that_fails_every_time_names_shard_key_and_cause(served):
     index = load_index(served.url)
     served.failures = 1000
@@ -164,6 +175,23 @@ def test_a_slow_server_is_given_up_after_the_time_limit(served):
     with pytest.raises(DataError, match=r"s00000: cannot be read \(2 tries failed.*Timeout"):
         ShardReader(index, impatient(served.url, attempts=2, timeout_s=0.1)).read(0)
     assert time.monotonic() - started < 0.9
+
+
+def read_in_another_process(remote: Remote) -> None:
+    assert len(remote.read_range("shard-000000.tar", 0, 10)) == 10
+    gc.collect()
+
+
+def test_a_process_that_was_forked_leaves_the_connections_of_its_parent_alone(served, monkeypatch):
+    # Connections that are kept open, as those of S3 and of most servers are.
+    monkeypatch.setattr(Handler, "protocol_version", "HTTP/1.1")
+    remote = impatient(served.url, attempts=1)
+    remote.read_range("shard-000000.tar", 0, 10)
+    child = multiprocessing.get_context("fork").Process(target=read_in_another_process, args=(remote,))
+    child.start()
+    child.join(timeout=10)
+    assert child.exitcode == 0
+    assert len(remote.read_range("shard-000000.tar", 5, 10)) == 10
 
 
 def test_a_server_without_ranges_is_named_as_such(served):

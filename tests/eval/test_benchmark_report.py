@@ -11,8 +11,9 @@ import pytest
 from tests.eval.test_results import ROW
 from tests.eval.tiny_scorers import write_random_picture
 from tim_ds.eval import benchmark_report
-from tim_ds.eval.benchmark_report import Column, SheetItem, samples_sheet, spread, table
+from tim_ds.eval.benchmark_report import samples_sheet, table
 from tim_ds.eval.generate import picture_set
+from tim_ds.eval.results import Column, SheetItem, spread
 
 COLUMNS = [
     Column("overall", "overall", percent=True, plotted=True),

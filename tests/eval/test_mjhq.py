@@ -42,6 +42,10 @@ def test_metadata_name_pictures_and_prompts(entries: list[mjhq.Entry]) -> None:
         ('{"a": {"category": "x"}}', "'a': expected a category and a prompt"),
         ('{"a": {"category": "../x", "prompt": "p"}}', "'a' of '../x' cannot be a file name"),
         ("{", "cannot be read"),
+        (
+            '{"a": {"category": "x", "prompt": "p"}, "a": {"category": "y", "prompt": "q"}}',
+            "key 'a' is given twice",
+        ),
     ],
 )
 def test_other_metadata_are_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -53,13 +57,13 @@ def test_other_metadata_are_refused(tmp_path: Path, text: str, message: str) -> 
 
 def test_missing_reference_pictures_are_named(tmp_path: Path, entries: list[mjhq.Entry]) -> None:
     with pytest.raises(RequestError, match="no such folder; expected the unpacked mjhq30k_imgs"):
-        mjhq.reference_names(tmp_path / "none", entries)
+        mjhq.picture_names(tmp_path / "none", entries)
     for one in entries[1:]:
         write_random_picture(tmp_path / one.category / f"{one.key}.jpg", 0)
     with pytest.raises(RequestError, match=r"1 of 21 pictures are missing \(people/k0\)"):
-        mjhq.reference_names(tmp_path, entries)
+        mjhq.picture_names(tmp_path, entries)
     write_random_picture(tmp_path / "people" / "k0.png", 0)
-    assert mjhq.reference_names(tmp_path, entries)[:2] == ["people/k0.png", "people/k1.jpg"]
+    assert mjhq.picture_names(tmp_path, entries)[:2] == ["people/k0.png", "people/k1.jpg"]
 
 
 def test_distances_are_overall_and_by_category() -> None:
@@ -76,7 +80,7 @@ def test_distances_are_overall_and_by_category() -> None:
 def test_features_are_kept_by_pictures_network_and_resize(tmp_path: Path, entries: list[mjhq.Entry]) -> None:
     for n, one in enumerate(entries):
         write_random_picture(tmp_path / "real" / one.category / f"{one.key}.jpg", n)
-    names = mjhq.reference_names(tmp_path / "real", entries)
+    names = mjhq.picture_names(tmp_path / "real", entries)
     pictures = picture_set(tmp_path / "real", names, progress=False)
 
     def features(network: TinyFeatures, clean: bool) -> np.ndarray:

@@ -13,12 +13,15 @@ from PIL import Image
 
 from data_pipeline.handwriting import Settings as DataSettings
 from data_pipeline.handwriting import build, parse
-from tests.eval.tiny_scorers import save_clip
+from tests.eval.test_geneval import LINES
+from tests.eval.tiny_scorers import TinyFeatures, save_clip, save_detector, save_vilt, write_random_picture
 from tests.networks import export_of, write_tiny_export
 from tim_ds.errors import RequestError
-from tim_ds.eval import cli, resolution
+from tim_ds.eval import cli, geneval, resolution
+from tim_ds.eval.benchmarks import Imagenet, Mjhq
 from tim_ds.eval.clip import Clip
-from tim_ds.pipeline import TiMPipeline, read_settings
+from tim_ds.eval.detector import Detector
+from tim_ds.pipeline import TiMPipeline, read_settings, sha256
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +139,7 @@ class TestPrompts:
         found = scorer.score(["a three", "a one"], pictures)["clip_score"]
         # Captions of one call are padded together: float32.
         assert found == pytest.approx(100 * float(cosines.mean()), abs=1e-3)
-        assert scorer.identity()["weights"] == str(folder)
+        assert scorer.identity()["weights"]["weights_sha256"] == [sha256(folder / "model.safetensors")]
 
     def test_without_a_scorer_time_and_memory_are_measured(
         self, export: Path, prompts: Path, tmp_path: Path
@@ -191,6 +194,194 @@ class TestPrompts:
         words = ["resolution", str(export), "--prompts-file", str(prompts), "--sizes", "8x8"]
         assert cli.main([*words, "--out", str(tmp_path)]) == 1
         assert "results of 'nfe'" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def scorers(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("scorers")
+    return ["--detector", str(save_detector(folder / "d")), "--clip", str(save_clip(folder / "c"))]
+
+
+class TestBenchmarks:
+    """The published benchmarks as scorers: the code of `launch/evaluate.py BENCHMARK`, size by size."""
+
+    @pytest.fixture
+    def metadata(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        # Pictures of 800 pixels take seconds even in a tiny detector.
+        monkeypatch.setitem(Detector.__init__.__kwdefaults__ or {}, "shorter_px", 64)
+        path = tmp_path / "evaluation_metadata.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in LINES))
+        return path
+
+    def test_geneval_at_every_size_resumes_in_its_scoring(
+        self,
+        export: Path,
+        metadata: Path,
+        scorers: list[str],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: Any,
+    ) -> None:
+        out = tmp_path / "out"
+        words = ["resolution", str(export), "--scorer", "geneval", "--metadata", str(metadata), *scorers]
+        words += ["--num", "2", "--sizes", "8x16,16x16", "--steps", "1", "--seed", "3", "--out", str(out)]
+        detect, seen = Detector.__call__, []
+
+        def interrupted(self: Detector, picture: Image.Image, *, threshold: float) -> Any:
+            if len(seen) == 15:
+                raise KeyboardInterrupt
+            seen.append(picture.size)
+            return detect(self, picture, threshold=threshold)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Detector, "__call__", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                cli.main(words)
+        # Twelve pictures of the first size are a finished row; three of the second are kept.
+        assert [row["size"] for row in json.loads((out / "results.json").read_text())["rows"]] == ["8x16"]
+        with monkeypatch.context() as patch:
+            patch.setattr(TiMPipeline, "run", lambda *_: pytest.fail("sampled"))
+            patch.setattr(
+                Detector,
+                "__call__",
+                lambda self, picture, *, threshold: (
+                    seen.append(picture.size) or detect(self, picture, threshold=threshold)
+                ),
+            )
+            assert cli.main(words) == 0
+        assert seen == [(16, 8)] * 12 + [(16, 16)] * 12
+        rows = json.loads((out / "results.json").read_text())["rows"]
+        for row in rows:
+            assert row["num_pictures"] == 12 and row["seed"] == 3 and row["seconds_per_picture"] > 0
+            assert set(row["scores"]) == {"overall", *geneval.TASKS, "pictures", "prompts"}
+            assert row["identity"]["scorer"]["rules"]["counting_threshold"] == 0.9
+            assert row["details"]["by_task"]["counting"]["pictures"] == 2
+            assert "transformers" in row["versions"]
+        assert (
+            "| overall |" in capsys.readouterr().out.replace("  ", " ") and (out / "resolution.png").exists()
+        )
+
+        # The same pictures by `launch/evaluate.py geneval`: the same scores.
+        row = next(row for row in rows if row["size"] == "16x16")
+        same = ["geneval", "--metadata", str(metadata), *scorers, "--num", "2", "--seed", "3", "--cfg", "1"]
+        same += [
+            "--export",
+            str(export),
+            "--size",
+            "16x16",
+            "--steps",
+            "1",
+            "--out",
+            str(tmp_path / "geneval"),
+        ]
+        assert cli.main(same) == 0
+        [other] = json.loads((tmp_path / "geneval" / "results.json").read_text())["rows"]
+        assert other["scores"] == row["scores"] and other["details"] == row["details"]
+
+    def test_processes_share_the_drawing_and_one_scores(
+        self,
+        export: Path,
+        metadata: Path,
+        scorers: list[str],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: Any,
+    ) -> None:
+        out = tmp_path / "out"
+        words = ["resolution", str(export), "--scorer", "geneval", "--metadata", str(metadata)]
+        words += ["--num", "1", "--limit", "3", "--sizes", "8x8", "--steps", "1", "--out", str(out)]
+        monkeypatch.setattr(
+            TiMPipeline, "batches", lambda _, request: [range(n, n + 1) for n in range(len(request.prompts))]
+        )
+        with monkeypatch.context() as launcher:
+            launcher.setenv("WORLD_SIZE", "2")
+            assert cli.main(words) == 1
+            assert "several processes can share the drawing alone" in capsys.readouterr().err
+            for rank, count in ((1, 1), (0, 3)):
+                launcher.setenv("RANK", str(rank))
+                assert cli.main([*words, "--only", "generate"]) == 0
+                assert len(list((out / "pictures").rglob("*.png"))) == count
+        assert not (out / "results.json").exists()
+        monkeypatch.setattr(TiMPipeline, "run", lambda *_: pytest.fail("sampled"))
+        assert cli.main([*words, *scorers]) == 0
+        [row] = json.loads((out / "results.json").read_text())["rows"]
+        # Three of the six prompts, spread over the file.
+        assert set(row["details"]["by_task"]) == {LINES[n]["tag"] for n in (0, 2, 5)}
+
+    def test_dpg_at_every_size(self, export: Path, tmp_path: Path) -> None:
+        questions = tmp_path / "dpg_bench.csv"
+        questions.write_text(
+            "item_id,text,proposition_id,dependency,tuple,question_natural_language\n"
+            "dog1,a dog,1,0,entity - whole (dog),is there a dog?\n"
+            "cat1,a cat,1,0,entity - whole (cat),is there a cat?\n",
+        )
+        words = ["resolution", str(export), "--scorer", "dpg", "--questions", str(questions)]
+        words += ["--vqa", str(save_vilt(tmp_path / "vilt")), "--num", "2", "--sizes", "8x8,8x16"]
+        assert cli.main([*words, "--out", str(tmp_path / "out")]) == 0
+        rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+        assert [row["num_pictures"] for row in rows] == [4, 4] and "entity" in rows[0]["scores"]
+
+    def test_distances_at_every_size(self, export: Path, tmp_path: Path, scorers: list[str]) -> None:
+        rng = np.random.default_rng(0)
+        np.savez(tmp_path / "ref.npz", arr_0=rng.integers(0, 256, (9, 8, 8, 3), dtype=np.uint8))
+        classes = write_tiny_export(
+            tmp_path / "classes", export_of(name="classes", condition="class", channels=3)
+        )
+        (tmp_path / "meta_data.json").write_text(
+            json.dumps({f"k{n}": {"category": "art", "prompt": f"photo {n}"} for n in range(10)})
+        )
+        for n in range(10):
+            write_random_picture(tmp_path / "real" / "art" / f"k{n}.jpg", n)
+        found = {}
+        for path, benchmark in (
+            (
+                classes,
+                Imagenet(reference=tmp_path / "ref.npz", count=10, num_classes=5, network=TinyFeatures()),
+            ),
+            (
+                export,
+                Mjhq(
+                    metadata=tmp_path / "meta_data.json",
+                    reference=tmp_path / "real",
+                    clip=scorers[3],
+                    network=TinyFeatures(),
+                ),
+            ),
+        ):
+            benchmark.load()
+            suite = resolution.BenchmarkSuite(benchmark, ["8x8", "8x16"], seed=0, progress=False)
+            out = tmp_path / benchmark.name
+            rows = resolution.run([(None, path)], suite, out, steps=(1,), progress=False).rows
+            found[benchmark.name] = rows[0].scores
+            assert rows[0].scores != rows[1].scores and [row.num_pictures for row in rows] == [10, 10]
+        assert set(found["imagenet"]) == {"fid", "sfid", "inception_score", "precision", "recall"}
+        assert set(found["mjhq"]) == {"fid", "clean_fid", "clip"}
+        suite = resolution.BenchmarkSuite(
+            Imagenet(reference=tmp_path / "ref.npz", count=10, num_classes=5), ["8x8"], seed=0
+        )
+        with pytest.raises(RequestError, match="tiny: expected a network conditioned on class"):
+            resolution.run([(None, export)], suite, tmp_path / "other", steps=(1,))
+
+    @pytest.mark.parametrize(
+        ("extra", "message"),
+        [
+            ([], "what to draw: expected one of --data, --prompts-file and --scorer geneval, dpg"),
+            (["--scorer", "geneval"], "--metadata: needed by geneval"),
+            (["--scorer", "geneval", "--metadata", "none.jsonl"], "--metadata none.jsonl: cannot be read"),
+            (
+                ["--scorer", "dpg", "--questions", "none.csv", "--reference", "r"],
+                "--reference: not read by dpg",
+            ),
+            (["--scorer", "imagenet", "--count", "0"], "--count: expected at least 1, received 0"),
+            (["--scorer", "geneval", "--prompts-file", "p.txt"], "what to draw: expected one of"),
+            (["--prompts-file", "p.txt", "--metadata", "m"], "--metadata: read with --scorer geneval"),
+        ],
+    )
+    def test_settings_that_do_not_belong_together_are_named(
+        self, export: Path, tmp_path: Path, capsys: Any, extra: list[str], message: str
+    ) -> None:
+        assert cli.main(["resolution", str(export), "--out", str(tmp_path / "out"), *extra]) == 1
+        assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_the_sizes_of_the_paper_are_whole_latents() -> None:

@@ -373,18 +373,84 @@ def train_with_evaluations(world: World, folder: Path, shards: Path, poisoned: P
         build(data, Settings(samples=2, factor=2, text_width=8), progress=False)
     world.barrier()
     kinds = "kinds: [nfe, resolution], num_steps: [1], pictures: 65, held_back: 17, longest: 1"
-    evaluation = f"train.evaluation={{every_steps: 2, {kinds}, data: {data}}}"
+    asked = f"kind: dpg, size: 8x8, questions: {write_questions(folder, world)}, vqa: {folder / 'vilt'}"
+    benchmarks = f"benchmarks: [{{{asked}, batch: 2}}]"
+    evaluation = f"train.evaluation={{every_steps: 2, {kinds}, data: {data}, {benchmarks}}}"
     missing = f"train.evaluation={{every_steps: 2, {kinds}, data: {folder / 'nothing'}}}"
+    unscored = f"train.evaluation={{every_steps: 2, kinds: [], {benchmarks.replace('vilt', 'none')}}}"
     file = shared_engine_file(world, folder, 3)
     train(recipe(shards, evaluation), folder / "whole", file, world)
     train(recipe(shards, evaluation, "train.steps=2"), folder / "resumed", file, world)
     train(recipe(shards, evaluation), folder / "resumed", file, world)
-    refused = ""
-    try:
-        train(recipe(shards, missing), folder / "refused", file, world)
-    except RequestError as error:
-        refused = str(error)
-    return {"data": str(data), "refused": refused}
+    refused = []
+    for name, setting in (("refused", missing), ("unscored", unscored)):
+        try:
+            train(recipe(shards, setting), folder / name, file, world)
+        except RequestError as error:
+            refused.append(str(error))
+    only = f"train.evaluation={{every_steps: 1, kinds: [], num_steps: [1], {benchmarks}}}"
+    train_through_failures(world, recipe(shards, only), folder)
+    return {"data": str(data), "refused": refused[0], "unscored": refused[1]}
+
+
+def train_through_failures(world: World, settings: Recipe, folder: Path) -> None:
+    """At ZeRO-1, where the ranks share the drawing: drawing fails at step 1, scoring at 2, writing at 3."""
+    from unittest.mock import patch
+
+    from tim_ds.eval import dpg
+    from tim_ds.pipeline import TiMPipeline
+    from tim_ds.trainer import benchmarks
+
+    draw, score, write = TiMPipeline.__call__, dpg.score_pictures, benchmarks.write
+    drawn: list[int] = []
+
+    def failing_draw(self: TiMPipeline, prompts: Any, *arguments: Any, **named: Any) -> Any:
+        drawn.append(len(prompts))
+        if world.rank == 1 and self.export.step == 1:
+            raise RuntimeError("out of memory")
+        return draw(self, prompts, *arguments, **named)
+
+    def failing_score(*arguments: Any, **named: Any) -> Any:
+        if failing_write.calls == 2:
+            raise ValueError("a scorer with a flaw")
+        return score(*arguments, **named)
+
+    class FailingWrite:
+        calls = 0
+
+        def __call__(self, output: Any, *arguments: Any) -> None:
+            self.calls = output.settings["step"]
+            if self.calls == 3 and world.rank == 1:
+                raise OSError(28, "No space left on device")
+            write(output, *arguments)
+
+    failing_write = FailingWrite()
+    with (
+        patch.object(TiMPipeline, "__call__", failing_draw),
+        patch.object(dpg, "score_pictures", failing_score),
+        patch.object(benchmarks, "write", failing_write),
+        patch.object(benchmarks, "MEETING_S", 0.01),
+    ):
+        train(settings, folder / "failing", shared_engine_file(world, folder, 1), world)
+    # Three pictures, two a call: two for rank 0 and one for rank 1, in each of four evaluations.
+    assert drawn == [2 - world.rank] * 4
+
+
+def write_questions(folder: Path, world: World) -> Path:
+    """Three prompts of DPG-Bench, and a ViLT in the folder `vilt`."""
+    from tests.eval.tiny_scorers import save_vilt
+
+    path = folder / "dpg_bench.csv"
+    if world.is_main:
+        save_vilt(folder / "vilt")
+        path.write_text(
+            "item_id,text,proposition_id,dependency,tuple,question_natural_language\n"
+            "dog,a dog,1,0,entity - whole (dog),is there a dog?\n"
+            "cat,a cat,1,0,entity - whole (cat),is there a cat?\n"
+            "car,a car,1,0,entity - whole (car),is there a car?\n"
+        )
+    world.barrier()
+    return path
 
 
 def average_by_hand(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[str, Any]:

@@ -1,11 +1,11 @@
+"""What the trainer's tests share. Fixtures import what they need themselves: tests of what does without
+DeepSpeed run where it is not installed."""
+
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-
-from tests.trainer.cases import CASES, run_cases
-from tests.trainer.ranks import run_ranks, write_data
 
 POISONED_SAMPLE = 17
 OF_THEIR_OWN = ("continue_elsewhere", "train_with_evaluations", "train_every_combination")
@@ -14,12 +14,16 @@ OF_THEIR_OWN = ("continue_elsewhere", "train_with_evaluations", "train_every_com
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.trainer.ranks import write_data
+
     return write_data(tmp_path_factory.mktemp("data") / "shards")
 
 
 @pytest.fixture(scope="session")
 def poisoned_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same shapes, with one sample so large that its loss overflows float32."""
+    from tests.trainer.ranks import write_data
+
     return write_data(tmp_path_factory.mktemp("data") / "poisoned", poison={POISONED_SAMPLE: 1e25})
 
 
@@ -36,6 +40,9 @@ class Groups:
 
     def results(self, world_size: int, case: str) -> list:
         """What the case returned on each rank."""
+        from tests.trainer.cases import CASES, run_cases
+        from tests.trainer.ranks import run_ranks
+
         if world_size not in self._results:
             one_rank_is_enough = ("train_every_stage", "meet_poison")
             every = tuple(name for name in CASES if name not in OF_THEIR_OWN)

@@ -14,6 +14,9 @@ from tests.trainer.conftest import Groups
 from tests.trainer.ranks import lines_without_clock, recipe, run_ranks
 from tim_ds.errors import ConfigError
 from tim_ds.eval import nfe
+from tim_ds.eval.benchmark_cli import DpgOptions, run_dpg
+from tim_ds.eval.generate import Sampling
+from tim_ds.eval.results import read_rows
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +42,7 @@ def test_scores_are_logged_and_are_those_of_the_evaluation_itself(
     folder, facts = found
     logged = evaluations(folder / "whole")
     assert logged.keys() == {2, 4}
-    sets = {"nfe/seen", "nfe/held_back", "resolution/8x8"}
+    sets = {"nfe/seen", "nfe/held_back", "resolution/8x8", "dpg/8x8"}
     assert {name.rsplit("/", 2)[0] for name in logged[4]} == sets
     settings = nfe.Settings(steps=(1,), num_seen=65, num_held_back=17)
     evaluation = nfe.run(
@@ -49,12 +52,54 @@ def test_scores_are_logged_and_are_those_of_the_evaluation_itself(
         for key in ("frechet_distance", "digit_accuracy", "prompt_accuracy"):
             # Weights that two ranks gather are the exported ones: the same pictures, up to float32 sums.
             assert logged[4][f"nfe/{name}/1_steps/{key}"] == pytest.approx(getattr(scores, key), rel=1e-3)
+    options = DpgOptions(
+        out=tmp_path / "dpg",
+        export=folder / "whole" / "export",
+        questions=folder / "dpg_bench.csv",
+        vqa=str(folder / "vilt"),
+        num=1,
+        sampling=Sampling(size="8x8", num_steps=1),
+        progress=False,
+    )
+    [row] = run_dpg(options)
+    assert row.scores == {key: logged[4][f"dpg/8x8/1_steps/{key}"] for key in row.scores}
     assert logged[2] != logged[4]
     board = EventAccumulator(str(folder / "whole" / "tensorboard"))
     board.Reload()
     scalars = board.Scalars("evaluation/nfe/seen/1_steps/frechet_distance")
     assert [event.step for event in scalars] == [2, 4]
     assert [event.step for event in board.Images("evaluation/resolution/8x8/1_steps")] == [2, 4]
+
+
+def test_a_benchmark_leaves_the_rows_of_every_step(found: tuple[Path, dict[str, str]]) -> None:
+    """The rows of `launch/evaluate.py`, and on the disk the pictures of one evaluation alone."""
+    folder, _ = found
+    for run in ("whole", "resumed"):
+        place = folder / run / "evaluations" / "dpg_8x8"
+        rows = read_rows(place / "results.json", "dpg")
+        assert [row.label for row in rows] == ["step 2", "step 4"]
+        assert [row.made_by["step"] for row in rows if row.made_by] == [2, 4]
+        assert all(row.nfe == 1 and row.num_pictures == 3 and "transformers" in row.versions for row in rows)
+        assert "step 4" in (place / "table.md").read_text() and (place / "steps_0001.png").stat().st_size > 0
+        assert len(list(place.rglob("*/0*.png"))) == 3 and not list(place.rglob("cache"))
+
+
+def test_a_failing_evaluation_does_not_end_the_run(found: tuple[Path, dict[str, str]]) -> None:
+    folder, _ = found
+    lines = [line for line in lines_without_clock(folder / "failing") if "evaluation" in line]
+    told = {line["step"]: line.get("failed", {}).get("dpg/8x8/1_steps") for line in lines}
+    assert told == {
+        1: "RuntimeError: out of memory",
+        2: "ValueError: a scorer with a flaw",
+        3: "OSError: [Errno 28] No space left on device",
+        4: None,
+    }
+    assert "dpg/8x8/1_steps/overall" in lines[3]["evaluation"] and not lines[0]["evaluation"]
+    rows = read_rows(folder / "failing" / "evaluations" / "dpg_8x8" / "results.json", "dpg")
+    assert [row.label for row in rows] == ["step 4"]
+    board = EventAccumulator(str(folder / "failing" / "tensorboard"))
+    board.Reload()
+    assert [event.value for event in board.Scalars("evaluation/failures")] == [1, 1, 1, 0]
 
 
 def test_a_resumed_run_logs_the_same(found: tuple[Path, dict[str, str]]) -> None:
@@ -74,6 +119,9 @@ def test_missing_data_end_the_run_before_its_first_step(found: tuple[Path, dict[
     folder, facts = found
     assert "manifest.json: not found; build the data with" in facts["refused"]
     assert lines_without_clock(folder / "refused") == []
+    assert facts["unscored"].startswith("train.evaluation.benchmarks[0]: --vqa ")
+    assert facts["unscored"].endswith("no such folder of a model")
+    assert lines_without_clock(folder / "unscored") == []
 
 
 @pytest.mark.parametrize(
@@ -85,6 +133,12 @@ def test_missing_data_end_the_run_before_its_first_step(found: tuple[Path, dict[
         ("num_steps: [0]", "train.evaluation.num_steps: expected numbers of at least 1"),
         ("sizes: [8x8]", "train.evaluation.sizes, scorer: belong to prompts_file"),
         ("prompts_file: a.txt", "train.evaluation.prompts_file: needs sizes and a scorer"),
+        (
+            "benchmarks: [{kind: dpg, size: 8x8}, {kind: dpg, size: 8x8}]",
+            "train.evaluation.benchmarks: expected each kind and size once, received dpg_8x8, dpg_8x8",
+        ),
+        ("benchmarks: [{kind: imagenet, size: 8x8}]", "benchmarks.count: needed by imagenet"),
+        ("benchmarks: [{kind: dpg, size: 8x8, num: 0}]", "benchmarks.num: expected at least 1, received 0"),
         (
             "prompts_file: a.txt, sizes: [8x8], scorer: 'a:b'",
             "train.evaluation.kinds: prompts_file belongs to 'resolution' alone",

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from data_pipeline.index import load_index
+from data_pipeline.loader import build_loader
 from tests.trainer.plain import steps_of
 from tests.trainer.ranks import recipe
+from tim_ds.packed import TextCondition
 from tim_ds.trainer.inputs import StepInputs
+from tim_ds.trainer.run import DataFacts, prepare_of
 
 
 def draws_by_sample(
@@ -60,9 +65,6 @@ def test_noise_is_unit_and_times_keep_their_order(shards: Path) -> None:
 
 
 def test_the_loader_may_prepare_in_other_processes(shards: Path) -> None:
-    from data_pipeline.index import load_index
-    from tim_ds.trainer.run import DataFacts, prepare_of
-
     settings = recipe(shards, "objective.guided_target={w_cond: 0.5}")
     prepare = prepare_of(settings, DataFacts.of(load_index(shards)))
     batch = steps_of(settings, num_steps=1)[0][0]
@@ -70,6 +72,26 @@ def test_the_loader_may_prepare_in_other_processes(shards: Path) -> None:
     again = pickle.loads(pickle.dumps(prepare))
     assert again.seed == prepare.seed
     assert prepare.null_states_LE is not None and again.null_states_LE.equal(prepare.null_states_LE)
+
+
+def test_empty_captions_of_guidance_are_as_long_as_the_captions_of_a_pack_that_is_filled_up(
+    shards: Path,
+) -> None:
+    settings = recipe(shards, "objective.guided_target={w_cond: 0.5}", "data.caption_dropout=0.1")
+    prepare = prepare_of(settings, DataFacts.of(load_index(shards)))
+    null_states = prepare.null_states_LE
+    packs = [pack for step in build_loader(settings.data, patch_size=1, num_steps=2) for pack in step]
+    packed = max(packs, key=lambda pack: max(pack.text_lengths or (0,)))
+    assert null_states is not None and packed.text_lengths is not None
+    longest = max(packed.text_lengths)
+    assert longest > len(null_states)
+    padding = torch.full_like(null_states[:1], 9.0)
+    for pack, length in ((packed, len(null_states)), (replace(packed, padding_1E=padding), longest)):
+        null = prepare(pack).null_condition
+        assert isinstance(null, TextCondition) and null.segments.lengths == (length,) * len(pack.grids)
+        for states in null.states_LE.split(length):
+            assert torch.equal(states[: len(null_states)], null_states)
+            assert bool((states[len(null_states) :] == 9.0).all())
 
 
 @pytest.mark.parametrize("guided", [False, True])
@@ -87,6 +109,6 @@ def test_moving_to_a_device_keeps_everything(shards: Path, guided: bool) -> None
 def test_the_large_tensors_are_pinned_where_there_is_a_device(shards: Path) -> None:
     batch = steps_of(recipe(shards), num_steps=1)[0][0]
     pinned = batch.pin_memory()
-    assert pinned.x_TC.is_pinned() and pinned.z_TC.is_pinned()
+    assert pinned.latents.values.is_pinned() and pinned.z_TC.is_pinned()
     assert torch.equal(pinned.x_TC, batch.x_TC) and torch.equal(pinned.z_TC, batch.z_TC)
     assert pinned.keys == batch.keys and pinned.times is batch.times

@@ -46,6 +46,8 @@ def test_all_problems_are_listed(tmp_path: Path, shards: Path) -> None:
         "data.packs_per_step=4",
         "train.init_from=" + str(tmp_path / "none"),
         "train.checkpoint.keep=100000000",
+        "train.evaluation.every_steps=2",
+        "train.evaluation.benchmarks=[{kind: mjhq, size: 4x4, metadata: no.json}]",
         PREVIEW,
     )
     ((code, written),) = run_ranks(
@@ -56,6 +58,7 @@ def test_all_problems_are_listed(tmp_path: Path, shards: Path) -> None:
     for problem in (
         "text states in",
         "train.init_from",
+        "train.evaluation.benchmarks[0]: --metadata no.json: cannot be read",
         "disk: 100000001 checkpoints",
         "memory: a rank needs",
     ):

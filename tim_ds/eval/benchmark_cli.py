@@ -13,10 +13,19 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from tim_ds.errors import RequestError
-from tim_ds.eval import adm_npz, benchmark_report, dpg, geneval, imagenet, mjhq
-from tim_ds.eval.benchmark_report import Column, SheetItem, samples_sheet, spread
-from tim_ds.eval.clip import DEFAULT_CLIP, Clip
-from tim_ds.eval.detector import DEFAULT_DETECTOR, Detector
+from tim_ds.eval import adm_npz, benchmark_report, calibration, dpg, geneval, imagenet, mjhq
+from tim_ds.eval.benchmarks import (
+    Benchmark,
+    Dpg,
+    Geneval,
+    Imagenet,
+    Mjhq,
+    check_network,
+    notes_of,
+    row_of,
+)
+from tim_ds.eval.clip import DEFAULT_CLIP
+from tim_ds.eval.detector import DEFAULT_DETECTOR
 from tim_ds.eval.generate import (
     PictureSet,
     Sampling,
@@ -24,23 +33,16 @@ from tim_ds.eval.generate import (
     choose_dtype,
     generate,
     open_pictures,
-    picture_set,
     read_manifest,
 )
-from tim_ds.eval.inception import FeatureNetwork, Inception, clean_resizer
-from tim_ds.eval.pretrained import fingerprint
-from tim_ds.eval.report import markdown_table
-from tim_ds.eval.results import RESULTS_NAME, ResultRow, ScoreLog, add_row, kept_arrays, make_row, read_rows
+from tim_ds.eval.inception import FeatureNetwork
+from tim_ds.eval.results import RESULTS_NAME, ResultRow, add_row, read_rows
 from tim_ds.eval.sample import device_of_process, place_of_process
-from tim_ds.eval.vqa import load_answerer
-from tim_ds.model.weights import write_aside
-from tim_ds.pipeline import TiMPipeline, check_device, refuse_unwritable, sha256
+from tim_ds.pipeline import TiMPipeline, check_device, refuse_unwritable
 
 CACHE_FOLDER = "cache"
-CALIBRATION_NAME = "calibration.md"
 VERDICTS_NAME = "verdicts.jsonl"
 
-_SHEET_COLUMNS = 6
 O = TypeVar("O", bound="BenchmarkOptions")  # noqa: E741
 
 
@@ -100,6 +102,12 @@ class BenchmarkOptions:
     def check(self, evaluation: str) -> None:
         """What can be told before any work: folders, device, an older results file."""
         refuse_unwritable(self.out)
+        pictures, out = self.folder.resolve(), self.out.resolve()
+        if pictures == out or pictures in out.parents:
+            raise RequestError(
+                f"--out {self.out}: lies in the folder of the pictures, {self.folder}, whose pictures are "
+                f"counted; choose a folder beside it"
+            )
         if self.generates:
             refuse_unwritable(self.folder)
         check_device(self.device, "--device")
@@ -188,133 +196,34 @@ class ImagenetOptions(BenchmarkOptions):
 
 def run_geneval(options: GenevalOptions) -> list[ResultRow]:
     """All six tasks of GenEval."""
-    options.check("geneval")
-    tasks = geneval.read_metadata(options.metadata)
+    benchmark = Geneval(
+        metadata=options.metadata,
+        num=options.num,
+        detector=options.detector,
+        clip=options.clip,
+        rules=options.rules,
+    )
     reference = None if options.calibrate is None else geneval.read_results(options.calibrate)
-    scorers = None
-    if options.scores:
-        scorers = Detector.from_pretrained(options.detector), Clip.from_pretrained(options.clip)
-    wanted = geneval.wanted_pictures(tasks, num_per_prompt=options.num, seed=options.seed)
-    if options.generates:
-        _generate(options, "geneval", wanted, condition="text")
-        geneval.write_layout(options.folder, tasks)
-    if scorers is None:
+    done = _run(options, benchmark)
+    if done is None:
         return []
-    if read_manifest(options.folder) is None:
-        wanted = geneval.pictures_of_layout(options.folder, tasks)
-    pictures = open_pictures(options.folder, wanted, progress=options.progress)
-    scorer = {
-        "protocol": geneval.PROTOCOL,
-        "metadata_sha256": sha256(options.metadata),
-        "is_published_suite": geneval.is_published_suite(tasks),
-        "rules": _as_dict(options.rules),
-        "detector": fingerprint(options.detector),
-        "clip": fingerprint(options.clip),
-    }
-    log = ScoreLog(
-        options.out / CACHE_FOLDER, "geneval", {"pictures_sha256": pictures.sha256, "scorer": scorer}
-    )
-    results = geneval.score_pictures(
-        pictures,
-        tasks,
-        scorers[0].to(options.device),
-        geneval.ColourReader(scorers[1].to(options.device)),
-        options.rules,
-        log,
-        progress=options.progress,
-    )
-    geneval.write_results(options.out / VERDICTS_NAME, results)
-    scores, details = geneval.summarise(results)
-    row = _row(options, "geneval", geneval.TITLE, pictures, scorer, scores, details, ("transformers",))
-    rows = add_row(options.out / RESULTS_NAME, row)
-    columns = [
-        Column("overall", "overall", percent=True, plotted=True),
-        *(Column(tag, tag, percent=True) for tag in geneval.TASKS),
-        Column("prompts", "any right", percent=True),
-    ]
-    per_prompt = len(pictures.names) // len(tasks)
-    firsts = [next(n for n, task in enumerate(tasks) if task.tag == tag) for tag in details["by_task"]]
-    items = [
-        SheetItem(
-            tasks[n].prompt,
-            tuple(range(n * per_prompt, (n + 1) * per_prompt)),
-            tuple(not results[n * per_prompt + k]["correct"] for k in range(per_prompt)),
-        )
-        for n in firsts
-    ]
-    suite = (
-        "" if scorer["is_published_suite"] else "The prompts are not the published 553: a part or others.\n"
-    )
-    notes = (
-        "Shares of right pictures in %, by task; overall is their plain mean; any right: prompts with a\n"
-        "right picture among theirs. The detector is not that of the published evaluator: compare with\n"
-        f"--calibrate before quoting a number beside published ones.\n{suite}"
-    )
-    sheet = samples_sheet(pictures, items, title=row.label, footnote="A red frame: judged wrong.")
-    _report(rows, columns, options.out, notes, sheet)
+    geneval.write_results(options.out / VERDICTS_NAME, benchmark.results)
+    print(f"written: {options.out / VERDICTS_NAME}")
     if reference is not None:
-        _calibrate(results, reference, options.out)
-    return rows
+        _calibrate(benchmark, reference, options)
+    return done
 
 
 def run_dpg(options: DpgOptions) -> list[ResultRow]:
     """DPG-Bench with a question answering model of transformers."""
-    options.check("dpg")
-    questions = dpg.read_questions(options.questions)
-    prompts = questions.prompts
-    answerer = None if options.vqa is None or not options.scores else load_answerer(options.vqa)
-    wanted = dpg.wanted_pictures(
-        prompts, num_per_prompt=options.num, seed=options.seed, layout=options.layout
-    )
-    if options.generates:
-        _generate(options, "dpg", wanted, condition="text")
-    if options.grids is not None and options.sampling.part[1] == 1:
-        pictures = open_pictures(options.folder, wanted, progress=options.progress)
-        dpg.write_grids(pictures, prompts, options.grids)
-    if answerer is None or options.vqa is None:
-        return []
-    pictures = open_pictures(options.folder, wanted, progress=options.progress)
-    answerer.model.to(options.device)
-    scorer = {
-        "protocol": dpg.PROTOCOL,
-        "questions_sha256": sha256(options.questions),
-        "num_per_prompt": options.num,
-        "vqa": fingerprint(options.vqa),
-    }
-    log = ScoreLog(options.out / CACHE_FOLDER, "dpg", {"pictures_sha256": pictures.sha256, "scorer": scorer})
-    answers = dpg.score_pictures(
-        pictures,
-        prompts,
-        answerer,
-        log,
-        layout=options.layout,
-        num_of_grid=options.num,
-        progress=options.progress,
-    )
-    scores, details = dpg.summarise(prompts, answers)
-    details |= {
-        "num_unknown_parents": questions.num_unknown_parents,
-        "num_repeated_questions": questions.num_repeated,
-    }
-    title = f"DPG-Bench (answers by {scorer['vqa']['name']}; published: {dpg.PUBLISHED_VQA})"
-    row = _row(options, "dpg", title, pictures, scorer, scores, details, ("transformers",))
-    rows = add_row(options.out / RESULTS_NAME, row)
-    columns = [
-        Column("overall", "overall", percent=True, plotted=True),
-        *(Column(name, name, percent=True) for name in scores if name != "overall"),
-    ]
-    per_prompt = len(pictures.names) // len(prompts)
-    items = [
-        SheetItem(_shortened(prompts[n].text), tuple(range(n * per_prompt, (n + 1) * per_prompt)))
-        for n in spread(len(prompts), _SHEET_COLUMNS)
-    ]
-    notes = (
-        "Questions met in %: overall by picture, then prompt; others over all questions of a category. A\n"
-        "question counts as met if it and all it depends on are answered yes. Numbers of another model for\n"
-        "the answers are not comparable.\n"
-    )
-    _report(rows, columns, options.out, notes, samples_sheet(pictures, items, title=row.label, footnote=""))
-    return rows
+    benchmark = Dpg(questions=options.questions, vqa=options.vqa, num=options.num, layout=options.layout)
+    grids = options.grids
+
+    def write_grids(pictures: PictureSet) -> None:
+        assert grids is not None
+        dpg.write_grids(pictures, benchmark.asked, grids)
+
+    return _run(options, benchmark, copy=None if grids is None else write_grids) or []
 
 
 def run_mjhq(options: MjhqOptions, network: FeatureNetwork | None = None) -> list[ResultRow]:
@@ -323,84 +232,14 @@ def run_mjhq(options: MjhqOptions, network: FeatureNetwork | None = None) -> lis
     Args:
         network: None loads torch-fidelity's Inception.
     """
-    options.check("mjhq")
-    entries = mjhq.read_metadata(options.metadata)
-    clip, names = None, []
-    if options.scores and options.reference is not None:
-        network = network or Inception.load(options.inception)
-        clean_resizer()
-        mjhq.check_counts(entries, network)
-        names = mjhq.reference_names(options.reference, entries)
-        clip = Clip.from_pretrained(options.clip)
-    wanted = mjhq.wanted_pictures(entries, seed=options.seed)
-    if options.generates:
-        _generate(options, "mjhq", wanted, condition="text")
-    if network is None or clip is None or options.reference is None or not options.scores:
-        return []
-    _move(network, options.device)
-    if read_manifest(options.folder) is None:
-        found = mjhq.reference_names(options.folder, entries)
-        wanted = [Wanted(name, one.prompt, 0) for name, one in zip(found, entries, strict=True)]
-    pictures = open_pictures(options.folder, wanted, progress=options.progress)
-    reference = picture_set(options.reference, names, progress=options.progress)
-    cache, categories = options.out / CACHE_FOLDER, [one.category for one in entries]
-    scores: dict[str, float | None] = {}
-    details: dict[str, Any] = {}
-    for clean, name in ((False, "fid"), (True, "clean_fid")):
-        made, real = (
-            mjhq.features(
-                which, network, cache, clean=clean, batch=options.batch_scored, progress=options.progress
-            )
-            for which in (pictures, reference)
-        )
-        scores[name], details[f"{name}_by_category"] = mjhq.distances(made, real, categories)
-    clip_id = fingerprint(options.clip)
-    key = sha256(options.metadata)[:12] + "_" + "".join(clip_id.get("weights_sha256", [clip_id["name"]]))[:12]
-    values = kept_arrays(
-        cache / f"clip_{pictures.sha256[:12]}_{key.replace('/', '-')}.npz",
-        lambda: {
-            "clip": mjhq.clip_scores(
-                pictures,
-                entries,
-                clip.to(options.device),
-                batch=options.batch_scored,
-                progress=options.progress,
-            )
-        },
-    )["clip"]
-    scores["clip"] = float(values.mean())
-    details["clip_by_category"] = mjhq.by_category(values, categories)
-    scorer = {
-        "protocol": mjhq.PROTOCOL,
-        "metadata_sha256": sha256(options.metadata),
-        "reference_sha256": reference.sha256,
-        "inception": network.identity,
-        "clip": clip_id,
-    }
-    row = _row(
-        options,
-        "mjhq",
-        mjhq.TITLE,
-        pictures,
-        scorer,
-        scores,
-        details,
-        ("torch-fidelity", "clean-fid", "transformers"),
+    benchmark = Mjhq(
+        metadata=options.metadata,
+        reference=options.reference,
+        inception=options.inception,
+        clip=options.clip,
+        network=network,
     )
-    rows = add_row(options.out / RESULTS_NAME, row)
-    columns = [
-        Column("fid", "FID", plotted=True, is_lower_better=True),
-        Column("clean_fid", "FID (clean)", is_lower_better=True),
-        Column("clip", "CLIP", plotted=True),
-    ]
-    items = [SheetItem(_shortened(entries[n].prompt), (n,)) for n in spread(len(entries), _SHEET_COLUMNS)]
-    notes = (
-        "FID: pictures at their own size into torch-fidelity's Inception, which resizes without filter, as\n"
-        "the first FID did; FID (clean): resized by clean-fid. CLIP: 100 x mean cosine with the prompt.\n\n"
-        + _by_category(row)
-    )
-    _report(rows, columns, options.out, notes, samples_sheet(pictures, items, title=row.label, footnote=""))
-    return rows
+    return _run(options, benchmark) or []
 
 
 def run_imagenet(options: ImagenetOptions, network: FeatureNetwork | None = None) -> list[ResultRow]:
@@ -409,169 +248,99 @@ def run_imagenet(options: ImagenetOptions, network: FeatureNetwork | None = None
     Args:
         network: None loads torch-fidelity's Inception.
     """
-    options.check("imagenet")
-    reference = None
-    if options.scores and options.reference is not None:
-        reference = adm_npz.read_reference(options.reference)
-        network = network or Inception.load(options.inception)
-        imagenet.check_counts(options.count, reference, network)
-    wanted = imagenet.wanted_pictures(options.count, options.num_classes, seed=options.seed)
+    benchmark = Imagenet(
+        reference=options.reference,
+        count=options.count,
+        num_classes=options.num_classes,
+        inception=options.inception,
+        network=network,
+    )
+    samples = options.samples_npz
+
+    def write_samples(pictures: PictureSet) -> None:
+        assert samples is not None
+        adm_npz.write_samples(samples, pictures.paths)
+
+    return (
+        _run(
+            options,
+            benchmark,
+            num_classes=options.num_classes,
+            copy=None if samples is None else write_samples,
+        )
+        or []
+    )
+
+
+def _run(
+    options: BenchmarkOptions,
+    benchmark: Benchmark,
+    *,
+    num_classes: int | None = None,
+    copy: Callable[[PictureSet], None] | None = None,
+) -> list[ResultRow] | None:
+    """Both halves of a benchmark, or the one asked for; None if nothing was scored.
+
+    Args:
+        copy: writes the pictures in another layout too, once all are there.
+    """
+    options.check(benchmark.name)
+    if options.scores:
+        benchmark.load()
+    wanted = benchmark.wanted(options.seed)
     if options.generates:
-        _generate(options, "imagenet", wanted, condition="class", num_classes=options.num_classes)
-    if options.samples_npz is not None and options.sampling.part[1] == 1:
-        pictures = open_pictures(options.folder, wanted, progress=options.progress)
-        adm_npz.write_samples(options.samples_npz, pictures.paths)
-    if network is None or reference is None or options.reference is None:
-        return []
-    _move(network, options.device)
+        _generate(options, benchmark, wanted, num_classes=num_classes)
+        if isinstance(benchmark, Geneval):
+            geneval.write_layout(options.folder, benchmark.tasks)
+    is_whole = options.sampling.part[1] == 1
+    if not options.scores and (copy is None or not is_whole):
+        return None
+    if not options.generates and read_manifest(options.folder) is None:
+        wanted = benchmark.found(options.folder)
     pictures = open_pictures(options.folder, wanted, progress=options.progress)
-    scores, details = imagenet.score(
-        pictures,
-        reference,
-        network,
-        options.out / CACHE_FOLDER,
-        batch=options.batch_scored,
-        device=options.device,
-        progress=options.progress,
-    )
-    scorer = {
-        "protocol": imagenet.PROTOCOL,
-        "reference": options.reference.name,
-        "reference_sha256": sha256(options.reference),
-        "inception": network.identity,
-    }
-    row = _row(
-        options, "imagenet", imagenet.TITLE, pictures, scorer, scores, details, ("torch-fidelity", "scipy")
-    )
+    if copy is not None:
+        copy(pictures)
+    if not options.scores:
+        return None
+    benchmark.to(options.device)
+    cache = options.out / CACHE_FOLDER
+    scored = benchmark.score(pictures, cache, batch=options.batch_scored, progress=options.progress)
+    row = row_of(benchmark, pictures, scored, label=options.label, device=options.device)
     rows = add_row(options.out / RESULTS_NAME, row)
-    columns = [
-        Column("fid", "FID", plotted=True, is_lower_better=True),
-        Column("sfid", "sFID", is_lower_better=True),
-        Column("inception_score", "IS", plotted=True),
-        Column("precision", "precision"),
-        Column("recall", "recall"),
-    ]
-    items = [SheetItem(f"class {wanted[n].prompt}", (n,)) for n in spread(len(wanted), _SHEET_COLUMNS)]
-    notes = (
-        f"Against {options.reference.name}: {details['reference_pictures']} pictures, statistics\n"
-        f"{details['reference_statistics']}. Published tables use 50,000 pictures and ADM's own evaluator,\n"
-        f"which reads the file of --samples-npz.\n"
-    )
-    _report(rows, columns, options.out, notes, samples_sheet(pictures, items, title=row.label, footnote=""))
+    paths = benchmark_report.write_scored(rows, row, scored, pictures, options.out)
+    print(f"\n{benchmark_report.table(rows, scored.columns, notes=notes_of(row, scored))}")
+    for path in paths:
+        print(f"written: {path}")
     return rows
 
 
 def _generate(
-    options: BenchmarkOptions,
-    evaluation: str,
-    wanted: Sequence[Wanted],
-    *,
-    condition: Literal["text", "class"],
-    num_classes: int | None = None,
+    options: BenchmarkOptions, benchmark: Benchmark, wanted: Sequence[Wanted], *, num_classes: int | None
 ) -> None:
     assert options.export is not None
     pipeline = TiMPipeline.from_pretrained(
         options.export, device=options.device, dtype=choose_dtype(options.dtype)
     )
-    model = pipeline.export.model
-    if model.condition != condition:
-        raise RequestError(
-            f"{options.export}: expected a network conditioned on {condition}, received one on "
-            f"{model.condition}"
-        )
-    if num_classes is not None and model.num_classes != num_classes:
-        raise RequestError(
-            f"{options.export}: knows {model.num_classes} classes, expected {num_classes} (--num-classes)"
-        )
+    check_network(benchmark, pipeline, num_classes=num_classes)
     generate(
-        pipeline, wanted, options.folder, options.sampling, evaluation=evaluation, progress=options.progress
+        pipeline,
+        wanted,
+        options.folder,
+        options.sampling,
+        evaluation=benchmark.name,
+        progress=options.progress,
     )
 
 
-def _row(
-    options: BenchmarkOptions,
-    evaluation: str,
-    title: str,
-    pictures: PictureSet,
-    scorer: dict[str, Any],
-    scores: dict[str, float | None],
-    details: dict[str, Any],
-    libraries: Sequence[str],
-) -> ResultRow:
-    return make_row(
-        evaluation=evaluation,
-        title=title,
-        label=options.label,
-        pictures=pictures,
-        scorer=scorer,
-        scores=scores,
-        details=details,
-        libraries=libraries,
-        device=options.device,
+def _calibrate(benchmark: Geneval, reference: dict[str, dict[str, Any]], options: GenevalOptions) -> None:
+    agreements = geneval.calibrate(benchmark.results, reference)
+    verdicts = benchmark.judge_at_thresholds(
+        calibration.THRESHOLDS, options.out / CACHE_FOLDER, progress=options.progress
     )
-
-
-def _report(rows: Sequence[ResultRow], columns: Sequence[Column], out: Path, notes: str, sheet: Any) -> None:
-    paths = benchmark_report.write(rows, columns, out, notes=notes, sheet=sheet)
-    print(f"\n{benchmark_report.table(rows, columns, notes=notes)}")
-    for path in paths:
+    of_tasks = calibration.curves(benchmark.results, verdicts, reference, options.rules)
+    print(f"\n{calibration.report(agreements, of_tasks)}")
+    for path in calibration.write(agreements, of_tasks, options.out):
         print(f"written: {path}")
-
-
-def _calibrate(results: Sequence[dict[str, Any]], reference: dict[str, dict[str, Any]], out: Path) -> None:
-    rows = geneval.calibrate(results, reference)
-    header = ("task", "pictures", "agree %", "ours %", "theirs %", "only ours right", "only theirs right")
-    body = [
-        (
-            one.task,
-            str(one.num_pictures),
-            f"{100 * one.agreement:.2f}",
-            f"{100 * one.ours:.2f}",
-            f"{100 * one.theirs:.2f}",
-            str(one.only_ours),
-            str(one.only_theirs),
-        )
-        for one in rows
-    ]
-    ours = sum(one.ours for one in rows) / len(rows)
-    theirs = sum(one.theirs for one in rows) / len(rows)
-    text = (
-        f"{geneval.TITLE} against the verdicts of the published evaluator on the same pictures\n\n"
-        f"{markdown_table(header, body)}\n"
-        f"Overall: ours {100 * ours:.2f} %, theirs {100 * theirs:.2f} %, "
-        f"difference {100 * (ours - theirs):+.2f} points.\n"
-    )
-    path = out / CALIBRATION_NAME
-    write_aside(path, len(text.encode()), lambda aside: aside.write_text(text, encoding="utf-8"))
-    print(f"\n{text}written: {path}")
-
-
-def _by_category(row: ResultRow) -> str:
-    header = ("category", "FID", "FID (clean)", "CLIP")
-    found = row.details["clip_by_category"]
-
-    def show(name: str, category: str) -> str:
-        value = row.details[name][category]
-        return "-" if value is None else f"{value:.4g}"
-
-    body = [
-        (one, *(show(name, one) for name in ("fid_by_category", "clean_fid_by_category", "clip_by_category")))
-        for one in found
-    ]
-    return f"{row.label}, by category\n\n{markdown_table(header, body)}"
-
-
-def _move(network: FeatureNetwork, device: str) -> None:
-    if isinstance(network, Inception):
-        network.to(device)
-
-
-def _as_dict(rules: geneval.Rules) -> dict[str, Any]:
-    return {one.name: getattr(rules, one.name) for one in fields(rules)}
-
-
-def _shortened(text: str, length: int = 120) -> str:
-    return text if len(text) <= length else text[: length - 1].rsplit(" ", 1)[0] + " ..."
 
 
 def _at_least_one(option: str, value: int) -> None:
@@ -592,7 +361,7 @@ def add_geneval(parser: argparse.ArgumentParser) -> None:
         "--calibrate",
         type=Path,
         metavar="RESULTS",
-        help="results (JSON lines) of the published evaluator on the same pictures: prints the agreement",
+        help="results (JSON lines) of the published evaluator on these pictures: agreement, offset, curves",
     )
 
 

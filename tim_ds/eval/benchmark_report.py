@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +10,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from tim_ds.eval.benchmarks import Scored, notes_of
 from tim_ds.eval.generate import PictureSet, load_picture
 from tim_ds.eval.report import markdown_table
-from tim_ds.eval.results import RESULTS_NAME, ResultRow
+from tim_ds.eval.results import RESULTS_NAME, Column, ResultRow, SheetItem
 from tim_ds.eval.sheet import Picture, SheetBlock, SheetRow, contact_sheet
 from tim_ds.model.weights import write_aside
 from tim_ds.pipeline import write_png
@@ -26,32 +26,12 @@ _COLOURS = ("#1f6feb", "#d97706", "#2e9d6b", "#8957e5", "#d1495b", "#0e7490")
 _SHEET_PX = 256
 
 
-@dataclass(frozen=True, slots=True)
-class Column:
-    """One score of the table."""
-
-    key: str
-    """In `ResultRow.scores`."""
-    header: str
-    percent: bool = False
-    """A share, shown in per cent."""
-    plotted: bool = False
-    is_lower_better: bool = False
-
-    def show(self, row: ResultRow) -> str:
-        value = row.scores.get(self.key)
-        if value is None:
-            return "-"
-        return f"{100 * value:.2f}" if self.percent else f"{value:.4g}"
-
-
-@dataclass(frozen=True, slots=True)
-class SheetItem:
-    """A caption and the pictures shown below it, by their place in the set."""
-
-    caption: str
-    pictures: tuple[int, ...]
-    wrong: tuple[bool, ...] | None = None
+def write_scored(
+    rows: Sequence[ResultRow], row: ResultRow, scored: Scored, pictures: PictureSet, out: Path
+) -> list[Path]:
+    """The report of a benchmark whose last row is `row`: table and plot over all rows, sheet of this one."""
+    sheet = samples_sheet(pictures, scored.items, title=row.label, footnote="")
+    return write(rows, scored.columns, out, notes=notes_of(row, scored), sheet=sheet)
 
 
 def write(
@@ -143,12 +123,6 @@ def samples_sheet(pictures: PictureSet, items: Sequence[SheetItem], *, title: st
         wrong = [item.wrong is not None and item.wrong[k] for item in items]
         sheet_rows.append(SheetRow(f"picture {k + 1}" if depth > 1 else "", shown, wrong))
     return contact_sheet([item.caption for item in items], [SheetBlock(title, sheet_rows)], footnote=footnote)
-
-
-def spread(count: int, wanted: int) -> list[int]:
-    """Up to `wanted` places spread evenly over `count`."""
-    shown = min(wanted, count)
-    return sorted({round(i * (count - 1) / max(1, shown - 1)) for i in range(shown)})
 
 
 def _reduced(path: Path) -> Picture:

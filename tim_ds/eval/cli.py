@@ -11,8 +11,9 @@ from typing import NamedTuple
 from data_pipeline.errors import DataError
 from data_pipeline.handwriting_words import NewName
 from tim_ds.errors import RequestError, TimError
-from tim_ds.eval import nfe, report, resolution, resolution_report, words
+from tim_ds.eval import benchmarks, nfe, report, resolution, resolution_report, words
 from tim_ds.eval.benchmark_cli import BENCHMARKS
+from tim_ds.eval.sample import device_of_process, place_of_process
 from tim_ds.pipeline import refuse_unwritable
 
 
@@ -79,7 +80,7 @@ def _add_resolution(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--baseline", type=Path, help="trained weights of a network to compare with")
     parser.add_argument("--label", help="name of the network in table and plot (default: of its run)")
     parser.add_argument("--baseline-label", help="name of the baseline (default: of its run)")
-    source = parser.add_mutually_exclusive_group(required=True)
+    source = parser.add_mutually_exclusive_group()
     source.add_argument("--data", type=Path, help="handwriting data set of the training")
     source.add_argument("--prompts-file", type=Path, help="captions of a text-to-image network, one a line")
     parser.add_argument(
@@ -91,29 +92,73 @@ def _add_resolution(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sizes",
         default=",".join(resolution.TABLE_4_SIZES),
-        help="--prompts-file: HEIGHTxWIDTH with commas between (default: those of the paper's Table 4)",
+        help="but for --data: HEIGHTxWIDTH with commas between (default: those of the paper's Table 4)",
     )
     parser.add_argument(
-        "--scorer", help="--prompts-file: clip=FOLDER, or package.module:callable (default: time and memory)"
+        "--scorer",
+        help=f"{', '.join(BENCHMARKS)}: with its own prompts and the options below; with --prompts-file: "
+        "clip=FOLDER, or package.module:callable (default: time and memory)",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for table, pictures and plot")
+    parser.add_argument(
+        "--only", choices=("generate",), help="draw, on as many processes as a launcher starts"
+    )
     parser.add_argument("--steps", default="4", help="step counts with commas between (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and noise (default: %(default)s)")
     parser.add_argument("--cfg", type=float, help="guidance scale (default: the export's)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
+    group = parser.add_argument_group("--scorer BENCHMARK", "as in `launch/evaluate.py BENCHMARK --help`")
+    for name in ("metadata", "questions", "reference", "inception"):
+        group.add_argument(f"--{name}", type=Path)
+    for name in ("detector", "clip", "vqa"):
+        group.add_argument(f"--{name}")
+    for name in ("num", "count", "num-classes"):
+        group.add_argument(f"--{name}", type=int)
+    group.add_argument("--limit", type=int, help="that many of the prompts, spread over the file")
+    group.add_argument("--batch-scored", type=int, default=32, help="pictures scored at a time")
+
+
+_OF_BENCHMARKS = (
+    *("metadata", "questions", "reference", "inception", "detector", "clip", "vqa"),
+    *("num", "count", "num_classes", "limit"),
+)
 
 
 def _resolution(options: argparse.Namespace) -> None:
     """Quality, time and memory against size and aspect ratio."""
     steps = _steps(options.steps)
     refuse_unwritable(options.out)
+    scorer_name = options.scorer or ""
+    given = {name: getattr(options, name) for name in _OF_BENCHMARKS}
+    is_benchmark = scorer_name in BENCHMARKS
+    if (options.data is not None) + (options.prompts_file is not None) + is_benchmark != 1:
+        raise RequestError(
+            f"what to draw: expected one of --data, --prompts-file and --scorer {', '.join(BENCHMARKS)}"
+        )
+    part = place_of_process()
+    if part[1] > 1 and options.only is None:
+        raise RequestError(
+            "several processes can share the drawing alone: add --only generate, and score after"
+        )
+    device = device_of_process(options.device)
     suite: resolution.Suite
-    if options.data is not None:
+    if is_benchmark:
+        benchmark = benchmarks.build(scorer_name, given, called=_option)
+        if options.only is None:
+            benchmark.load()
+            benchmark.to(device)
+        suite = resolution.BenchmarkSuite(
+            benchmark, options.sizes.split(","), seed=options.seed, batch=options.batch_scored
+        )
+    elif strange := [_option(name) for name, value in given.items() if value is not None]:
+        raise RequestError(f"{', '.join(strange)}: read with --scorer {', '.join(BENCHMARKS)} alone")
+    elif options.data is not None:
         suite = resolution.HandwritingSuite(
             options.data, pictures=options.pictures, longest=options.longest, seed=options.seed
         )
     else:
-        scorer = None if options.scorer is None else resolution.load_scorer(options.scorer, options.device)
+        is_scored = scorer_name and options.only is None
+        scorer = resolution.load_scorer(scorer_name, device) if is_scored else None
         suite = resolution.PromptSuite(
             options.prompts_file, options.sizes.split(","), seed=options.seed, scorer=scorer
         )
@@ -121,12 +166,24 @@ def _resolution(options: argparse.Namespace) -> None:
     if options.baseline is not None:
         exports.append((options.baseline_label, options.baseline))
     evaluation = resolution.run(
-        exports, suite, options.out, steps=steps, cfg_scale=options.cfg, device=options.device
+        exports,
+        suite,
+        options.out,
+        steps=steps,
+        cfg_scale=options.cfg,
+        device=device,
+        part=None if options.only is None else part,
     )
+    if options.only is not None:
+        return
     paths = resolution_report.write(evaluation, options.out)
     print(f"\n{resolution_report.table(evaluation)}\n")
     for path in (options.out / resolution.RESULTS_NAME, *paths):
         print(f"written: {path}")
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _add_words(parser: argparse.ArgumentParser) -> None:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from tim_ds.config.recipe import parse_size
 from tim_ds.errors import RequestError
 from tim_ds.model.weights import write_aside
-from tim_ds.pipeline import PNG_KEY, PromptLike, TiMPipeline, sha256, write_png
+from tim_ds.pipeline import PNG_KEY, PipelineOutput, PromptLike, TiMPipeline, sha256, write_png
 
 MANIFEST_NAME = "pictures.json"
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -105,28 +105,45 @@ def generate(
         RequestError: if the folder holds pictures of other weights, prompts or settings, or of unknown ones.
         CheckpointError: if the disk refuses.
     """
-    identity = identity_of(pipeline, wanted, sampling, evaluation=evaluation)
-    _claim(folder, identity, wanted)
+    claim(folder, identity_of(pipeline, wanted, sampling, evaluation=evaluation), wanted)
     k, n = sampling.part
     mine = list(wanted[k::n])
     missing = [one for one in mine if not (folder / one.name).exists()]
     with tqdm(
         total=len(mine), initial=len(mine) - len(missing), unit="picture", desc="sample", disable=not progress
     ) as bar:
-        for part in _chunks(missing, sampling.batch):
-            output = pipeline(
-                [one.prompt for one in part],
-                sampling.size,
-                num_steps=sampling.num_steps,
-                cfg_scale=sampling.cfg_scale,
-                cfg_interval=sampling.cfg_interval,
-                stochasticity=sampling.stochasticity,
-                mode=sampling.mode,
-                seeds=[one.seed for one in part],
-            )
-            for i, one in enumerate(part):
-                write_png(folder / one.name, output.images[i], output.picture_settings(i))
+        for part in chunks(missing, sampling.batch):
+            write(draw(pipeline, part, sampling), part, folder)
             bar.update(len(part))
+
+
+def draw(pipeline: TiMPipeline, part: Sequence[Wanted], sampling: Sampling) -> PipelineOutput:
+    """The pictures of one call.
+
+    Raises:
+        RequestError: if the network cannot draw them.
+        NonFiniteError: if a picture stops being finite on the way.
+    """
+    return pipeline(
+        [one.prompt for one in part],
+        sampling.size,
+        num_steps=sampling.num_steps,
+        cfg_scale=sampling.cfg_scale,
+        cfg_interval=sampling.cfg_interval,
+        stochasticity=sampling.stochasticity,
+        mode=sampling.mode,
+        seeds=[one.seed for one in part],
+    )
+
+
+def write(output: PipelineOutput, part: Sequence[Wanted], folder: Path) -> None:
+    """Each picture to its file.
+
+    Raises:
+        CheckpointError: if the disk refuses; nothing half-written is left.
+    """
+    for i, one in enumerate(part):
+        write_png(folder / one.name, output.images[i], output.picture_settings(i))
 
 
 def identity_of(
@@ -248,13 +265,19 @@ def choose_dtype(name: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
-def _chunks(items: Sequence[Wanted], size: int) -> Iterator[Sequence[Wanted]]:
+def chunks(items: Sequence[Wanted], size: int) -> Iterator[Sequence[Wanted]]:
+    """Up to `size` at a time, in order."""
     for start in range(0, len(items), size):
         yield items[start : start + size]
 
 
-def _claim(folder: Path, identity: dict[str, Any], wanted: Sequence[Wanted]) -> None:
-    """Write `pictures.json`, or see that the one that is there says the same."""
+def claim(folder: Path, identity: dict[str, Any], wanted: Sequence[Wanted]) -> None:
+    """Write `pictures.json`, or see that the one that is there says the same.
+
+    Raises:
+        RequestError: if the folder holds pictures of another making, or of an unknown one.
+        CheckpointError: if the disk refuses.
+    """
     # Looked at before the manifest: a process beside this one writes the manifest first.
     present = sorted(_pictures_in(folder)) if folder.is_dir() else []
     stored = read_manifest(folder) if folder.is_dir() else None

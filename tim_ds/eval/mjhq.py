@@ -28,6 +28,10 @@ PROTOCOL = 1
 """Raised whenever the meaning of a score changes."""
 PUBLISHED_COUNT = 30_000
 WHERE = "meta_data.json of https://huggingface.co/datasets/playgroundai/MJHQ-30K"
+_LAYOUTS = {
+    "--reference": "the unpacked mjhq30k_imgs",
+    "--pictures": "one picture an entry, CATEGORY/KEY.png (or jpg, webp)",
+}
 REFERENCE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
@@ -47,7 +51,7 @@ def read_metadata(path: Path) -> list[Entry]:
         RequestError: naming the entry that does not fit.
     """
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_repeats)
     except (OSError, ValueError) as error:
         raise RequestError(f"--metadata {path}: cannot be read ({error}); it is {WHERE}") from error
     if not isinstance(raw, dict) or not raw:
@@ -64,19 +68,30 @@ def read_metadata(path: Path) -> list[Entry]:
     return entries
 
 
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; a key given twice would lose an entry in silence."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+    return found
+
+
 def wanted_pictures(entries: Sequence[Entry], *, seed: int) -> list[Wanted]:
     """One picture an entry: CATEGORY/KEY.png."""
     return [Wanted(f"{one.category}/{one.key}.png", one.prompt, seed + n) for n, one in enumerate(entries)]
 
 
-def reference_names(folder: Path, entries: Sequence[Entry]) -> list[str]:
-    """The data set's file of every entry: CATEGORY/KEY with whatever ending it has.
+def picture_names(folder: Path, entries: Sequence[Entry], *, option: str = "--reference") -> list[str]:
+    """The file of every entry, the data set's or another program's: CATEGORY/KEY with whatever ending.
 
+    Args:
+        option: of the command line, for messages.
     Raises:
         RequestError: naming entries without a picture.
     """
     if not folder.is_dir():
-        raise RequestError(f"--reference {folder}: no such folder; expected the unpacked mjhq30k_imgs")
+        raise RequestError(f"{option} {folder}: no such folder; expected {_LAYOUTS[option]}")
     names, missing = [], []
     for one in entries:
         stem = f"{one.category}/{one.key}"
@@ -87,8 +102,8 @@ def reference_names(folder: Path, entries: Sequence[Entry]) -> list[str]:
             names.append(found)
     if missing:
         raise RequestError(
-            f"--reference {folder}: {len(missing)} of {len(entries)} pictures are missing "
-            f"({', '.join(missing[:3])}); unpack all of mjhq30k_imgs there"
+            f"{option} {folder}: {len(missing)} of {len(entries)} pictures are missing "
+            f"({', '.join(missing[:3])}); expected {_LAYOUTS[option]}"
         )
     return names
 

@@ -110,6 +110,8 @@ class Row:
     reader_accuracy: float
     versions: dict[str, str]
     device: str
+    seed: int | None = None
+    """Of the first picture of each set; the next takes the next number."""
 
     @property
     def num_steps(self) -> int:
@@ -326,6 +328,7 @@ class _Network:
             reader_accuracy=scorer.reader_accuracy,
             versions=library_versions(),
             device=device_name(self.pipeline.device),
+            seed=sets[0].seeds[0],
         )
 
 

@@ -1,9 +1,10 @@
 """Quality against size and aspect ratio (`python launch/evaluate.py resolution`), the protocol of Table 4.
 
 One network draws the same prompts at every size of a suite. Text-to-image networks are asked for the sizes
-of the paper, scored by whatever scorer is given; handwriting networks for rows and columns of more digits
-than training shows, read back by the bundled classifier. Every finished (network, steps, size) row is kept
-in `results.json`, and every picture in `pictures/`.
+of the paper, scored by a published benchmark (the paper's scores are GenEval's) or whatever scorer is given;
+handwriting networks for rows and columns of more digits than training shows, read back by the bundled
+classifier. Every finished (network, steps, size) row is kept in `results.json`, and every picture in
+`pictures/`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,19 +26,25 @@ from tqdm import tqdm
 from data_pipeline.draws import generator
 from data_pipeline.handwriting import CELL_PX, REFERENCE_NAME, Orientation, Prompt, caption
 from tim_ds.errors import RequestError
+from tim_ds.eval.benchmarks import Benchmark, check_network
 from tim_ds.eval.clip import Clip
 from tim_ds.eval.draw import draw, find_finished, form_batches, picture_path
-from tim_ds.eval.handwriting import HandwritingScorer, Scores
+from tim_ds.eval.generate import PictureSet, picture_set
+from tim_ds.eval.handwriting import HandwritingScorer
+from tim_ds.eval.handwriting import Scores as HandwritingScores
 from tim_ds.eval.jobs import Job, read_lines
 from tim_ds.eval.nfe import device_name, library_versions, read_manifest
+from tim_ds.eval.pretrained import fingerprint
+from tim_ds.eval.results import versions
 from tim_ds.model.weights import write_aside
-from tim_ds.pipeline import TiMPipeline, read_settings, sha256
+from tim_ds.pipeline import PromptLike, TiMPipeline, read_settings, sha256
 
 PROTOCOL = 1
 """Raised whenever the meaning of a score changes: rows of an older protocol are computed again."""
 
 RESULTS_NAME = "results.json"
 PICTURES_FOLDER = "pictures"
+CACHE_FOLDER = "cache"
 
 TABLE_4_SIZES = (
     *("1024x2560", "1024x1856", "1024x1536", "1536x1024", "1856x1024", "2560x1024"),
@@ -46,6 +53,8 @@ TABLE_4_SIZES = (
 """HEIGHTxWIDTH: the six aspect ratios of the paper, then its squares."""
 
 Picture = NDArray[np.uint8]
+Scores = dict[str, float | None]
+"""By name; None: no value."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +67,27 @@ class Group:
     """Whether training shows this size; None where that is not known."""
     family: str
     """Sizes of one family are joined by a line in the plot."""
-    captions: tuple[str, ...]
+    captions: tuple[PromptLike, ...]
     seeds: tuple[int, ...]
+
+
+class PictureFiles(Sequence[Picture]):
+    """Pictures of files, each read when it is asked for: thousands of 4096 x 4096 do not fit into memory."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = tuple(paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    @overload
+    def __getitem__(self, i: int) -> Picture: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> PictureFiles: ...
+
+    def __getitem__(self, i: int | slice) -> Picture | PictureFiles:
+        return PictureFiles(self._paths[i]) if isinstance(i, slice) else load_picture(self._paths[i])
 
 
 class Suite(Protocol):
@@ -72,6 +100,11 @@ class Suite(Protocol):
         """Scores that the report draws, with their titles; empty for all."""
         ...
 
+    @property
+    def libraries(self) -> Sequence[str]:
+        """Whose versions decide the scores, besides those of every row."""
+        ...
+
     def identity(self) -> dict[str, Any]:
         """Everything that decides the scores besides the pictures."""
         ...
@@ -80,16 +113,22 @@ class Suite(Protocol):
         """Raises RequestError if the network cannot draw this suite."""
         ...
 
-    def score(self, group: Group, pictures: Sequence[Picture]) -> dict[str, float | None]: ...
+    def score_files(self, group: Group, pictures: PictureSet, cache: Path) -> tuple[Scores, dict[str, Any]]:
+        """(scores, details) of the pictures of a size, in the order of its captions.
+
+        Args:
+            cache: folder for what need not be done twice.
+        """
+        ...
 
 
 class Scorer(Protocol):
     """Scores pictures of text-to-image networks. `--scorer package.module:name` names a callable that takes
-    the device and returns one."""
+    the device and returns one. Pictures are read from their files when they are asked for."""
 
     def identity(self) -> dict[str, Any]: ...
 
-    def score(self, captions: Sequence[str], pictures: Sequence[Picture]) -> dict[str, float | None]: ...
+    def score(self, captions: Sequence[str], pictures: Sequence[Picture]) -> Scores: ...
 
 
 class HandwritingSuite:
@@ -108,6 +147,7 @@ class HandwritingSuite:
             "prompt_accuracy": "Pictures that show what the prompt says, %",
         }
     )
+    libraries: Sequence[str] = ("scikit-learn",)
 
     def __init__(self, data: Path, *, pictures: int, longest: int, seed: int) -> None:
         if longest < 1 or pictures < 65:
@@ -143,8 +183,11 @@ class HandwritingSuite:
     def check(self, pipeline: TiMPipeline) -> None:
         check_handwriting(pipeline)
 
-    def score(self, group: Group, pictures: Sequence[Picture]) -> dict[str, float | None]:
+    def score(self, group: Group, pictures: Sequence[Picture]) -> Scores:
         return shares(self._scorer.score(self._prompts[group.name], pictures))
+
+    def score_files(self, group: Group, pictures: PictureSet, cache: Path) -> tuple[Scores, dict[str, Any]]:
+        return self.score(group, [load_picture(path) for path in pictures.paths]), {}
 
 
 class PromptSuite:
@@ -157,13 +200,13 @@ class PromptSuite:
     """
 
     plotted: Mapping[str, str] = MappingProxyType({})
+    libraries: Sequence[str] = ("transformers",)
 
     def __init__(
         self, prompts: Path, sizes: Sequence[str], *, seed: int, scorer: Scorer | None = None
     ) -> None:
         captions = tuple(str(line.prompt) for line in read_lines(prompts))
-        if not sizes or len(set(sizes)) != len(sizes):
-            raise RequestError(f"--sizes: expected different sizes, received {', '.join(sizes) or 'none'}")
+        _check_sizes(sizes)
         self._scorer = scorer
         seeds = tuple(range(seed, seed + len(captions)))
         self.groups = tuple(Group(size, size, None, _family(size), captions, seeds) for size in sizes)
@@ -175,8 +218,52 @@ class PromptSuite:
         if pipeline.export.model.condition != "text":
             raise RequestError(f"{pipeline.export.source.name}: expected a network that draws from captions")
 
-    def score(self, group: Group, pictures: Sequence[Picture]) -> dict[str, float | None]:
-        return {} if self._scorer is None else self._scorer.score(group.captions, pictures)
+    def score(self, group: Group, pictures: Sequence[Picture]) -> Scores:
+        if self._scorer is None:
+            return {}
+        return self._scorer.score([str(text) for text in group.captions], pictures)
+
+    def score_files(self, group: Group, pictures: PictureSet, cache: Path) -> tuple[Scores, dict[str, Any]]:
+        return self.score(group, PictureFiles(pictures.paths)), {}
+
+
+class BenchmarkSuite:
+    """The pictures of a published benchmark at every size, scored as `launch/evaluate.py BENCHMARK` does.
+
+    Args:
+        benchmark: loaded, and moved to its device.
+        batch: pictures that a feature network sees at a time.
+    Raises:
+        RequestError: if there is no size, or a size twice.
+    """
+
+    def __init__(
+        self,
+        benchmark: Benchmark,
+        sizes: Sequence[str],
+        *,
+        seed: int,
+        batch: int = 32,
+        progress: bool = True,
+    ) -> None:
+        _check_sizes(sizes)
+        self.benchmark = benchmark
+        self._batch, self._progress = batch, progress
+        prompts = tuple(benchmark.prompts)
+        seeds = tuple(range(seed, seed + len(prompts)))
+        self.groups = tuple(Group(size, size, None, _family(size), prompts, seeds) for size in sizes)
+        self.plotted = dict(benchmark.plotted)
+        self.libraries = benchmark.libraries
+
+    def identity(self) -> dict[str, Any]:
+        return {"suite": self.benchmark.name, "scorer": self.benchmark.scorer}
+
+    def check(self, pipeline: TiMPipeline) -> None:
+        check_network(self.benchmark, pipeline)
+
+    def score_files(self, group: Group, pictures: PictureSet, cache: Path) -> tuple[Scores, dict[str, Any]]:
+        scored = self.benchmark.score(pictures, cache, batch=self._batch, progress=self._progress)
+        return scored.scores, scored.details
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,10 +277,10 @@ class Row:
     size: str
     seen: bool | None
     num_pictures: int
-    scores: dict[str, float | None]
+    scores: Scores
     nfe: int
     seconds_per_picture: float | None
-    """Sampling and decoding; None if every picture was there already."""
+    """Sampling and decoding; None if that is not known any more."""
     peak_bytes: int | None
     """Of the device on a GPU, of the process on a CPU."""
     export: str
@@ -202,6 +289,10 @@ class Row:
     step: int
     versions: dict[str, str]
     device: str
+    seed: int | None = None
+    """Of the first picture; the next takes the next number."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """Counts and sub-scores."""
 
     @property
     def num_steps(self) -> int:
@@ -227,14 +318,17 @@ def run(
     steps: Sequence[int],
     cfg_scale: float | None = None,
     device: str = "cpu",
+    part: tuple[int, int] | None = None,
     progress: bool = True,
 ) -> Evaluation:
     """Draw and score every network at every step count and size.
 
+    Args:
+        part: (k, n): draw every n-th batch from the k-th and score nothing, so that n processes share the
+            work; None: draw what is missing, and score.
     Raises:
-        RequestError: if a network cannot draw the suite, a size is too large for the device (before
-        anything is
-            drawn), or `out` holds something else.
+        RequestError: if a network cannot draw the suite, a size is too large for the device (before anything
+            is drawn), a picture is damaged or another one, or `out` holds something else.
         CheckpointError: if an export is not whole, or the disk refuses.
     """
     pipelines = [(label, path, TiMPipeline.from_pretrained(path, device=device)) for label, path in exports]
@@ -253,84 +347,112 @@ def run(
             for num_steps in steps:
                 for group in suite.groups:
                     bar.set_postfix_str(f"{label}, {num_steps} steps, {group.size}")
-                    folder = (
-                        out
-                        / PICTURES_FOLDER
-                        / f"{pipe.weights_sha256[:12]}_steps{num_steps:04d}"
-                        / group.name
+                    place = f"{pipe.weights_sha256[:12]}_steps{num_steps:04d}"
+                    task = _Task(
+                        pipe, group, num_steps, cfg_scale, out / PICTURES_FOLDER / place / group.name
                     )
-                    row = _row(
-                        pipe,
-                        suite,
-                        group,
-                        folder,
-                        finished,
-                        bar,
-                        label=label,
-                        export=path,
-                        num_steps=num_steps,
-                        cfg_scale=cfg_scale,
-                    )
+                    if part is not None:
+                        task.draw(bar, part)
+                        continue
+                    row = task.row(suite, out / CACHE_FOLDER, finished, bar, label=label, export=path)
                     finished = [row, *(other for other in finished if other.identity != row.identity)]
                     _write_rows(out / RESULTS_NAME, finished)
                     evaluation.rows.append(row)
-                    evaluation.folders[label, num_steps, group.name] = folder
+                    evaluation.folders[label, num_steps, group.name] = task.folder
     return evaluation
 
 
-def _row(
-    pipe: TiMPipeline,
-    suite: Suite,
-    group: Group,
-    folder: Path,
-    finished: Sequence[Row],
-    bar: tqdm,
-    *,
-    label: str,
-    export: Path,
-    num_steps: int,
-    cfg_scale: float | None,
-) -> Row:
-    sampler = {name: v for name, v in (("num_steps", num_steps), ("cfg_scale", cfg_scale)) if v is not None}
-    jobs = [
-        Job(stem=f"{i:05d}", prompt=text, size=group.size, seed=seed, sampler=sampler)
-        for i, (text, seed) in enumerate(zip(group.captions, group.seeds, strict=True))
-    ]
-    batches = form_batches(pipe, jobs)
-    identity = {
-        "protocol": PROTOCOL,
-        **suite.identity(),
-        "group": group.name,
-        "size": group.size,
-        "prompts_sha256": _digest([group.captions, group.seeds]),
-        "settings": pipe.settings(batches[0].request.config),
-    }
-    identity = json.loads(json.dumps(identity))
-    kept = find_finished(pipe, batches, folder)
-    row = next((row for row in finished if row.identity == identity), None)
-    bar.update(len(kept) * num_steps)
-    if row is not None and len(kept) == len(jobs):
-        return replace(row, label=label)
-    drawn = draw(pipe, batches, kept, folder, bar=bar)
-    scores = suite.score(group, [load_picture(picture_path(folder, job)) for job in jobs])
-    return Row(
-        label=label,
-        identity=identity,
-        group=group.name,
-        size=group.size,
-        seen=group.seen,
-        num_pictures=len(jobs),
-        scores=scores,
-        nfe=drawn.nfe or _stored_nfe(picture_path(folder, jobs[0])),
-        seconds_per_picture=round(drawn.seconds / drawn.count, 6) if drawn.count else None,
-        peak_bytes=drawn.peak_bytes if drawn.count else None,
-        export=str(export),
-        model=pipe.export.source.name,
-        recipe_sha256=pipe.export.source.recipe_sha256,
-        step=pipe.export.step,
-        versions=library_versions(),
-        device=device_name(pipe.device),
-    )
+@dataclass(frozen=True)
+class _Cost:
+    """What drawing a size took, kept beside the pictures: scoring may be interrupted, or done again."""
+
+    seconds_per_picture: float
+    peak_bytes: int
+
+
+class _Task:
+    """The pictures of one network, step count and size."""
+
+    def __init__(
+        self, pipe: TiMPipeline, group: Group, num_steps: int, cfg_scale: float | None, folder: Path
+    ) -> None:
+        sampler = {"num_steps": num_steps, "cfg_scale": cfg_scale}
+        sampler = {name: value for name, value in sampler.items() if value is not None}
+        self.pipe, self.group, self.folder = pipe, group, folder
+        self.jobs = [
+            Job(stem=f"{i:05d}", prompt=text, size=group.size, seed=seed, sampler=sampler)
+            for i, (text, seed) in enumerate(zip(group.captions, group.seeds, strict=True))
+        ]
+        self.batches = form_batches(pipe, self.jobs)
+        self._num_steps = num_steps
+        self._cost_path = folder.with_name(f"{folder.name}.json")
+
+    def draw(self, bar: tqdm, part: tuple[int, int] = (0, 1)) -> int:
+        """Draw what is missing; returns how many pictures were."""
+        mine = self.batches[part[0] :: part[1]]
+        kept = find_finished(self.pipe, mine, self.folder)
+        bar.update(len(kept) * self._num_steps)
+        drawn = draw(self.pipe, mine, kept, self.folder, bar=bar)
+        if drawn.count:
+            cost = _Cost(round(drawn.seconds / drawn.count, 6), drawn.peak_bytes)
+            text = json.dumps(asdict(cost)) + "\n"
+            write_aside(self._cost_path, len(text), lambda aside: aside.write_text(text))
+        return drawn.count
+
+    def row(
+        self,
+        suite: Suite,
+        cache: Path,
+        finished: Sequence[Row],
+        bar: tqdm,
+        *,
+        label: str,
+        export: Path,
+    ) -> Row:
+        """The row of these pictures: the finished one if it is of them, or else drawn and scored."""
+        pipe, group = self.pipe, self.group
+        identity = {
+            "protocol": PROTOCOL,
+            **suite.identity(),
+            "group": group.name,
+            "size": group.size,
+            "prompts_sha256": _digest([group.captions, group.seeds]),
+            "settings": pipe.settings(self.batches[0].request.config),
+        }
+        identity = json.loads(json.dumps(identity))
+        count = self.draw(bar)
+        row = next((row for row in finished if row.identity == identity), None)
+        if row is not None and not count:
+            return replace(row, label=label)
+        names = [picture_path(self.folder, job).name for job in self.jobs]
+        scores, details = suite.score_files(group, picture_set(self.folder, names, progress=False), cache)
+        cost = self._read_cost()
+        return Row(
+            label=label,
+            identity=identity,
+            group=group.name,
+            size=group.size,
+            seen=group.seen,
+            num_pictures=len(self.jobs),
+            scores=scores,
+            nfe=_stored_nfe(self.folder / names[0]),
+            seconds_per_picture=None if cost is None else cost.seconds_per_picture,
+            peak_bytes=None if cost is None else cost.peak_bytes,
+            export=str(export),
+            model=pipe.export.source.name,
+            recipe_sha256=pipe.export.source.recipe_sha256,
+            step=pipe.export.step,
+            versions={**library_versions(), **versions(suite.libraries)},
+            device=device_name(pipe.device),
+            seed=group.seeds[0],
+            details=details,
+        )
+
+    def _read_cost(self) -> _Cost | None:
+        try:
+            return _Cost(**json.loads(self._cost_path.read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
 
 
 def check_handwriting(pipeline: TiMPipeline) -> None:
@@ -343,7 +465,7 @@ def check_handwriting(pipeline: TiMPipeline) -> None:
         )
 
 
-def shares(scores: Scores) -> dict[str, float | None]:
+def shares(scores: HandwritingScores) -> Scores:
     """The scores that are compared, by name."""
     return {
         "frechet_distance": scores.frechet_distance,
@@ -366,9 +488,9 @@ class ClipScorer:
         self._clip = Clip.from_pretrained(name, device=device)
 
     def identity(self) -> dict[str, Any]:
-        return {"name": "clip_score", "weights": self._name}
+        return {"name": "clip_score", "weights": fingerprint(self._name)}
 
-    def score(self, captions: Sequence[str], pictures: Sequence[Picture]) -> dict[str, float | None]:
+    def score(self, captions: Sequence[str], pictures: Sequence[Picture]) -> Scores:
         cosines = []
         for text, pixels in zip(captions, pictures, strict=True):
             image = Image.fromarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
@@ -379,6 +501,8 @@ class ClipScorer:
 
 def load_scorer(name: str, device: str) -> Scorer:
     """The scorer that `package.module:callable` gives for a device, or the CLIP score with `clip=FOLDER`.
+
+    The published benchmarks bring prompts of their own: `BenchmarkSuite`.
 
     Raises:
         RequestError: if there is no such callable or no such model.
@@ -418,6 +542,11 @@ def _write_rows(path: Path, rows: Sequence[Row]) -> None:
 
 def _stored_nfe(path: Path) -> int:
     return int(read_settings(path)["nfe"])
+
+
+def _check_sizes(sizes: Sequence[str]) -> None:
+    if not sizes or len(set(sizes)) != len(sizes):
+        raise RequestError(f"--sizes: expected different sizes, received {', '.join(sizes) or 'none'}")
 
 
 def _family(size: str) -> str:

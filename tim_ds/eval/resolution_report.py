@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from tim_ds.eval.report import markdown_table
 from tim_ds.eval.resolution import Evaluation, load_picture
+from tim_ds.eval.results import spread
 from tim_ds.eval.sheet import Picture, gallery
 from tim_ds.model.memory import gib
 from tim_ds.model.weights import write_aside
@@ -107,13 +108,13 @@ def plot(evaluation: Evaluation) -> Picture:
 
 
 def samples_sheet(evaluation: Evaluation, label: str, steps: int) -> Picture:
-    """The first pictures of every size, each above its size and caption."""
+    """A few pictures of every size, each above its size and caption."""
     pictures, captions = [], []
     for group in evaluation.suite.groups:
         folder = evaluation.folders[label, steps, group.name]
-        for i, text in enumerate(group.captions[:_SAMPLES_A_SIZE]):
+        for i in spread(len(group.captions), _SAMPLES_A_SIZE):
             pictures.append(load_picture(folder / f"{i:05d}.png"))
-            captions.append(f"{group.size}: {text}")
+            captions.append(f"{group.size}: {group.captions[i]}")
     return gallery(pictures, captions)
 
 

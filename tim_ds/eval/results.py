@@ -1,4 +1,5 @@
-"""What a benchmark leaves behind: result rows, a log of finished scores, features that are made once."""
+"""What a benchmark leaves behind: result rows and how reports show them, a log of finished scores, features
+that are made once."""
 
 from __future__ import annotations
 
@@ -55,16 +56,50 @@ class ResultRow:
         return None if self.made_by is None else self.made_by.get("nfe")
 
 
-def add_row(path: Path, row: ResultRow) -> list[ResultRow]:
-    """Keep `row` in the results file, in place of one of the same pictures and scorer; returns all rows.
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One score of the table."""
 
+    key: str
+    """In `ResultRow.scores`."""
+    header: str
+    percent: bool = False
+    """A share, shown in per cent."""
+    plotted: bool = False
+    is_lower_better: bool = False
+
+    def show(self, row: ResultRow) -> str:
+        value = row.scores.get(self.key)
+        if value is None:
+            return "-"
+        return f"{100 * value:.2f}" if self.percent else f"{value:.4g}"
+
+
+@dataclass(frozen=True, slots=True)
+class SheetItem:
+    """A caption and the pictures shown below it, by their place in the set."""
+
+    caption: str
+    pictures: tuple[int, ...]
+    wrong: tuple[bool, ...] | None = None
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """Up to `wanted` places spread evenly over `count`."""
+    shown = min(wanted, count)
+    return sorted({round(i * (count - 1) / max(1, shown - 1)) for i in range(shown)})
+
+
+def add_row(path: Path, row: ResultRow, *, key: Callable[[ResultRow], Any] | None = None) -> list[ResultRow]:
+    """Keep `row` in the results file, in place of those that it makes out of date; returns all rows.
+
+    Args:
+        key: rows of one key replace each other; None: of the same pictures and scorer.
     Raises:
         RequestError: if the file is there and is something else, or of another benchmark.
     """
-    key = (row.pictures_sha256, digest(row.scorer))
-    rows = [
-        old for old in read_rows(path, row.evaluation) if (old.pictures_sha256, digest(old.scorer)) != key
-    ]
+    key = key or (lambda one: (one.pictures_sha256, digest(one.scorer)))
+    rows = [old for old in read_rows(path, row.evaluation) if key(old) != key(row)]
     rows.append(row)
     rows.sort(key=lambda one: (one.label, one.nfe or 0, one.pictures))
     content = {"evaluation": row.evaluation, "rows": [asdict(one) for one in rows]}

@@ -13,6 +13,7 @@ the tokens and segments that move.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -34,6 +35,7 @@ from tim_kernels import (
     TangentPlan,
     TargetCoefficients,
 )
+from tim_kernels.dispatch import OPS, Path
 
 LAYER_NORM_EPS = 1e-6
 """Of the norms without affine parameters; the authors' value."""
@@ -106,6 +108,22 @@ class _LinearOfAgain(torch.autograd.Function):
         d_weight = d_out.t() @ ctx.compute(*sources) if needs_weight else None
         d_bias = d_out.sum(0) if needs_bias else None
         return d_x, d_weight, d_bias, None, *[None] * len(sources)
+
+
+def kernels(path: Path) -> ExitStack:
+    """Within the block, the path of every operation but attention, which keeps the first kernel that can be
+    trusted: its definition is no way to train."""
+    stack = ExitStack()
+    stack.enter_context(tim_kernels.use_path(path))
+    if path != "auto":
+        stack.enter_context(tim_kernels.use_path("auto", "varlen_attention"))
+    return stack
+
+
+def paths_taken() -> dict[str, str]:
+    """Path of the latest call of every operation that was called (of attention, the kernel)."""
+    taken = {op: tim_kernels.path_taken(op) for op in OPS}
+    return {op: path for op, path in taken.items() if path is not None}
 
 
 def plan_chunks(segments: Segments) -> ChunkPlan:

@@ -231,6 +231,54 @@ class EmaConfig:
 EVALUATIONS = ("nfe", "resolution")
 
 
+BENCHMARKS = ("geneval", "dpg", "mjhq", "imagenet")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchmarkConfig:
+    """A published benchmark, or part of one, while training; files and models as for `launch/evaluate.py`."""
+
+    kind: Literal["geneval", "dpg", "mjhq", "imagenet"]
+    size: str
+    """HEIGHTxWIDTH."""
+    limit: int | None = None
+    """geneval, dpg, mjhq: prompts, spread over the file; null: all."""
+    num: int | None = None
+    """geneval, dpg: pictures a prompt; null: 1."""
+    count: int | None = None
+    """imagenet: pictures, a multiple of the classes; at least 2,049 for the distances."""
+    metadata: str | None = None
+    """geneval, mjhq: the file of prompts."""
+    questions: str | None = None
+    """dpg: the file of questions."""
+    reference: str | None = None
+    """mjhq: folder of the data set's pictures; imagenet: reference batch (npz)."""
+    detector: str | None = None
+    """geneval: folder or hub id; null: the default of `launch/evaluate.py`, as below."""
+    clip: str | None = None
+    """geneval, mjhq."""
+    vqa: str | None = None
+    """dpg."""
+    inception: str | None = None
+    """mjhq, imagenet: weight file."""
+    batch: int = 16
+    """Pictures of one call on a rank."""
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "num", "count", "batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(
+                    f"train.evaluation.benchmarks.{name}: expected at least 1, received {value}"
+                )
+        if self.kind == "imagenet" and self.count is None:
+            raise ConfigError("train.evaluation.benchmarks.count: needed by imagenet, such as 10000")
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}_{self.size}"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationConfig:
     """Scores of the EMA weights while training, by the code of `launch/evaluate.py`."""
@@ -238,7 +286,8 @@ class EvaluationConfig:
     every_steps: int = 0
     """0: none."""
     kinds: tuple[str, ...] = ("nfe",)
-    """`nfe`: seen sizes and a held-back one; `resolution`: every size of a suite."""
+    """`nfe`: seen sizes and a held-back one; `resolution`: every size of a suite. May be empty beside
+    benchmarks."""
     num_steps: tuple[int, ...] = (1, 4)
     pictures: int = 200
     """Handwriting: of seen sizes (nfe), of each size (resolution)."""
@@ -253,7 +302,9 @@ class EvaluationConfig:
     sizes: tuple[str, ...] = ()
     """With prompts_file: HEIGHTxWIDTH."""
     scorer: str | None = None
-    """With prompts_file: package.module:callable that gives a scorer for a device."""
+    """With prompts_file: package.module:callable that gives a scorer for a device, or clip=FOLDER."""
+    benchmarks: tuple[BenchmarkConfig, ...] = ()
+    """Published benchmarks. Pictures are shared over the ranks (ZeRO-3: every rank draws all)."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -262,7 +313,12 @@ class EvaluationConfig:
                 raise ConfigError(
                     f"train.evaluation.{name}: expected 0 or more, received {getattr(self, name)}"
                 )
-        if not self.kinds or any(kind not in EVALUATIONS for kind in self.kinds):
+        names = [one.name for one in self.benchmarks]
+        if len(set(names)) != len(names):
+            raise ConfigError(
+                f"train.evaluation.benchmarks: expected each kind and size once, received {', '.join(names)}"
+            )
+        if not (self.kinds or self.benchmarks) or any(kind not in EVALUATIONS for kind in self.kinds):
             raise ConfigError(
                 f"train.evaluation.kinds: expected some of {', '.join(EVALUATIONS)}, "
                 f"received {list(self.kinds)}"

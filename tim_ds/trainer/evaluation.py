@@ -18,7 +18,7 @@ from tim_ds.eval.handwriting import HandwritingScorer
 from tim_ds.eval.resolution import Picture
 from tim_ds.eval.sheet import gallery
 from tim_ds.model.export_folder import Export
-from tim_ds.pipeline import TiMPipeline
+from tim_ds.pipeline import PromptLike, TiMPipeline
 from tim_ds.trainer.config import EvaluationConfig
 from tim_ds.trainer.metrics import MetricsLog
 from tim_ds.trainer.world import World
@@ -34,7 +34,7 @@ class _Set:
     """Pictures that are scored together."""
 
     name: str
-    captions: tuple[str, ...]
+    captions: tuple[PromptLike, ...]
     sizes: tuple[str, ...]
     seeds: tuple[int, ...]
     score: Callable[[Sequence[Picture]], dict[str, float | None]]
@@ -50,12 +50,20 @@ class Evaluations:
     Args:
         export: as `describe_export`; its sampler decides all but the step counts.
         network: the network that is sampled from, inside the root module.
+        entered: told of progress, so that a long evaluation is not taken for a hung one.
     Raises:
         RequestError: if data, prompts or the scorer are missing, or the network cannot draw them.
     """
 
     def __init__(
-        self, recipe: Recipe, export: Export, network: nn.Module, world: World, log: MetricsLog | None
+        self,
+        recipe: Recipe,
+        export: Export,
+        network: nn.Module,
+        run_dir: Path,
+        world: World,
+        log: MetricsLog | None,
+        entered: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._config = recipe.train.evaluation
         self._world = world
@@ -73,27 +81,48 @@ class Evaluations:
         ]
         for one in self._sets:
             self._pipeline.request(one.captions, one.sizes, seeds=one.seeds)
+        self._benchmarks = None
+        if self._config.benchmarks:
+            # matplotlib and its fonts are for those who ask for them.
+            from tim_ds.trainer.benchmarks import Benchmarks
+
+            self._benchmarks = Benchmarks(recipe, self._pipeline, run_dir, world, log, entered)
 
     def __call__(self, step: int) -> None:
-        """Scores of every set at every step count: a line of the metrics and TensorBoard scalars."""
+        """Scores of every set at every step count: a line of the metrics and TensorBoard scalars.
+
+        What fails is told, in the log and in that line, and the training goes on: a score is no reason to
+        stop. Only an error that leaves the ranks apart is raised.
+        """
         values: dict[str, float | None] = {}
+        failures: dict[str, str] = {}
         for num_steps in self._config.num_steps:
             for one in self._sets:
                 name = f"{one.name}/{num_steps}_steps"
                 try:
                     output = self._pipeline(one.captions, one.sizes, num_steps=num_steps, seeds=one.seeds)
                 except NonFiniteError as error:
-                    # The weights are finite, or the step would have been refused: no reason to stop.
-                    if self._world.is_main:
-                        logger.warning("step %d: no evaluation of %s: %s", step, name, error)
+                    # Every rank drew the same pictures, and failed alike.
+                    failures[name] = str(error)
                     continue
                 if self._log is None:
                     continue
-                values |= {f"{name}/{key}": value for key, value in one.score(output.images).items()}
-                sheet = gallery(output.images[:_SHOWN], one.captions[:_SHOWN])
+                try:
+                    scores = one.score(output.images)
+                    sheet = gallery(output.images[:_SHOWN], [str(text) for text in one.captions[:_SHOWN]])
+                except Exception as error:
+                    failures[name] = f"{type(error).__name__}: {error}"
+                    continue
+                values |= {f"{name}/{key}": value for key, value in scores.items()}
                 self._log.image(f"evaluation/{name}", sheet, step)
+        if self._benchmarks is not None:
+            found, failed = self._benchmarks(step)
+            values |= found
+            failures |= failed
         if self._log is not None:
-            self._log.evaluated(step, values)
+            for name, reason in failures.items():
+                logger.error("step %d: NO EVALUATION of %s: %s", step, name, reason)
+            self._log.evaluated(step, values, failures)
 
 
 def _nfe_sets(config: EvaluationConfig, data: Path, pipeline: TiMPipeline, device: str) -> list[_Set]:
@@ -118,7 +147,7 @@ def _nfe_sets(config: EvaluationConfig, data: Path, pipeline: TiMPipeline, devic
 
 
 def _resolution_sets(config: EvaluationConfig, data: Path, pipeline: TiMPipeline, device: str) -> list[_Set]:
-    suite: resolution.Suite
+    suite: resolution.HandwritingSuite | resolution.PromptSuite
     if config.prompts_file is None:
         suite = resolution.HandwritingSuite(
             data, pictures=config.pictures, longest=config.longest, seed=config.seed

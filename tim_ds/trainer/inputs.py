@@ -17,6 +17,7 @@ from torch import Tensor
 
 from data_pipeline.batch import Latents, PackedBatch
 from data_pipeline.draws import generator
+from data_pipeline.encoders.text import fill_up
 from tim_ds.objective.config import ObjectiveConfig
 from tim_ds.objective.time_sampling import Times, draw_times
 from tim_ds.objective.transport import build_transport
@@ -115,7 +116,7 @@ class Prepare:
             times=self._times(batch),
             segments=segments,
             condition=_condition(batch),
-            null_condition=self._null_condition(segments.num_segments),
+            null_condition=self._null_condition(batch),
             keys=batch.keys,
             sample_ids=batch.sample_ids,
             images_in_step=batch.images_in_step,
@@ -138,13 +139,16 @@ class Prepare:
             torch.from_numpy(np.stack(uniforms)),
         )
 
-    def _null_condition(self, num_images: int) -> Condition | None:
+    def _null_condition(self, batch: PackedBatch) -> Condition | None:
         if self.objective.guided_target is None:
             return None
+        num_images = len(batch.grids)
         if self.null_states_LE is not None:
-            length = self.null_states_LE.shape[0]
+            # As long as the captions of the pack, where these are filled up.
+            longest = max(batch.text_lengths or (0,))
+            (states,) = fill_up([self.null_states_LE], batch.padding_1E, longest)
             return TextCondition(
-                self.null_states_LE.repeat(num_images, 1), Segments.from_lengths([length] * num_images)
+                states.repeat(num_images, 1), Segments.from_lengths([len(states)] * num_images)
             )
         assert self.null_label is not None  # run.py gives one of the two
         return ClassCondition(torch.full((num_images,), self.null_label))

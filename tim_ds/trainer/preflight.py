@@ -14,6 +14,7 @@ import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -116,6 +117,8 @@ def check(
         _look_at_recipe(found, recipe)
         index, loader = _look_at_data(found, recipe, world, planned)
         _look_at_encoders(found, recipe, loader)
+        if recipe.train.evaluation.every_steps and recipe.train.evaluation.benchmarks:
+            _look_at_benchmarks(found, recipe, world)
         _look_at_start(found, recipe, run_dir, index)
         _look_at_device(found, recipe, world)
         if engine_config is not None:
@@ -160,7 +163,7 @@ def _look_at_data(
 ) -> tuple[Index | None, StepLoader[StepInputs] | None]:
     data, config = recipe.data, recipe.train
     found.title("data")
-    index = found.attempt(lambda: load_index(data.shards, verify=True))
+    index = found.attempt(lambda: load_index(data.shards, kept_in=data.index, verify=True))
     if index is None:
         found.say("shards", f"{data.shards}: not there; packs, epochs and operations are not known")
         return None, None
@@ -206,9 +209,13 @@ def _look_at_data(
     )
     null_length = 0
     if recipe.objective.guided_target is not None and index.has_text:
-        null_length = len(load_null_states(data.shards, index.text_width))
-    packs = pack_shapes(index, step, recipe.model.patch_size)
-    operations = sum(expected_flops(recipe, pack, null_length).model for pack in packs)
+        null_length = len(load_null_states(data, index.text_width))
+    filled = data.text_encoder is not None and data.text_encoder.padding == "constant"
+    packs = pack_shapes(index, step, recipe.model.patch_size, filled=filled)
+    operations = sum(
+        expected_flops(recipe, pack, max(pack.text_lengths or (0,)) if filled else null_length).model
+        for pack in packs
+    )
     found.say("operations", f"{operations:.3e} FLOP a step over all ranks (matrix products and attention)")
     return index, loader
 
@@ -242,14 +249,37 @@ def plan_tokens(index: Index, step: StepPlan, patch_size: int) -> list[int]:
     return [height * width for height, width in index.grids(samples, patch_size)]
 
 
-def pack_shapes(index: Index, step: StepPlan, patch_size: int) -> list[PackShape]:
-    """Lengths of every pack of a step, with whole captions."""
+def pack_shapes(index: Index, step: StepPlan, patch_size: int, *, filled: bool = False) -> list[PackShape]:
+    """Lengths of every pack of a step, with whole captions, or filled up to the longest of their pack."""
     shapes = []
     for pack in step.packs:
         grids = index.grids(np.array(pack), patch_size)
         text = tuple(int(index.columns["text_length"][sample]) for sample in pack) if index.has_text else None
+        if filled and text is not None:
+            text = (max(text),) * len(text)
         shapes.append(PackShape(tuple(height * width for height, width in grids), text))
     return shapes
+
+
+def _look_at_benchmarks(found: Findings, recipe: Recipe, world: World) -> None:
+    """Files and networks that score while training; rank 0 alone loads them."""
+    # matplotlib and the networks' library are for those who ask for them.
+    from tim_ds.trainer.benchmarks import build_loaded
+
+    config = recipe.train.evaluation
+    found.title("benchmarks while training")
+    for i, one in enumerate(config.benchmarks):
+        benchmark = found.attempt(
+            partial(build_loaded, one, i, num_classes=recipe.model.num_classes, loads=world.is_main)
+        )
+        if benchmark is not None:
+            steps = ", ".join(map(str, config.num_steps))
+            times = recipe.train.steps // config.every_steps
+            found.say(
+                one.name,
+                f"{len(benchmark.prompts):,} pictures at {steps} steps, every {config.every_steps:,} steps "
+                f"of the run, {times:,} times",
+            )
 
 
 def _look_at_encoders(found: Findings, recipe: Recipe, loader: StepLoader[StepInputs] | None) -> None:
@@ -448,7 +478,7 @@ def _take_step(
 def _step(recipe: Recipe, engine_config: dict[str, Any], world: World) -> tuple[float, float, bool, float]:
     """Loss, gradient norm, whether it was applied, seconds."""
     config = recipe.train
-    data = DataFacts.of(load_index(recipe.data.shards))
+    data = DataFacts.of(load_index(recipe.data.shards, kept_in=recipe.data.index))
     loader = build_loader(
         recipe.data,
         patch_size=recipe.model.patch_size,

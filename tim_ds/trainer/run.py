@@ -87,11 +87,12 @@ UNITS = (TransitionBlock, FinalLayer)
 Only modules whose input carries a gradient can be: DeepSpeed collects the gradients of such a piece when the
 gradient of its input is known (the embedders' inputs have none, and would be collected before they exist)."""
 
-# Settings that a resumed run may change: they alter neither what is computed nor its order. (data.shards is
-# a place; the data themselves are compared by the hash of their index.)
+# Settings that a resumed run may change: they alter neither what is computed nor its order. (data.shards and
+# data.index are places; the data themselves are compared by the hash of the index.)
 MAY_CHANGE = (
     "name",
     "data.shards",
+    "data.index",
     "data.workers",
     "data.autoencoder.path",
     "data.text_encoder.path",
@@ -233,7 +234,8 @@ def _run(
     if config.evaluation.every_steps:
         export_now = describe_export(recipe, progress.step, recipe_hash(recipe))
         evaluate = world.together(
-            partial(Evaluations, recipe, export_now, root.network, world, log), (TimError, DataError)
+            partial(Evaluations, recipe, export_now, root.network, run_dir, world, log, watch.enter),
+            (TimError, DataError),
         )
 
     def save(progress: Progress) -> None:
@@ -564,7 +566,7 @@ def prepare_of(recipe: Recipe, data: DataFacts) -> Prepare:
     null_states, null_label = None, None
     if recipe.objective.guided_target is not None:
         if data.has_text:
-            null_states = load_null_states(data.folder, data.text_width)
+            null_states = load_null_states(recipe.data, data.text_width)
         else:
             null_label = data.num_classes
     return Prepare(recipe.objective, recipe.train.seed, null_states, null_label)
@@ -576,7 +578,7 @@ def _read(recipe: Recipe, engine_file: Path, world: World) -> tuple[dict[str, An
     merge_config(
         engine_config, recipe.train, packs_per_step=recipe.data.packs_per_step, world_size=world.size
     )
-    data = DataFacts.of(load_index(recipe.data.shards))
+    data = DataFacts.of(load_index(recipe.data.shards, kept_in=recipe.data.index))
     check_parts(recipe, engine_config, data)
     return engine_config, data
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tim_kernels import aot
-from tim_kernels.bench.cases import Case
+from tim_kernels.bench.case import Case
 from tim_kernels.bench.measure import MODES, Row
 
 
@@ -47,16 +47,20 @@ def byte_table(cases: list[Case]) -> str:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Hardware, versions and commit: a result without them says nothing."""
-    import triton
-
-    properties = torch.cuda.get_device_properties(device)
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        hardware = {
+            "gpu": properties.name,
+            "compute_capability": f"{properties.major}.{properties.minor}",
+            "memory_bytes": properties.total_memory,
+            "cuda": torch.version.cuda,
+        }
+    else:
+        hardware = {"gpu": None, "cpu": platform.machine(), "threads": torch.get_num_threads()}
     return {
-        "gpu": properties.name,
-        "compute_capability": f"{properties.major}.{properties.minor}",
-        "memory_bytes": properties.total_memory,
-        "cuda": torch.version.cuda,
+        **hardware,
         "torch": torch.__version__,
-        "triton": triton.__version__,
+        "triton": _triton_version(),
         "python": platform.python_version(),
         "commit": _commit(),
         "date": datetime.date.today().isoformat(),
@@ -205,6 +209,14 @@ def plot(where: dict[str, Any], rows: list[Row], beside: Path) -> list[Path]:
         plt.close(figure)
         written.append(path)
     return written
+
+
+def _triton_version() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return None
+    return triton.__version__
 
 
 def _commit() -> str:

@@ -9,7 +9,7 @@ import torch
 
 from data_pipeline.config import TextEncoderConfig
 from data_pipeline.encoders.language_model import LanguageModelEncoder, load_gemma, load_t5
-from data_pipeline.encoders.text import build_text_encoder
+from data_pipeline.encoders.text import build_text_encoder, fill_up
 from data_pipeline.errors import DataError
 from tests.data_pipeline.tiny_models import WORDS, save_gemma, save_t5, save_tokenizer
 
@@ -64,14 +64,17 @@ def test_t5_states_are_those_of_the_encoder(t5_folder):
 
 
 def test_constant_padding_fills_up_to_the_longest_caption(gemma_folder):
-    plain = gemma(gemma_folder).encode(CAPTIONS)
+    plain = gemma(gemma_folder)
     encoder = gemma(gemma_folder, constant_padding=True)
-    padded = encoder.encode(CAPTIONS)
-    assert [len(s) for s in padded] == [6, 6, 6]
-    assert encoder.padding_state is not None
-    for short, long in zip(plain, padded, strict=True):
-        assert torch.equal(long[: len(short)], short)
-        assert torch.equal(long[len(short) :], encoder.padding_state.expand(6 - len(short), -1))
+    states = encoder.encode(CAPTIONS)
+    assert plain.padding_state is None and encoder.padding_state is not None
+    for least, length in ((0, 6), (4, 6), (9, 9)):
+        filled = fill_up(states, encoder.padding_state, least)
+        assert [len(s) for s in filled] == [length] * 3
+        for short, long in zip(states, filled, strict=True):
+            assert torch.equal(long[: len(short)], short)
+            assert torch.equal(long[len(short) :], encoder.padding_state.expand(length - len(short), -1))
+    assert [len(s) for s in fill_up(states, plain.padding_state, 9)] == [6, 1, 3]
 
 
 def test_the_padding_state_is_the_path_without_attention(gemma_folder):

@@ -16,7 +16,7 @@ from tests.memory import peak_growth
 
 
 def dc_ae(
-    width: int = 8, *, upsample: str = "pixel_shuffle", norm: str = "rms_norm"
+    width: int = 8, *, upsample: str = "pixel_shuffle", norm: str = "rms_norm", layers: int = 2
 ) -> PretrainedAutoencoder:
     """Random weights in the layout of the released f32c32: attention in the three coarsest stages."""
     from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
@@ -32,7 +32,7 @@ def dc_ae(
         encoder_block_out_channels=channels,
         decoder_block_out_channels=channels,
         encoder_layers_per_block=(1,) * 6,
-        decoder_layers_per_block=(2,) * 6,
+        decoder_layers_per_block=(layers,) * 6,
         upsample_block_type=upsample,
         decoder_norm_types=norm,
     )
