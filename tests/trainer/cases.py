@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import itertools
 import json
 import math
 import os
@@ -20,12 +21,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.trainer.plain import steps_of
-from tests.trainer.ranks import engine_file, recipe, write_data
+from tests.trainer.ranks import UNEVEN_SIZES, engine_file, recipe, write_data
 from tim_ds.config.recipe import Recipe, recipe_hash
 from tim_ds.errors import CheckpointError, NonFiniteError, RequestError
 from tim_ds.model.export_folder import open_export, write_export
 from tim_ds.model.init import initial_values
 from tim_ds.model.tim import TiM
+from tim_ds.trainer import assembly
 from tim_ds.trainer.assembly import UNITS, build_root, teacher_parameters
 from tim_ds.trainer.checkpoint import CheckpointFolder, Piece, find_checkpoints
 from tim_ds.trainer.ema import Ema
@@ -151,6 +153,30 @@ def train_every_stage(world: World, folder: Path, shards: Path, poisoned: Path) 
         file = shared_engine_file(world, folder, stage, **zero)
         train(recipe(shards, *overrides), folder / name, file, world)
     return {name: str(folder / name) for name in variants}
+
+
+def train_unevenly(world: World, folder: Path, shards: Path, poisoned: Path) -> None:
+    """Every stage, with packs of one image beside packs of many."""
+    uneven = folder / "shards"
+    if world.is_main:
+        write_data(uneven, sizes=UNEVEN_SIZES)
+    world.barrier()
+    for stage in range(4):
+        train(recipe(uneven), folder / f"zero{stage}", shared_engine_file(world, folder, stage), world)
+
+
+def train_every_combination(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[str, Any]:
+    """Stages, with and without accumulation, with and without recomputation; and the packs of their steps."""
+    found = {}
+    for stage, packs, recomputed in itertools.product(range(4), (1, 2), ("false", "true")):
+        place = folder / f"zero{stage}_{packs}_packs_a_rank_recomputed_{recomputed}_{world.size}"
+        overrides = (
+            f"data.packs_per_step={packs * world.size}",
+            f"train.activation_checkpointing={recomputed}",
+        )
+        train(recipe(shards, *overrides), place, shared_engine_file(world, folder, stage), world)
+        found[str(place)] = packs * world.size
+    return found
 
 
 ALIGNED = (
@@ -638,6 +664,27 @@ def meet_poisoned_gradient(world: World, folder: Path, shards: Path, poisoned: P
     return found
 
 
+def meet_poisoned_gradient_in_a_run(
+    world: World, folder: Path, shards: Path, poisoned: Path
+) -> dict[str, list[str]]:
+    """The same in a run, in its second step: the samples of that step on both ranks."""
+    plain, steps = assembly.TransitionStep, []
+    settings = recipe(shards, "train.steps=3")
+
+    class Poisoned(_PoisonedStep):
+        def forward(self, inputs: Any) -> StepOutput:
+            steps.append(inputs.step)
+            self.poisoned = inputs.step == 1 and world.rank == world.size - 1
+            return super().forward(inputs)
+
+    assembly.TransitionStep = Poisoned  # type: ignore[misc]  # put back below
+    train(settings, folder / "run", shared_engine_file(world, folder, 2), world)
+    assembly.TransitionStep = plain  # type: ignore[misc]
+    assert 1 in steps
+    keys = [key for batch in micro_batches(settings, world, 2)[1] for key in batch.keys]
+    return {"samples": [key for part in world.gather(keys) for key in part]}
+
+
 def give_up(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[str, Any]:
     """Nothing but poison: the run ends at its limit, twice."""
     if world.is_main:
@@ -770,6 +817,8 @@ CASES: dict[str, Callable[[World, Path, Path, Path], Any]] = {
     function.__name__: function
     for function in (
         train_every_stage,
+        train_unevenly,
+        train_every_combination,
         train_in_low_precision,
         train_with_previews,
         begin_everywhere,
@@ -782,6 +831,7 @@ CASES: dict[str, Callable[[World, Path, Path, Path], Any]] = {
         refresh_teacher,
         meet_poison,
         meet_poisoned_gradient,
+        meet_poisoned_gradient_in_a_run,
         give_up,
         fill_the_disk,
         save_first,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 POISONED_SAMPLE = 17
-OF_THEIR_OWN = ("continue_elsewhere", "train_with_evaluations")
+OF_THEIR_OWN = ("continue_elsewhere", "train_with_evaluations", "train_every_combination")
 """Cases that their tests start by themselves."""
 
 

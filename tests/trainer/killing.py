@@ -9,11 +9,12 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tests.trainer.cases import AVERAGES
 from tests.trainer.ranks import recipe
 from tim_ds.trainer import checkpoint as checkpoint_module
+from tim_ds.trainer.checkpoint import CheckpointFolder
 from tim_ds.trainer.engine import start_world, stop_world
 from tim_ds.trainer.loop import Loop
 from tim_ds.trainer.run import train
@@ -99,17 +100,31 @@ MOMENTS: dict[str, Callable[[], None]] = {
 }
 
 
+class Counts(NamedTuple):
+    """What a run counted: calls of the trainer's functions."""
+
+    at_steps: list[int]
+    in_saves: list[int]
+    """Calls from the beginning of a save to the end of its thread, other threads' included."""
+
+
 class _Calls:
     """Counts calls of the trainer's functions, in every thread, to kill the process at one of them.
 
     A count is a moment that a seed can choose and that is the same whatever else the machine does; counting
     calls rather than steps lets it fall anywhere, saves and their threads included.
+
+    Args:
+        last: the call at which the process dies.
+        save: counted from the beginning of this save of the process on; 0: from its own.
     """
 
-    def __init__(self, last: float = math.inf) -> None:
+    def __init__(self, last: float = math.inf, save: int = 0) -> None:
         self.count = 0
-        self.at_steps: list[int] = []
+        self.found = Counts([], [])
+        self._saves: list[int] = []
         self._last = last
+        self._save = save
 
     def __enter__(self) -> _Calls:
         threading.setprofile(self._seen)
@@ -121,22 +136,30 @@ class _Calls:
         threading.setprofile(None)
 
     def _seen(self, frame: Any, event: str, _: Any) -> None:
+        if event == "return" and frame.f_code is CheckpointFolder._write.__code__:
+            self.found.in_saves.append(self.count - self._saves[-1])
         if event not in ("call", "c_call") or "tim_ds/trainer" not in frame.f_code.co_filename:
             return
         self.count += 1
         if event == "call" and frame.f_code is Loop._step.__code__:
-            self.at_steps.append(self.count)
-        if self.count >= self._last:
-            _die()
+            self.found.at_steps.append(self.count)
+        if event == "call" and frame.f_code is CheckpointFolder.start.__code__:
+            self._saves.append(self.count)
+        if len(self._saves) >= self._save:
+            begun = self._saves[self._save - 1] if self._save else 0
+            if self.count - begun >= self._last:
+                _die()
 
 
-def train_counted(last: float, run_dir: Path, engine: Path, shards: Path, *settings: str) -> list[int]:
-    """Train the run, or continue it, and die at the call number `last`. Returns the count at every step."""
-    with _Calls(last) as calls:
+def train_counted(
+    last: float, save: int, run_dir: Path, engine: Path, shards: Path, *settings: str
+) -> Counts:
+    """Train the run, or continue it, and die at call number `last` from the beginning of save `save` on."""
+    with _Calls(last, save) as calls:
         world = start_world()
         train(recipe(shards, *settings), run_dir, engine, world)
     stop_world(world)
-    return calls.at_steps
+    return calls.found
 
 
 def train_until(moment: str | None, run_dir: Path, engine: Path, shards: Path) -> str:

@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from tim_ds.config.recipe import Recipe
 from tim_ds.trainer.metrics import read_metrics
 
 SIZES = ((2, 2), (2, 3), (3, 2), (4, 2), (3, 3), (2, 4))
+UNEVEN_SIZES = ((4, 5), (1, 1), (1, 1), (1, 2), (2, 1), (2, 2))
+"""Packs of one large picture beside packs of many small ones."""
 CHANNELS = 4
 TEXT_WIDTH = 8
 
@@ -62,13 +64,19 @@ def recipe(shards: Path, *overrides: str) -> Recipe:
     return parse_recipe(RECIPE, [f"data.shards={shards}", *overrides])
 
 
-def write_data(folder: Path, *, num_samples: int = 64, poison: Mapping[int, float] | None = None) -> Path:
+def write_data(
+    folder: Path,
+    *,
+    num_samples: int = 64,
+    poison: Mapping[int, float] | None = None,
+    sizes: Sequence[tuple[int, int]] = SIZES,
+) -> Path:
     """Shards of random pictures and captions. `poison` sets the latents of some samples to one value."""
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
     samples = []
     for number in range(num_samples):
-        height, width = SIZES[number % len(SIZES)]
+        height, width = sizes[number % len(sizes)]
         latent = torch.randn(CHANNELS, height, width, generator=generator)
         states = torch.randn(1 + number % 3, TEXT_WIDTH, generator=generator)
         if poison and number in poison:

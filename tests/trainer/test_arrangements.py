@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
-from tests.trainer.cases import GUIDED, NODES, OFFLOADED, PAIRED
+from tests.trainer.cases import GUIDED, NODES, OFFLOADED, PAIRED, run_cases
 from tests.trainer.conftest import Groups
-from tests.trainer.plain import PlainRun, train_plainly
-from tests.trainer.ranks import recipe
+from tests.trainer.plain import PlainRun, steps_of, train_plainly
+from tests.trainer.ranks import UNEVEN_SIZES, recipe, run_ranks, write_data
+from tim_ds.trainer.checkpoint import find_checkpoints
 from tim_ds.trainer.metrics import read_metrics
 
 # Four float32 steps whose sums run in another order. Seen: 3e-7 in losses and weights. AdamW divides by the
@@ -56,8 +58,74 @@ def test_the_reference_moves_its_weights(plain: PlainRun) -> None:
 def test_every_arrangement_trains_like_a_plain_loop(
     groups: Groups, plain: PlainRun, variant: str, world_size: int
 ) -> None:
-    # One rank takes four micro-steps a step, two ranks take two each, of unequal numbers of images.
+    # One rank takes four micro-steps a step, two ranks take two each.
     check_same(Path(groups.results(world_size, "train_every_stage")[0][variant]), plain)
+
+
+@pytest.fixture(scope="module")
+def uneven_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data") / "uneven", sizes=UNEVEN_SIZES)
+
+
+@pytest.fixture(scope="module")
+def uneven(uneven_shards: Path) -> PlainRun:
+    return train_plainly(recipe(uneven_shards))
+
+
+@pytest.mark.parametrize("packs", [2, 4])
+def test_packs_of_a_step_may_hold_unequal_numbers_of_images(uneven_shards: Path, packs: int) -> None:
+    """Or the tests of uneven packs would not see images that count by their pack, or by their rank."""
+    settings = recipe(uneven_shards, f"data.packs_per_step={packs}")
+    counts = [
+        [
+            [batch.num_images for batch in step]
+            for step in steps_of(settings, rank=r, world_size=2, num_steps=4)
+        ]
+        for r in (0, 1)
+    ]
+    assert any(
+        sum(one) >= 2 * sum(other) for two in zip(*counts, strict=True) for one, other in (two, two[::-1])
+    )
+    assert packs == 2 or any(max(step) > 2 * min(step) for rank in counts for step in rank)
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_every_image_counts_once_however_uneven_the_packs(
+    groups: Groups, uneven: PlainRun, stage: int
+) -> None:
+    groups.results(2, "train_unevenly")
+    check_same(groups.folder_of(2, "train_unevenly") / f"zero{stage}", uneven)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_stages_accumulation_and_recomputation_combine(
+    tmp_path: Path, uneven_shards: Path, world_size: int
+) -> None:
+    found = run_ranks(
+        run_cases,
+        ("train_every_combination",),
+        tmp_path,
+        uneven_shards,
+        uneven_shards,
+        world_size=world_size,
+        out=tmp_path / "out",
+    )[0]["train_every_combination"]
+    plain = {
+        packs: train_plainly(recipe(uneven_shards, f"data.packs_per_step={packs}"))
+        for packs in set(found.values())
+    }
+    assert len(found) == 16 and set(plain) == {world_size, 2 * world_size}
+    worst = 0.0
+    for run, packs in found.items():
+        check_same(Path(run), plain[packs])
+        (checkpoint,) = find_checkpoints(Path(run) / "checkpoints")
+        for name, value in plain[packs].weights.items():
+            trained = torch.empty(value.numel())
+            checkpoint.fill("master", f"network.{name}", 0, trained)
+            worst = max(worst, float((trained - value.flatten()).abs().max()))
+    print(f"largest difference of a weight from the plain loop's: {worst:.1e}")
+    assert worst < WEIGHT_TOLERANCE
 
 
 @pytest.mark.parametrize("engine", ["zero0", "zero1", "zero3", *OFFLOADED, *NODES])

@@ -66,6 +66,18 @@ def test_a_gradient_that_is_not_finite_on_one_rank_stops_all(groups: Groups, eng
         assert found[engine]["same_as_without"], "the refused step left something behind"
 
 
+def test_such_a_gradient_is_counted_and_located_in_its_step(groups: Groups) -> None:
+    """No loss says which image it was: the samples of the step on all ranks are named."""
+    (samples, same) = (found["samples"] for found in groups.results(2, "meet_poisoned_gradient_in_a_run"))
+    lines = read_metrics(groups.folder_of(2, "meet_poisoned_gradient_in_a_run") / "run")
+    (skip,) = [line for line in lines if "skipped" in line]
+    assert skip["step"] == 2
+    # DeepSpeed calls the norm of a gradient that is not a number infinite.
+    assert skip["skipped"] in [f"gradient norm is {n} although every loss is finite" for n in ("inf", "nan")]
+    assert sorted(skip["samples"]) == sorted(samples) == sorted(same) and len(samples) > 4
+    assert (lines[-1]["applied_steps"], lines[-1]["skipped_steps"]) == (2, 1)
+
+
 def test_the_limit_ends_the_run_with_a_checkpoint_and_a_reason(groups: Groups) -> None:
     for found in groups.results(2, "give_up"):
         first, second = found["messages"]

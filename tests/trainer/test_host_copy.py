@@ -15,7 +15,16 @@ from tests.trainer.conftest import Groups
 from tests.trainer.test_checkpoint import Held, start
 from tim_ds.trainer import host_copy as host_copy_module
 from tim_ds.trainer.checkpoint import CheckpointFolder, Piece, find_checkpoints
-from tim_ds.trainer.host_copy import SLAB_BYTES, HostCopy, HostNeed, Room, _left_by_groups, _slabs, layout_of
+from tim_ds.trainer.host_copy import (
+    SLAB_BYTES,
+    HostCopy,
+    HostNeed,
+    Place,
+    Room,
+    _left_by_groups,
+    _slabs,
+    layout_of,
+)
 from tim_ds.trainer.world import World
 
 CPU = torch.device("cpu")
@@ -41,7 +50,9 @@ def test_a_first_save_copies_into_the_memory_that_was_made_for_it(
     keeper = prepared(tmp_path, values)
     keeper._host.wait()
     made = keeper._host._buffers["master/w@0"].data_ptr()
-    monkeypatch.setattr(HostCopy, "_slab", lambda self, size: pytest.fail("memory is made within the save"))
+    monkeypatch.setattr(
+        HostCopy, "_slab", lambda self, size, locked: pytest.fail("memory is made within the save")
+    )
     for step in (1, 2):
         start(keeper, step, values)
         values.add_(1)
@@ -57,10 +68,10 @@ def test_a_save_that_comes_early_waits_for_the_memory(
     go, makers = threading.Event(), []
     plain = HostCopy._slab
 
-    def slow(self: HostCopy, size: int) -> torch.Tensor:
+    def slow(self: HostCopy, size: int, *, locked: bool) -> torch.Tensor:
         makers.append(threading.current_thread().name)
         go.wait(30)
-        return plain(self, size)
+        return plain(self, size, locked=locked)
 
     monkeypatch.setattr(HostCopy, "_slab", slow)
     values = torch.arange(6.0)
@@ -88,7 +99,7 @@ def test_other_tensors_than_were_prepared_for_get_memory_of_their_own(tmp_path: 
 def test_without_memory_a_save_is_written_while_the_step_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, lack: str
 ) -> None:
-    def refused(self: HostCopy, size: int) -> torch.Tensor:
+    def refused(self: HostCopy, size: int, *, locked: bool) -> torch.Tensor:
         raise MemoryError("cannot allocate memory")
 
     if lack == "no room":
@@ -132,10 +143,10 @@ def test_a_run_that_leaves_does_not_wait_for_all_its_memory(monkeypatch: pytest.
     touched = threading.Event()
     plain = HostCopy._slab
 
-    def slow(self: HostCopy, size: int) -> Any:
+    def slow(self: HostCopy, size: int, *, locked: bool) -> Any:
         touched.set()
         self._stop.wait(30)
-        return plain(self, size)
+        return plain(self, size, locked=locked)
 
     monkeypatch.setattr(HostCopy, "_slab", slow)
     copy = HostCopy(CPU)
@@ -159,12 +170,15 @@ def test_pieces_lie_in_slabs_side_by_side_without_waste() -> None:
         "e": (3, 5),
     }
     layout = layout_of({key: torch.empty(shape, device="meta") for key, shape in shapes.items()})
-    scalar, empty = (torch.Size(()), torch.float64), (torch.Size((0,)), torch.float32)
-    layout = {**layout, "f": scalar, "g": empty}
+    scalar = Place(torch.Size(()), torch.float64, locked=False)
+    empty = Place(torch.Size((0,)), torch.float32, locked=False)
+    of_gpu = Place(torch.Size((4,)), torch.float32, locked=True)
+    layout = {"h": of_gpu, **layout, "f": scalar, "g": empty, "i": of_gpu}
     slabs = list(_slabs(layout))
-    assert [list(offsets) for offsets, _ in slabs] == [["a", "b"], ["c"], ["d"], ["e", "f", "g"]]
-    for offsets, size in slabs:
-        ends = [offsets[key] + layout[key][0].numel() * layout[key][1].itemsize for key in offsets]
+    assert [list(offsets) for offsets, *_ in slabs] == [["a", "b"], ["c"], ["d"], ["e", "f", "g"], ["h", "i"]]
+    assert [locked for *_, locked in slabs] == [False] * 4 + [True]
+    for offsets, size, _ in slabs:
+        ends = [offsets[key] + layout[key].nbytes for key in offsets]
         starts = [*list(offsets.values())[1:], size]
         assert all(0 <= start - end < 64 for end, start in zip(ends, starts, strict=True))
         assert all(start % 64 == 0 for start in offsets.values())
@@ -229,3 +243,14 @@ def test_a_run_makes_the_memory_once_behind_its_first_step(groups: Groups) -> No
     for found in groups.results(2, "save_first"):
         assert found["made"] == [("host memory", 1)], "by the thread, after the first step"
         assert found["saved"] == [2, 3]
+
+
+@pytest.mark.gpu
+def test_tensors_of_a_gpu_are_copied_into_page_locked_memory() -> None:
+    values = {"gpu": torch.randn(1 << 20, device="cuda"), "host": torch.randn(100)}
+    copy = HostCopy(torch.device("cuda", torch.cuda.current_device()))
+    copy.make(layout_of(values), behind=True)
+    copied = copy.fill(values)
+    torch.cuda.synchronize()
+    assert copied is not None and copied["gpu"].is_pinned() and not copied["host"].is_pinned()
+    assert all(torch.equal(copied[key], value.cpu()) for key, value in values.items())

@@ -75,47 +75,63 @@ def test_killed_at_any_moment_a_run_ends_equal_to_the_bit(
     assert len(files_of(whole / last)) == world_size
 
 
-KILLS = 20
+KILLS, STEPS = 20, 80
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_random_moments_a_run_ends_equal_to_the_bit(tmp_path: Path, shards: Path) -> None:
-    settings = ("train.steps=40", "train.log_every=7", "train.checkpoint.every_steps=2")
-    engine = engine_file(tmp_path, 1)
+@pytest.mark.parametrize(("world_size", "stage"), [(1, 1), (2, 3)])
+def test_killed_at_twenty_random_moments_a_run_ends_equal_to_the_bit(
+    tmp_path: Path, shards: Path, world_size: int, stage: int
+) -> None:
+    """On several ranks a random one is killed; the others, which wait for it, are ended after it."""
+    settings = (f"train.steps={STEPS}", "train.log_every=7", "train.checkpoint.every_steps=2")
+    engine = engine_file(tmp_path, stage)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    (at_steps,) = run_ranks(
+    counts = run_ranks(
         train_counted,
         math.inf,
+        0,
         whole,
         engine,
         shards,
         *settings,
-        world_size=1,
+        world_size=world_size,
         out=tmp_path / "out",
         timeout_s=600,
     )
-    assert len(at_steps) == 40
-    first, a_step = at_steps[0], (at_steps[-1] - at_steps[0]) / 39
+    assert [len(count.at_steps) for count in counts] == [STEPS] * world_size
     moments = random.Random(0)
     reached, interrupted_saves = [], 0
     for number in range(KILLS):
-        # From the start of the process into its fifth step: two saves lie within.
-        last = moments.uniform(1, first + 5 * a_step)
-        out = tmp_path / f"out{number}"
+        victim = moments.randrange(world_size)
+        at_steps, in_saves = counts[victim]
+        # From the start of the process into its fifth step, in which two saves lie; or within one of the two.
+        save = (number % 2) * moments.randint(1, 2)
+        whole_time = at_steps[0] + 5 * (at_steps[-1] - at_steps[0]) / (STEPS - 1)
+        last = moments.uniform(1, min(in_saves) if save else whole_time)
+        out, port = tmp_path / f"out{number}", free_port()
         out.mkdir()
-        process = start_rank(train_counted, (last, broken, engine, shards, *settings), 0, 1, free_port(), out)
-        process.join(timeout=600)
-        assert process.exitcode == -signal.SIGKILL, (out / "output_0.txt").read_text()
+        ranks = []
+        for rank in range(world_size):
+            until = last if rank == victim else math.inf
+            arguments = (until, save, broken, engine, shards, *settings)
+            ranks.append(start_rank(train_counted, arguments, rank, world_size, port, out))
+        ranks[victim].join(timeout=600)
+        assert ranks[victim].exitcode == -signal.SIGKILL, (out / f"output_{victim}.txt").read_text()
+        for process in ranks:
+            process.kill()
+            process.join()
         folder = broken / "checkpoints"
         interrupted_saves += len(list(folder.glob(".tmp-*"))) if folder.is_dir() else 0
         reached.append(find_checkpoints(folder)[0].step if folder.is_dir() else 0)
     print(f"{KILLS} kills, newest checkpoint after each: {reached}; {interrupted_saves} saves interrupted")
     assert reached == sorted(reached), "a kill lost a checkpoint"
-    assert reached[-1] >= 6 and interrupted_saves > 0
-    run_ranks(train_counted, math.inf, broken, engine, shards, *settings, world_size=1, out=tmp_path / "last")
+    assert reached[-1] >= 6 and interrupted_saves > 1
+    out = tmp_path / "last"
+    run_ranks(train_counted, math.inf, 0, broken, engine, shards, *settings, world_size=world_size, out=out)
     assert lines_without_clock(broken) == lines_without_clock(whole)
     assert files_of(broken / "export") == files_of(whole / "export")
-    last_one = Path("checkpoints") / "step_000000040"
+    last_one = Path("checkpoints") / f"step_{STEPS:09d}"
     assert files_of(broken / last_one) == files_of(whole / last_one)
 
 

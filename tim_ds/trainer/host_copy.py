@@ -39,8 +39,22 @@ _CGROUP_FILES = {
     "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 }
 
-Layout = Mapping[str, tuple[torch.Size, torch.dtype]]
-"""Shape and dtype of every tensor that is copied, by key."""
+
+class Place(NamedTuple):
+    """What the memory for one tensor has to be."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    locked: bool
+    """Page-locked, for a tensor of a GPU."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
+
+
+Layout = Mapping[str, Place]
+"""By key of the tensor."""
 
 
 class HostNeed(NamedTuple):
@@ -84,7 +98,7 @@ class HostCopy:
     """The memory of one rank.
 
     Args:
-        device: where the copied tensors are; those of a GPU are copied into page-locked memory.
+        device: of the rank. Tensors of a GPU are copied into page-locked memory.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -146,21 +160,21 @@ class HostCopy:
                 if self._device.type == "cuda":
                     # A thread begins on the first GPU.
                     stack.enter_context(torch.cuda.device(self._device))
-                for offsets, size in _slabs(layout):
+                for offsets, size, locked in _slabs(layout):
                     if self._stop.is_set():
                         return
-                    slab = self._slab(size)
+                    slab = self._slab(size, locked=locked)
                     for key, offset in offsets.items():
-                        shape, dtype = layout[key]
-                        flat = slab[offset : offset + shape.numel() * dtype.itemsize]
-                        buffers[key] = flat.view(dtype).view(shape)
+                        place = layout[key]
+                        flat = slab[offset : offset + place.nbytes]
+                        buffers[key] = flat.view(place.dtype).view(place.shape)
         except (MemoryError, OSError, RuntimeError) as error:
             logger.warning("no host memory for the copy of a checkpoint: %s", str(error).splitlines()[0])
             return
         self._layout, self._buffers = layout, buffers
 
-    def _slab(self, size: int) -> Tensor:
-        if self._device.type == "cuda":
+    def _slab(self, size: int, *, locked: bool) -> Tensor:
+        if locked:
             # Locking touches it.
             return torch.empty(size, dtype=torch.uint8, pin_memory=True)
         if size == 0:
@@ -180,26 +194,29 @@ class HostCopy:
 
 
 def layout_of(values: Mapping[str, Tensor]) -> Layout:
-    return {key: (value.shape, value.dtype) for key, value in values.items()}
+    return {key: Place(value.shape, value.dtype, value.is_cuda) for key, value in values.items()}
 
 
 def _bytes_of(layout: Layout) -> int:
-    return sum(shape.numel() * dtype.itemsize for shape, dtype in layout.values())
+    return sum(place.nbytes for place in layout.values())
 
 
-def _slabs(layout: Layout) -> Iterator[tuple[dict[str, int], int]]:
-    """Places of the tensors, slab by slab, and the size of each slab."""
-    offsets: dict[str, int] = {}
-    end = 0
-    for key, (shape, dtype) in layout.items():
-        size = -(-shape.numel() * dtype.itemsize // ALIGNMENT) * ALIGNMENT
-        if offsets and end + size > SLAB_BYTES:
-            yield offsets, end
-            offsets, end = {}, 0
-        offsets[key] = end
-        end += size
-    if offsets:
-        yield offsets, end
+def _slabs(layout: Layout) -> Iterator[tuple[dict[str, int], int, bool]]:
+    """Offsets of the tensors, slab by slab, the size of each slab, and whether it is page-locked."""
+    for locked in (False, True):
+        offsets: dict[str, int] = {}
+        end = 0
+        for key, place in layout.items():
+            if place.locked is not locked:
+                continue
+            size = -(-place.nbytes // ALIGNMENT) * ALIGNMENT
+            if offsets and end + size > SLAB_BYTES:
+                yield offsets, end, locked
+                offsets, end = {}, 0
+            offsets[key] = end
+            end += size
+        if offsets:
+            yield offsets, end, locked
 
 
 def available_bytes() -> int | None:

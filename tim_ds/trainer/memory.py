@@ -488,10 +488,10 @@ def _others(recipe: Recipe, pack: _Pack, split: _Split, encoder_bytes: int, copi
         )
     pieces = split.real if split.stage else split.own
     yield Part(
-        "snapshot of a checkpoint",
+        "copy of a checkpoint",
         0,
         _FLOAT32 * pieces * (1 + len(STATE_KEYS) + copies),
-        "while one is written",
+        "from the first step on",
     )
 
 
