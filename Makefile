@@ -2,6 +2,7 @@
 #   make quickstart   train and compare two small models on real handwriting, on the CPU
 #   make test         the tests that need neither a GPU nor a network
 #   make check        lint, format, types, spelling, recipes
+#   make gpu          tests and benchmarks on a GPU, in the order of their worth (kernels/README.md)
 # PYTHON chooses the interpreter of a new environment, TORCH the torch to install in it, for example
 #   make test PYTHON=python3.12 TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 
@@ -16,7 +17,7 @@ INSTALLED := $(VENV)/.installed
 ON_PATH := PATH="$(abspath $(BIN)):$$PATH"
 RECIPES := $(wildcard launch/recipes/*.yaml)
 
-.PHONY: quickstart test check clean
+.PHONY: quickstart test check gpu clean
 
 quickstart: $(INSTALLED)
 	$(ON_PATH) bash launch/quickstart.sh
@@ -30,6 +31,11 @@ check: $(INSTALLED)
 	$(ON_PATH) $(BIN)/pyright
 	$(BIN)/codespell
 	$(BIN)/python -m tim_ds.config.check --quiet $(RECIPES)
+
+# With the interpreter that is there, and its PyTorch: a GPU may be lent for less time than an environment takes.
+# ARGUMENTS go to the command, for example  make gpu ARGUMENTS="--seconds 540 --out results"
+gpu:
+	$(PYTHON) launch/first_light.py $(ARGUMENTS)
 
 # Leaves the environment (.venv) and the results of runs (runs/) alone.
 clean:

@@ -335,7 +335,10 @@ def load_index(location: Path | str, *, kept_in: Path | str | None = None, verif
     else:
         path = Path(home) / INDEX_NAME
         if not path.is_file():
-            raise DataError(f"{path}: no index; prepare the data, or if the shards are there {rebuild}")
+            raise DataError(
+                f"{path}: no index; prepare the data (python -m data_pipeline.prepare, or for the embedded "
+                f"handwriting python -m data_pipeline.handwriting), or if the shards are there {rebuild}"
+            )
     index = _map_index(path, folder)
     if isinstance(folder, Path):
         for name, size in zip(index.shards, index.shard_bytes, strict=True):

@@ -10,13 +10,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, chain
+from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from tim_ds.errors import ShapeError
+
+STAGED_BYTES = 2**16
+"""Up to so many bytes CUDA takes from pageable memory at once; of more it may first finish its stream."""
+
+
+def to_device(x: Tensor, device: torch.device | str) -> Tensor:
+    """x on `device`. The host does not wait; larger tensors go through pinned memory, which torch keeps."""
+    device = torch.device(device)
+    if device.type == "cuda" and x.device.type == "cpu" and x.numel() * x.element_size() > STAGED_BYTES:
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
+def _moved(x: Tensor, device: torch.device | str, non_blocking: bool) -> Tensor:
+    return to_device(x, device) if non_blocking else x.to(device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,12 +105,12 @@ class Segments:
         """The same segments with their tensors on `device`."""
 
         def move(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.to(device, non_blocking=non_blocking)
+            return None if x is None else _moved(x, device, non_blocking)
 
         return replace(
             self,
-            cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking),
-            segment_ids=self.segment_ids.to(device, non_blocking=non_blocking),
+            cu_seqlens=_moved(self.cu_seqlens, device, non_blocking),
+            segment_ids=_moved(self.segment_ids, device, non_blocking),
             token_rows=move(self.token_rows),
             token_cols=move(self.token_cols),
         )
@@ -121,8 +136,12 @@ class Segments:
     def token_index(self, indices: Sequence[int]) -> Tensor:
         """int64 token positions of the segments `indices`, in that order, on this device."""
         starts = [0, *accumulate(self.lengths)]
-        index = list(chain.from_iterable(range(starts[i], starts[i + 1]) for i in indices))
-        return torch.tensor(index, dtype=torch.int64).to(self.cu_seqlens.device, non_blocking=True)
+        length_S = torch.tensor([self.lengths[i] for i in indices], dtype=torch.int64)
+        # From a token among those that are chosen to its place in the pack, by segment.
+        first_S = torch.tensor([starts[i] for i in indices], dtype=torch.int64)
+        offset_S = first_S - (length_S.cumsum(0) - length_S)
+        index = torch.repeat_interleave(offset_S, length_S) + torch.arange(int(length_S.sum()))
+        return to_device(index, self.cu_seqlens.device)
 
     def select(self, indices: Sequence[int]) -> Segments:
         """Segments `indices` as a pack of their own (an index may repeat)."""
@@ -174,7 +193,7 @@ class TextCondition:
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> TextCondition:
         return replace(
             self,
-            states_LE=self.states_LE.to(device, non_blocking=non_blocking),
+            states_LE=_moved(self.states_LE, device, non_blocking),
             segments=self.segments.to(device, non_blocking=non_blocking),
         )
 
@@ -190,7 +209,7 @@ class ClassCondition:
         return self.labels_S.shape[0]
 
     def select(self, indices: Sequence[int]) -> ClassCondition:
-        index = torch.tensor(list(indices), dtype=torch.int64).to(self.labels_S.device, non_blocking=True)
+        index = to_device(torch.tensor(list(indices), dtype=torch.int64), self.labels_S.device)
         return ClassCondition(self.labels_S.index_select(0, index))
 
     def repeat(self, times: int) -> ClassCondition:

@@ -379,6 +379,10 @@ class TiMPipeline:
             for i, prompt in enumerate(found):
                 if not isinstance(prompt, str):
                     raise RequestError(f"prompts[{i}]: expected a caption, received {prompt!r}")
+                try:
+                    prompt.encode()
+                except UnicodeEncodeError as error:
+                    raise RequestError(f"prompts[{i}]: not text that can be written: {error}") from error
             return found
         return [self._check_label(i, label) for i, label in enumerate(found)]
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from tim_kernels.transfer import to_device
+
 MIN_ROWS_PER_CHUNK = 4
 MAX_ROWS_PER_CHUNK = 32
 """At 32 rows the partial sums, written and read once, are 4 % of the bytes of the norm's backward."""
@@ -74,7 +76,7 @@ class ChunkPlan:
         chunks = torch.stack([start_S[segment_K] + local_K, count_K, segment_K], dim=1)
         if segment_ids is None:
             segment_ids = torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32), length_S)
-            segment_ids = segment_ids.to(device, non_blocking=True)
+            segment_ids = to_device(segment_ids, device)
         elif segment_ids.shape != (num_rows,):
             raise ValueError(f"segment_ids: expected [{num_rows}], received {list(segment_ids.shape)}")
         device = segment_ids.device
@@ -82,8 +84,8 @@ class ChunkPlan:
             num_rows,
             len(lengths),
             segment_ids,
-            chunks.to(torch.int32).contiguous().to(device, non_blocking=True),
-            first_chunk.to(torch.int32).to(device, non_blocking=True),
+            to_device(chunks.to(torch.int32).contiguous(), device),
+            to_device(first_chunk.to(torch.int32), device),
         )
 
     @property

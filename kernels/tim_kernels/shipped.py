@@ -244,9 +244,9 @@ def _qk_norm_rope() -> list[Variant]:
 
 
 def _swiglu() -> list[Variant]:
-    """The MLP (3072, in the same tiles as 2048 and 4608) and the AdaLN generators (384 and 576)."""
+    """The MLP (3072, in the same tiles as 2048), captions (4608), AdaLN of blocks (864), end (384, 576)."""
     found = []
-    for width, stored in ((3072, "bf16"), (384, "fp32"), (576, "fp32")):
+    for width, stored in ((3072, "bf16"), (4608, "bf16"), (384, "fp32"), (576, "fp32"), (864, "fp32")):
         label = f"width {width}, {stored}"
         pointers: dict[str, str | None] = dict.fromkeys(
             ("gate", "up", "out", "d_out", "d_gate", "d_up"), stored
@@ -273,26 +273,22 @@ def _swiglu() -> list[Variant]:
 
 
 def _transition_loss() -> list[Variant]:
-    """Latents of 32 channels, one cell a token, F and all others in float32, no guidance in the target."""
+    """Latents of 32 channels, one cell a token, F and all others in float32; also with a guided target."""
     names = ("F", "x", "z", "dF_dt", "partial", "d_F", "count", "denoising", "directional")
     gradients = ("d_denoising", "d_directional")
     pointers: dict[str, str | None] = dict.fromkeys((*names, *gradients, *_COEFFICIENTS), "fp32")
-    pointers["diffusion_target"] = None
     options = loss.cell_options(32, 32)
     tiles = {**options, "DIRECTIONAL": True}
     finish = {"C": options["C"], "L": options["L"], **loss.FINISH_OPTIONS}
-    # Two vectors for each of F, x, z and dF/dt.
-    return [
-        _variant(
-            "transition_loss", "forward: 32 channels", loss.forward_kernel, pointers, tiles, wide_loads=8
-        ),
-        _variant(
-            "transition_loss", "finish: 32 channels", loss.finish_kernel, pointers, finish, wide_loads=0
-        ),
-        _variant(
-            "transition_loss", "backward: 32 channels", loss.backward_kernel, pointers, tiles, wide_loads=8
-        ),
-    ]
+    name = "transition_loss"
+    found = [_variant(name, "finish: 32 channels", loss.finish_kernel, pointers, finish, wide_loads=0)]
+    for label, guided in (("32 channels", None), ("32 channels, guided", "fp32")):
+        own = {**pointers, "diffusion_target": guided}
+        # Two vectors for each of F, x, z and dF/dt, and of the guided target.
+        loads = 8 if guided is None else 10
+        for form, kernel in (("forward", loss.forward_kernel), ("backward", loss.backward_kernel)):
+            found.append(_variant(name, f"{form}: {label}", kernel, own, tiles, wide_loads=loads))
+    return found
 
 
 def _modulated_layer_norm_jvp() -> list[Variant]:
@@ -381,7 +377,8 @@ def _swiglu_jvp() -> list[Variant]:
         (3072, "bf16", "neighbours"),
         (3072, "bf16", "anywhere"),
         (384, "fp32", "neighbours"),
-        (576, "fp32", "neighbours"),
+        (576, "fp32", "anywhere"),
+        (864, "fp32", "anywhere"),
     ):
         names = ("gate", "up", "d_gate", "d_up", "d_out")
         pointers: dict[str, str | None] = dict.fromkeys(names, stored)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tim_kernels.chunks import ChunkPlan
+from tim_kernels.transfer import to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +81,7 @@ class TangentPlan:
         elif len(moving):
             spread = torch.repeat_interleave(offset, length_s[index_s])
             rows, segments = (
-                x.to(torch.int32).to(device, non_blocking=True)
+                to_device(x.to(torch.int32), device)
                 for x in (spread + torch.arange(num_moving_rows), index_s)
             )
         return cls(
@@ -88,8 +89,8 @@ class TangentPlan:
             len(lengths),
             num_moving_rows,
             len(moving),
-            own.segment_ids.to(device, non_blocking=True),
-            chunks.contiguous().to(device, non_blocking=True),
+            to_device(own.segment_ids, device),
+            to_device(chunks.contiguous(), device),
             rows,
             segments,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tests.eval.test_geneval import LINES
 from tests.eval.tiny_scorers import TinyFeatures, save_clip, save_detector, save_vilt, write_random_picture
 from tests.networks import export_of, write_tiny_export
 from tim_ds.errors import RequestError
-from tim_ds.eval import benchmark_cli, cli, imagenet
+from tim_ds.eval import benchmark_cli, cli, geneval, imagenet
 from tim_ds.eval.benchmark_cli import (
     DpgOptions,
     GenevalOptions,
@@ -104,8 +105,21 @@ def test_geneval_in_two_halves_from_the_command_line(
     # Against itself, the agreement is whole; and what is scored is not scored again.
     again = [*common, *scorers, "--only", "score", "--calibrate", str(out / "verdicts.jsonl")]
     assert cli.main(again) == 0
-    assert "difference +0.00 points" in capsys.readouterr().out
-    assert (out / "calibration.md").exists() and len(stored(out)) == 1
+    assert "difference +0.00 points" in capsys.readouterr().out and len(stored(out)) == 1
+    curves = json.loads((out / "calibration.json").read_text())["curves"]
+    assert list(curves) == list(geneval.TASKS)
+    for curve in curves.values():
+        assert curve["agreement"][curve["thresholds"].index(curve["published"])] == 1.0
+    assert (out / "calibration.md").stat().st_size > 0
+    with Image.open(out / "calibration.png") as image:
+        assert image.size[0] > 1000
+    # Nothing is looked at again, and one flipped verdict shows.
+    verdicts[0]["correct"] = not verdicts[0]["correct"]
+    theirs = tmp_path / "theirs.jsonl"
+    theirs.write_text("".join(json.dumps(one) + "\n" for one in verdicts))
+    monkeypatch.setattr(Detector, "__call__", lambda *_, **__: pytest.fail("looked"))
+    assert cli.main([*common, *scorers, "--only", "score", "--calibrate", str(theirs)]) == 0
+    assert "| single_object | 1 | 0.00" in re.sub(" +", " ", capsys.readouterr().out)
 
 
 def test_geneval_is_refused_before_any_picture_is_made(
@@ -124,6 +138,8 @@ def test_geneval_is_refused_before_any_picture_is_made(
         (["--metadata", str(tmp_path / "none")], "--metadata"),
         ([*good, "--detector", "/no/detector"], "--detector /no/detector: no such folder"),
         ([*good, "--clip", "/no/clip"], "--clip /no/clip: no such folder"),
+        ([*good, "--pictures", str(out)], "lies in the folder of the pictures"),
+        ([*good, "--pictures", str(tmp_path)], "lies in the folder of the pictures"),
         ([*good, "--device", "abacus"], "--device abacus: not usable here"),
         ([*good, "--part", "0/2"], "--part: a part cannot be scored"),
         ([*good, "--part", "x"], "--part: expected K/N, received 'x'"),
@@ -238,6 +254,11 @@ def test_imagenet_scores_and_leaves_a_file_for_adms_evaluator(class_export: Path
     expected = pipeline(label, "8x8", num_steps=2, cfg_scale=1.5, cfg_interval=(0.0, 0.6), seeds=8).images[0]
     # Another batch may move a value across a rounding edge.
     assert np.abs(samples[8].astype(int) - expected).max() <= 1
+    assert "another benchmark" not in (tmp_path / "out" / "table.md").read_text()
+    np.savez(tmp_path / "large.npz", arr_0=rng.integers(0, 256, (9, 16, 16, 3), dtype=np.uint8))
+    run_imagenet(replace(options, reference=tmp_path / "large.npz"), TinyFeatures())
+    said = "The pictures are 8x8, those of the reference 16x16: another benchmark."
+    assert said in (tmp_path / "out" / "table.md").read_text()
     with pytest.raises(RequestError, match=r"knows 5 classes, expected 10 \(--num-classes\)"):
         run_imagenet(replace(options, num_classes=10, out=tmp_path / "other"), TinyFeatures())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ from PIL import Image
 
 from tests.eval.tiny_scorers import save_clip, write_random_picture
 from tim_ds.errors import RequestError
-from tim_ds.eval import geneval
+from tim_ds.eval import calibration, geneval
 from tim_ds.eval.clip import Clip
 from tim_ds.eval.detector import Detection
-from tim_ds.eval.generate import open_pictures
+from tim_ds.eval.generate import open_pictures, picture_set
 from tim_ds.eval.geneval import Clause, Rules, Task
 from tim_ds.eval.results import ScoreLog
 
@@ -397,6 +398,77 @@ class TestCalibrate:
             1,
         )
         assert colours.ours == pytest.approx(1 / 3) and colours.theirs == pytest.approx(2 / 3)
+
+    def test_the_offset_and_its_error(self) -> None:
+        # Of 100 pictures 60 right in both, 5 here alone, 1 there alone: 4 points, of which 6 pictures decide.
+        one = geneval.Agreement("colors", both_right=60, both_wrong=34, only_ours=5, only_theirs=1)
+        assert one.offset == pytest.approx(0.04) and one.agreement == 0.94
+        # Variance of +1, -1 and 0 with shares 0.05, 0.01 and 0.94: 0.06 - 0.04^2.
+        assert one.offset_error == pytest.approx((0.0584 / 100) ** 0.5)
+        other = geneval.Agreement("counting", both_right=5, both_wrong=5, only_ours=0, only_theirs=0)
+        # Tasks weigh alike, whatever their pictures.
+        assert calibration.overall([one, other]) == pytest.approx(
+            ((0.65 + 0.5) / 2, (0.61 + 0.5) / 2, 0.02, (0.0584 / 100) ** 0.5 / 2)
+        )
+
+    def test_curves_against_the_threshold(self, tmp_path: Path, tasks: list[Task]) -> None:
+        """Detections whose scores are known, against verdicts that another scale of scores would give."""
+        asked = [tasks[0]] * 4
+        benches = {0: 0.25, 1: 0.45, 2: 0.65, 3: 0.0}
+        for n in range(4):
+            Image.new("RGB", (4, 4), (n, n, n)).save(tmp_path / f"{n}.png")
+        pictures = picture_set(tmp_path, [f"{n}.png" for n in range(4)], progress=False)
+        floors = []
+
+        def detect(picture: Image.Image, *, threshold: float) -> list[Detection]:
+            floors.append(threshold)
+            score = benches[int(np.asarray(picture).flat[0])]
+            return [seen("bench", score)] if score > threshold else []
+
+        levels, log = (0.1, 0.3, 0.5, 0.7), ScoreLog(tmp_path, "x", {})
+        verdicts = geneval.judge_at_thresholds(
+            pictures, asked, detect, lambda *_: pytest.fail("colours"), Rules(), levels, log, progress=False
+        )
+        assert verdicts == [
+            [True, False, False, False],
+            [True, True, False, False],
+            [True, True, True, False],
+            [False] * 4,
+        ]
+        assert floors == [0.1] * 4, "one look a picture"
+        results = [
+            {"filename": f"{n}.png", "tag": "single_object", "correct": verdict[1]}
+            for n, verdict in enumerate(verdicts)
+        ]
+        theirs = {f"{n}.png": {"tag": "single_object", "correct": n == 2} for n in range(4)}
+        [curve] = calibration.curves(results, verdicts, theirs, Rules(), levels)
+        assert curve.ours == (0.75, 0.5, 0.25, 0.0) and curve.agreement == (0.5, 0.75, 1.0, 0.75)
+        assert (curve.theirs, curve.published, curve.thresholds[curve.best]) == (0.25, 0.3, 0.5)
+        text = calibration.report(geneval.calibrate(results, theirs), [curve])
+        # One of four differs: 0.25, and (0.25 - 0.25^2) / 4 of variance.
+        assert "+25.00 +- 21.65" in text and "difference +25.00 points" in text
+        line = "agree % | 50.0 | 75.0 | 100.0 | 75.0 | 0.3 | 0.5"
+        assert line in re.sub(" +", " ", text)
+
+    def test_an_object_is_asked_for_its_colour_once(self, tmp_path: Path, tasks: list[Task]) -> None:
+        Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+        pictures = picture_set(tmp_path, ["a.png"], progress=False)
+        asked: list[float] = []
+
+        def read(picture: Image.Image, found: Sequence[Detection], name: str) -> list[str]:
+            asked.extend(one.score for one in found)
+            return ["red" if one.score > 0.5 else "blue" for one in found]
+
+        def detect(picture: Image.Image, *, threshold: float) -> list[Detection]:
+            return [seen("car", 0.4), seen("car", 0.8)]
+
+        log = ScoreLog(tmp_path, "x", {})
+        for _ in range(2):
+            found = geneval.judge_at_thresholds(
+                pictures, [tasks[3]], detect, read, Rules(), (0.1, 0.3, 0.9), log, progress=False
+            )
+            assert found == [[True, True, False]]
+        assert asked == [0.8]
 
     def test_other_pictures_or_tasks_are_refused(self) -> None:
         ours = self.results("+++++")

@@ -124,7 +124,11 @@ def test_scores_are_those_of_the_features(
     assert found["sfid"] == pytest.approx(distance(fit(made["spatial"]), fit(real["spatial"])), rel=1e-4)
     assert found["inception_score"] == pytest.approx(inception_score(made["logits"]), rel=1e-5)
     assert (found["precision"], found["recall"]) == precision_recall(real["pool"], made["pool"])
-    assert details == {"reference_pictures": 24, "reference_statistics": "of its pictures"}
+    assert details == {
+        "reference_pictures": 24,
+        "reference_statistics": "of its pictures",
+        "reference_size": "8x8",
+    }
     # A second run reads what the first one kept.
     calls = len(network.seen)
     again, _ = imagenet.score(
@@ -179,3 +183,11 @@ def test_too_few_pictures_are_refused_before_any_work(
     np.savez(tmp_path / "wide.npz", mu=np.zeros(9), sigma=np.eye(9), mu_s=np.zeros(3), sigma_s=np.eye(3))
     with pytest.raises(RequestError, match="expected statistics of 4 and 3 features, received 9 and 3"):
         imagenet.check_counts(5, adm_npz.read_reference(tmp_path / "wide.npz"), TinyFeatures())
+    for wrong, message in (
+        ({"sigma": np.eye(3)}, r"expected a mean \[D\] and a covariance"),
+        ({"mu_s": np.full(3, np.nan)}, "mean or covariance is not finite"),
+    ):
+        good = {"mu": np.zeros(4), "sigma": np.eye(4), "mu_s": np.zeros(3), "sigma_s": np.eye(3)}
+        np.savez(tmp_path / "wrong.npz", **{**good, **wrong})
+        with pytest.raises(RequestError, match=message):
+            imagenet.check_counts(5, adm_npz.read_reference(tmp_path / "wrong.npz"), TinyFeatures())

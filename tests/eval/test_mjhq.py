@@ -42,6 +42,10 @@ def test_metadata_name_pictures_and_prompts(entries: list[mjhq.Entry]) -> None:
         ('{"a": {"category": "x"}}', "'a': expected a category and a prompt"),
         ('{"a": {"category": "../x", "prompt": "p"}}', "'a' of '../x' cannot be a file name"),
         ("{", "cannot be read"),
+        (
+            '{"a": {"category": "x", "prompt": "p"}, "a": {"category": "y", "prompt": "q"}}',
+            "key 'a' is given twice",
+        ),
     ],
 )
 def test_other_metadata_are_refused(tmp_path: Path, text: str, message: str) -> None:

@@ -104,6 +104,20 @@ class TestJobs:
         status, _, error = draw("--prompts-file", str(path))
         assert status == 1 and message in error and not (tmp_path / "out").exists()
 
+    def test_a_prompt_is_exact_up_to_the_end_of_its_line(self, draw: Any, tmp_path: Path) -> None:
+        """Other characters that end lines somewhere, and the mark some editors put first, are none here."""
+        text = "a \u2028three\x85 or\x0c é"
+        (tmp_path / "p.txt").write_text(f"\ufeff{text}\r\na one\n", encoding="utf-8")
+        assert draw("--prompts-file", str(tmp_path / "p.txt"), "--size", "8x8")[0] == 0
+        found = {read_settings(p)["prompt"] for p in (tmp_path / "out").glob("0*.png")}
+        assert found == {text, "a one"}
+
+    def test_half_a_character_is_refused(self, draw: Any, tmp_path: Path) -> None:
+        (tmp_path / "p.jsonl").write_text('{"prompt": "a \\ud83d cat", "size": "8x8"}\n')
+        status, _, error = draw("--prompts-file", str(tmp_path / "p.jsonl"))
+        assert status == 1 and "prompts[0]: not text that can be written" in error
+        assert not (tmp_path / "out").exists()
+
     def test_no_prompt_at_all_is_refused(self, draw: Any) -> None:
         assert "give --prompt, --prompts-file or --from" in draw("--size", "8x8")[2]
 

@@ -31,23 +31,44 @@ from tim_kernels import (
     varlen_attention_jvp,
 )
 from tim_kernels.qk_norm_rope import RotaryTable, kv_norm_rope, qk_norm_rope, qkv_norm_rope
-from tim_kernels.shipped import variants
+from tim_kernels.shipped import Variant, variants
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
 
 
 @dataclass(frozen=True)
 class Launch:
-    """tensors: the arguments in memory.  constants: compile-time values, and None for absent tensors."""
+    """tensors: the arguments in memory.  numbers: lengths, strides and the like.  constants: compile-time
+    values, and None for absent tensors."""
 
     kernel: Any
     tensors: dict[str, Tensor]
+    numbers: dict[str, Any]
     constants: dict[str, Any]
     num_warps: int
+    grid: tuple[int, ...]
+
+    @classmethod
+    def of(cls, kernel: Any, args: Any, grid: Any, options: dict[str, Any]) -> Launch:
+        """From what `kernel.run` is called with."""
+        given = {**dict(zip(kernel.arg_names, args, strict=False)), **options}
+        tensors = {n: x for n, x in given.items() if isinstance(x, Tensor)}
+        constants = {n: given[n] for n in kernel.arg_names if given[n] is None or n.isupper()}
+        numbers = {n: given[n] for n in kernel.arg_names if n not in tensors and n not in constants}
+        return cls(kernel, tensors, numbers, constants, options["num_warps"], tuple(grid))
 
     @property
     def types(self) -> dict[str, str]:
         return {name: TYPES[x.dtype] for name, x in self.tensors.items()}
+
+    def is_of(self, variant: Variant) -> bool:
+        """Whether the kernel that runs is the variant that was compiled."""
+        return (
+            variant.kernel is self.kernel
+            and variant.constants == self.constants
+            and variant.num_warps == self.num_warps
+            and all(self.types[name] == kind for name, kind in variant.types.items() if kind[0] == "*")
+        )
 
 
 @contextmanager
@@ -78,10 +99,7 @@ def _spy(kernel: Any, launches: list[Launch]) -> Callable[..., Any]:
     run = kernel.run
 
     def spied(*args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        given = {**dict(zip(kernel.arg_names, args, strict=False)), **options}
-        tensors = {n: x for n, x in given.items() if isinstance(x, Tensor)}
-        constants = {n: given[n] for n in kernel.arg_names if given[n] is None or n.isupper()}
-        launches.append(Launch(kernel, tensors, constants, options["num_warps"]))
+        launches.append(Launch.of(kernel, args, grid, options))
         return run(*args, grid=grid, warmup=warmup, **options)
 
     return spied
@@ -141,8 +159,13 @@ def _qk_norm_rope(lengths: tuple[int, ...], device: torch.device) -> None:
 def _swiglu(rows: int, device: torch.device) -> None:
     packed = _leaf(rows, 2 * 3072, dtype=torch.bfloat16, device=device)
     swiglu_packed(packed).backward(torch.ones(rows, 3072, dtype=torch.bfloat16, device=device))
-    for width in (384, 576):
-        gate, up = (_leaf(rows, width, dtype=torch.float32, device=device) for _ in range(2))
+    for width, dtype in (
+        (4608, torch.bfloat16),
+        (384, torch.float32),
+        (576, torch.float32),
+        (864, torch.float32),
+    ):
+        gate, up = (_leaf(rows, width, dtype=dtype, device=device) for _ in range(2))
         swiglu(gate, up).backward(torch.ones_like(gate))
 
 
@@ -150,8 +173,11 @@ def _transition_loss(lengths: tuple[int, ...], device: torch.device) -> None:
     F, x, z, dF_dt = (_leaf(sum(lengths), 32, dtype=torch.float32, device=device) for _ in range(4))
     coefficients = TargetCoefficients(*(torch.ones(len(lengths), device=device) for _ in range(5)))
     plan = ChunkPlan.from_lengths(lengths, device=device)
-    denoising_S, directional_S = transition_loss(F, x, z, dF_dt, coefficients, plan, latent_channels=32)
-    (denoising_S + directional_S).sum().backward()
+    for guided in (None, x):
+        denoising_S, directional_S = transition_loss(
+            F, x, z, dF_dt, coefficients, plan, latent_channels=32, diffusion_target_TC=guided
+        )
+        (denoising_S + directional_S).sum().backward()
 
 
 def _gated_residual(lengths: tuple[int, ...], device: torch.device) -> None:
@@ -187,9 +213,11 @@ def _tangents(device: torch.device) -> None:
     packed = matrix(3, 2 * 3072, bf16)
     swiglu_packed_jvp(packed, packed, plan)
     swiglu_packed_jvp(packed, packed[:2], neighbours)
-    for width in (384, 576):
+    x = matrix(3, 384, fp32)
+    swiglu_jvp(x, x, x, x)
+    for width in (576, 864):
         x = matrix(3, width, fp32)
-        swiglu_jvp(x, x, x, x)
+        swiglu_jvp(x, x, x, x, plan)
     position = torch.arange(3, dtype=torch.int32, device=device)
     for num_heads, head_dim, with_shift in ((16, 72, True), (16, 72, False), (12, 64, True)):
         table = RotaryTable.from_positions(position, position, 3, head_dim)

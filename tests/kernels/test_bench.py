@@ -9,10 +9,12 @@ import torch
 
 from tests.kernels.launches import recorded
 from tim_kernels import bench, use_path
-from tim_kernels.bench import report
+from tim_kernels.bench import report, tiles
 from tim_kernels.bench.__main__ import main
 from tim_kernels.bench.cases import MIXES, NotHere, cases, lengths_of
-from tim_kernels.bench.measure import ParityError, Quantiles, Row, check, rows
+from tim_kernels.bench.measure import Failed, ParityError, Quantiles, Row, ceilings, check, rows
+from tim_kernels.varlen_attention import jvp_kernel
+from tim_kernels.varlen_attention.jvp_kernel import CANDIDATES
 
 SMALL = cases(width=16, hidden=16, channels=8, head_dim=8)
 LENGTHS = (5, 1, 3)
@@ -213,3 +215,53 @@ def test_the_command_describes_itself(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     assert (bench.__doc__ or "").splitlines()[0] in capsys.readouterr().out
+
+
+def test_the_table_of_tiles_marks_the_fastest_of_each_form_and_names_the_fastest_over_all():
+    forms = (("self", "mixed", 8), ("cross", "mixed", 8))
+    speeds = {(128, 32, 3, 8): (100.0, 400.0), (64, 32, 2, 4): (300.0, 200.0)}
+    found = [
+        tiles.Timed(*form, tile, 1.0, pair[n])
+        for n, form in enumerate(forms)
+        for tile, pair in speeds.items()
+    ]
+    text = tiles.table(found)
+    assert "| 128, 32, 3, 8 | 100 | **400** | 200 |" in text
+    assert "| 64, 32, 2, 4 | **300** | 200 | 245 |" in text
+    assert text.endswith("Fastest over all: 64, 32, 2, 4.")
+
+
+def test_a_tile_that_is_wrong_or_raises_is_named_and_not_timed(device, monkeypatch):
+    launch = jvp_kernel.launch_jvp
+
+    def faulty(*args):
+        if args[-1] == CANDIDATES[1]:
+            raise RuntimeError("out of resource: shared memory\nand more")
+        return launch(*args) * (1.1 if args[-1] == CANDIDATES[2] else 1.0)
+
+    monkeypatch.setattr(jvp_kernel, "launch_jvp", faulty)
+    found = list(tiles.timed(device, _no_timer, width=8, head_dim=8, sizes=(("mixed", 2),)))
+    problems = {x.tile: x.problem for x in found if x.problem}
+    assert problems.keys() == set(CANDIDATES[1:3]) and len(found) == 3 * len(CANDIDATES)
+    assert {x.p50 for x in found if not x.problem} == {2.0}
+    assert "shared memory" in (problems[CANDIDATES[1]] or "") and "off by" in (problems[CANDIDATES[2]] or "")
+    assert "out of resource" in tiles.table(found)
+
+
+def test_ceilings_follow_from_bytes_and_operations(device):
+    # In 2 ms each: 20 MB, and 2 * 1024^3 operations.
+    assert ceilings(device, _no_timer, copied_bytes=20 * 10**6, side=1024) == (
+        "a copy moves 10 GB/s, a product of 1024 x 1024 makes 1 TFLOP/s"
+    )
+
+
+def test_a_candidate_that_raises_is_named_and_the_others_are_measured(device):
+    def broken(inputs, plan):
+        raise NotImplementedError("no kernel image\nwith a long tale")
+
+    case = replace(SMALL[0], libraries={"broken": broken}, yardsticks={})
+    found = list(rows(case, "mixed", LENGTHS, device, _no_timer, compiled=False))
+    assert [str(r) for r in found if isinstance(r, Failed)] == [
+        f"{case.name}: broken: NotImplementedError: no kernel image"
+    ]
+    assert {r.candidate for r in found if isinstance(r, Row)} == {"ours", "twin"}

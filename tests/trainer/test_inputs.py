@@ -109,6 +109,6 @@ def test_moving_to_a_device_keeps_everything(shards: Path, guided: bool) -> None
 def test_the_large_tensors_are_pinned_where_there_is_a_device(shards: Path) -> None:
     batch = steps_of(recipe(shards), num_steps=1)[0][0]
     pinned = batch.pin_memory()
-    assert pinned.x_TC.is_pinned() and pinned.z_TC.is_pinned()
+    assert pinned.latents.values.is_pinned() and pinned.z_TC.is_pinned()
     assert torch.equal(pinned.x_TC, batch.x_TC) and torch.equal(pinned.z_TC, batch.z_TC)
     assert pinned.keys == batch.keys and pinned.times is batch.times

@@ -114,8 +114,7 @@ def test_the_command_says_whether_a_card_holds_the_run(capsys: pytest.CaptureFix
     assert main([*arguments, *small]) == 0
     printed = capsys.readouterr().out
     assert (
-        "a card of 24 GiB    fits" in printed
-        and "864,978,080 trained parameters, 1 GPUs on 1 node" in printed
+        "a card of 24 GiB    fits" in printed and "864,978,080 trained parameters, 1 GPU on 1 node" in printed
     )
     assert main([*arguments, "--card-gib", "8"]) == 1
     assert "does not fit" in capsys.readouterr().out

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.trainer.ranks import engine_file, run_ranks
-from tests.trainer.test_launch import write_recipe
-from tim_ds.trainer.preflight import missing_weights
+from tests.trainer.test_launch import ROOT, write_recipe
+from tim_ds.config.load import load_recipe
+from tim_ds.errors import CheckpointError
+from tim_ds.trainer.preflight import Findings, _look_at_encoders, missing_weights
 from tim_ds.trainer.run import main
 
+RECIPES = ROOT / "launch" / "recipes"
 PREVIEW = "train.preview={every_steps: 2, prompts: [a cat], sizes: [4x6], num_steps: [1, 3]}"
 
 
@@ -60,7 +63,8 @@ def test_all_problems_are_listed(tmp_path: Path, shards: Path) -> None:
         "memory: a rank needs",
     ):
         assert problem in printed.split("problems:")[1], printed
-    assert "one step" not in printed, "it is not taken where it would fail"
+    assert "gradient norm" not in printed, "the step is not taken where it would fail"
+    assert "not taken          because of the problems below" in printed
 
 
 def test_a_wrong_recipe_and_a_wrong_engine_file_are_told_together(tmp_path: Path, shards: Path) -> None:
@@ -71,6 +75,39 @@ def test_a_wrong_recipe_and_a_wrong_engine_file_are_told_together(tmp_path: Path
     assert run_ranks(main, arguments, world_size=1, out=out) == [2]
     printed = (out / "output_0.txt").read_text()
     assert "train.stepz: unknown key" in printed and "did you mean 'zero_optimization'?" in printed
+
+
+def test_without_the_data_every_encoder_that_the_run_needs_is_missed() -> None:
+    """The shards decide what is encoded while training; without them, the recipe's word is taken."""
+    recipe = load_recipe(str(RECIPES / "t2i_xl_repa.yaml"), ["train.preview={}"])
+    found = Findings()
+    _look_at_encoders(found, recipe, None)
+    assert [problem.split(":")[0] for problem in found.problems] == [
+        "data.autoencoder.path",
+        "data.text_encoder.path",
+        "data.image_encoder.path",
+    ]
+    assert "needed for the alignment" in found.problems[-1]
+    assert not any("not needed" in line for line in found.lines)
+    # Latents and states are stored, and pictures are made of neither.
+    plain = Findings()
+    _look_at_encoders(plain, load_recipe(str(RECIPES / "t2i_xl.yaml"), ["train.preview={}"]), None)
+    assert plain.problems == [] and sum("not needed by this run" in line for line in plain.lines) == 2
+
+
+def test_an_error_of_several_problems_is_counted_by_its_problems() -> None:
+    found = Findings()
+
+    def refuse() -> None:
+        raise CheckpointError(
+            "step_1: of another run; give back\n  model.depth: 2\n  model.width: 3\nsecond: bad"
+        )
+
+    assert found.attempt(refuse) is None
+    assert found.problems == [
+        "step_1: of another run; give back\n  model.depth: 2\n  model.width: 3",
+        "second: bad",
+    ]
 
 
 def test_weights_are_a_folder_with_a_configuration_or_in_the_cache(tmp_path: Path) -> None:

@@ -35,6 +35,8 @@ class Reference:
     num_pictures: int
     """0 if it holds statistics alone."""
     statistics: dict[str, NDArray[Any]] | None
+    size: tuple[int, int] | None = None
+    """(height, width) of the pictures; None without any."""
 
 
 def read_reference(path: Path) -> Reference:
@@ -61,7 +63,8 @@ def read_reference(path: Path) -> Reference:
         raise RequestError(
             f"--reference {path}: expected {PICTURES} uint8 [N, H, W, 3], received {dtype} {list(shape)}"
         )
-    return Reference(path, int(shape[0]), statistics)
+    count, *sides = (int(side) for side in shape)
+    return Reference(path, count, statistics, (sides[0], sides[1]) if sides else None)
 
 
 def read_pictures(path: Path, size: int) -> Iterator[NDArray[np.uint8]]:

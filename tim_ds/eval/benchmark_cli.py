@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from tim_ds.errors import RequestError
-from tim_ds.eval import adm_npz, benchmark_report, dpg, geneval, imagenet, mjhq
+from tim_ds.eval import adm_npz, benchmark_report, calibration, dpg, geneval, imagenet, mjhq
 from tim_ds.eval.benchmarks import (
     Benchmark,
     Dpg,
@@ -36,14 +36,11 @@ from tim_ds.eval.generate import (
     read_manifest,
 )
 from tim_ds.eval.inception import FeatureNetwork
-from tim_ds.eval.report import markdown_table
 from tim_ds.eval.results import RESULTS_NAME, ResultRow, add_row, read_rows
 from tim_ds.eval.sample import device_of_process, place_of_process
-from tim_ds.model.weights import write_aside
 from tim_ds.pipeline import TiMPipeline, check_device, refuse_unwritable
 
 CACHE_FOLDER = "cache"
-CALIBRATION_NAME = "calibration.md"
 VERDICTS_NAME = "verdicts.jsonl"
 
 O = TypeVar("O", bound="BenchmarkOptions")  # noqa: E741
@@ -105,6 +102,12 @@ class BenchmarkOptions:
     def check(self, evaluation: str) -> None:
         """What can be told before any work: folders, device, an older results file."""
         refuse_unwritable(self.out)
+        pictures, out = self.folder.resolve(), self.out.resolve()
+        if pictures == out or pictures in out.parents:
+            raise RequestError(
+                f"--out {self.out}: lies in the folder of the pictures, {self.folder}, whose pictures are "
+                f"counted; choose a folder beside it"
+            )
         if self.generates:
             refuse_unwritable(self.folder)
         check_device(self.device, "--device")
@@ -207,7 +210,7 @@ def run_geneval(options: GenevalOptions) -> list[ResultRow]:
     geneval.write_results(options.out / VERDICTS_NAME, benchmark.results)
     print(f"written: {options.out / VERDICTS_NAME}")
     if reference is not None:
-        _calibrate(benchmark.results, reference, options.out)
+        _calibrate(benchmark, reference, options)
     return done
 
 
@@ -329,32 +332,15 @@ def _generate(
     )
 
 
-def _calibrate(results: Sequence[dict[str, Any]], reference: dict[str, dict[str, Any]], out: Path) -> None:
-    rows = geneval.calibrate(results, reference)
-    header = ("task", "pictures", "agree %", "ours %", "theirs %", "only ours right", "only theirs right")
-    body = [
-        (
-            one.task,
-            str(one.num_pictures),
-            f"{100 * one.agreement:.2f}",
-            f"{100 * one.ours:.2f}",
-            f"{100 * one.theirs:.2f}",
-            str(one.only_ours),
-            str(one.only_theirs),
-        )
-        for one in rows
-    ]
-    ours = sum(one.ours for one in rows) / len(rows)
-    theirs = sum(one.theirs for one in rows) / len(rows)
-    text = (
-        f"{geneval.TITLE} against the verdicts of the published evaluator on the same pictures\n\n"
-        f"{markdown_table(header, body)}\n"
-        f"Overall: ours {100 * ours:.2f} %, theirs {100 * theirs:.2f} %, "
-        f"difference {100 * (ours - theirs):+.2f} points.\n"
+def _calibrate(benchmark: Geneval, reference: dict[str, dict[str, Any]], options: GenevalOptions) -> None:
+    agreements = geneval.calibrate(benchmark.results, reference)
+    verdicts = benchmark.judge_at_thresholds(
+        calibration.THRESHOLDS, options.out / CACHE_FOLDER, progress=options.progress
     )
-    path = out / CALIBRATION_NAME
-    write_aside(path, len(text.encode()), lambda aside: aside.write_text(text, encoding="utf-8"))
-    print(f"\n{text}written: {path}")
+    of_tasks = calibration.curves(benchmark.results, verdicts, reference, options.rules)
+    print(f"\n{calibration.report(agreements, of_tasks)}")
+    for path in calibration.write(agreements, of_tasks, options.out):
+        print(f"written: {path}")
 
 
 def _at_least_one(option: str, value: int) -> None:
@@ -375,7 +361,7 @@ def add_geneval(parser: argparse.ArgumentParser) -> None:
         "--calibrate",
         type=Path,
         metavar="RESULTS",
-        help="results (JSON lines) of the published evaluator on the same pictures: prints the agreement",
+        help="results (JSON lines) of the published evaluator on these pictures: agreement, offset, curves",
     )
 
 

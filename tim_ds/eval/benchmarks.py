@@ -18,7 +18,7 @@ from tim_ds.errors import RequestError
 from tim_ds.eval import adm_npz, dpg, geneval, imagenet, mjhq
 from tim_ds.eval.clip import DEFAULT_CLIP, Clip
 from tim_ds.eval.detector import DEFAULT_DETECTOR, Detector
-from tim_ds.eval.generate import PictureSet, Wanted, picture_set
+from tim_ds.eval.generate import PictureSet, Wanted, load_picture, picture_set
 from tim_ds.eval.inception import FeatureNetwork, Inception, clean_resizer
 from tim_ds.eval.pretrained import fingerprint
 from tim_ds.eval.report import markdown_table
@@ -190,6 +190,7 @@ class Geneval(Benchmark):
         self.networks: tuple[Detector, Clip] | None = None
         self.results: list[dict[str, Any]] = []
         """Verdicts of the pictures scored last, in the published format."""
+        self._scored: PictureSet | None = None
 
     @property
     def title(self) -> str:
@@ -238,6 +239,7 @@ class Geneval(Benchmark):
         progress: bool = True,
     ) -> Scored:
         detector, clip = self.loaded
+        self._scored = pictures
         log = ScoreLog(cache, self.name, {"pictures_sha256": pictures.sha256, "scorer": self.scorer})
         colours = geneval.ColourReader(clip)
         self.results = geneval.score_pictures(
@@ -272,6 +274,24 @@ class Geneval(Benchmark):
                 "sheet: judged wrong.\n"
                 + ("" if whole else "The prompts are not the published 553: a part or others.\n")
             ),
+        )
+
+    def judge_at_thresholds(
+        self, thresholds: Sequence[float], cache: Path, *, progress: bool = True
+    ) -> list[list[bool]]:
+        """Of the pictures scored last, whether each is right at every threshold; kept in `cache`."""
+        detector, clip = self.loaded
+        assert self._scored is not None, "score() comes first"
+        identity = {"pictures_sha256": self._scored.sha256, "scorer": self.scorer, "at": list(thresholds)}
+        return geneval.judge_at_thresholds(
+            self._scored,
+            self.tasks,
+            detector,
+            geneval.ColourReader(clip),
+            self.rules,
+            thresholds,
+            ScoreLog(cache, "geneval_thresholds", identity),
+            progress=progress,
         )
 
 
@@ -606,8 +626,16 @@ class Imagenet(Benchmark):
                 f"Against {self._file.path.name}: {details['reference_pictures']} pictures, statistics\n"
                 f"{details['reference_statistics']}. Published tables use 50,000 pictures and ADM's own "
                 f"evaluator,\nwhich reads the file of --samples-npz.\n"
+                + self._other_size(pictures, details["reference_size"])
             ),
         )
+
+    def _other_size(self, pictures: PictureSet, expected: str | None) -> str:
+        first = load_picture(pictures.path(0))
+        size = f"{first.height}x{first.width}"
+        if expected in (None, size):
+            return ""
+        return f"The pictures are {size}, those of the reference {expected}: another benchmark.\n"
 
 
 KINDS: Mapping[str, type[Benchmark]] = MappingProxyType(

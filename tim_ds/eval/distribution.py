@@ -31,7 +31,7 @@ def fit_of_statistics(mean: NDArray[Any], covariance: NDArray[Any], *, count: in
     """A fit from stored statistics.
 
     Raises:
-        RequestError: if they are no mean [D] and covariance [D, D].
+        RequestError: if they are no finite mean [D] and covariance [D, D].
     """
     mean, covariance = np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
     if mean.ndim != 1 or covariance.shape != (mean.size, mean.size):
@@ -39,6 +39,8 @@ def fit_of_statistics(mean: NDArray[Any], covariance: NDArray[Any], *, count: in
             f"{where}: expected a mean [D] and a covariance [D, D], received {list(mean.shape)} and "
             f"{list(covariance.shape)}"
         )
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise RequestError(f"{where}: its mean or covariance is not finite; fetch the file again")
     return GaussianFit(mean, (covariance + covariance.T) / 2, count)
 
 

@@ -123,7 +123,12 @@ def find_finished(pipe: TiMPipeline, batches: Sequence[Batch], out: Path) -> set
                 "size": f"{height}x{width}",
                 "seed": batch.request.seeds[i],
             }
-            stored = {k: v for k, v in read_settings(path).items() if k not in _NOT_COMPARED}
+            try:
+                stored = {k: v for k, v in read_settings(path).items() if k not in _NOT_COMPARED}
+            except RequestError as error:
+                raise RequestError(
+                    f"{error}; delete it, if it is not yours, and it is drawn again"
+                ) from error
             if stored != wanted:
                 differs = [
                     f"{key} is {json.dumps(stored.get(key), ensure_ascii=False)}, "

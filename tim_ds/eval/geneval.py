@@ -102,7 +102,8 @@ def read_metadata(path: Path) -> list[Task]:
         RequestError: naming the line that does not fit.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): a prompt may hold any character but the end of a line.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"--metadata {path}: cannot be read ({error}); it is {WHERE}") from error
     tasks = [_parse_task(path, n, line) for n, line in enumerate(lines, 1) if line.strip()]
@@ -348,6 +349,51 @@ def score_pictures(
     return [log.done[name] for name in pictures.names]
 
 
+def judge_at_thresholds(
+    pictures: PictureSet,
+    tasks: Sequence[Task],
+    detector: Callable[..., Sequence[Detection]],
+    colours: Callable[[Image.Image, Sequence[Detection], str], Sequence[str]],
+    rules: Rules,
+    thresholds: Sequence[float],
+    log: ScoreLog,
+    *,
+    progress: bool = True,
+) -> list[list[bool]]:
+    """By picture, whether it is right when detections count above each of `thresholds`.
+
+    The detector looks once, and every object's colour is read once at most.
+    """
+    per_prompt = len(pictures.names) // len(tasks)
+    for i, name in enumerate(tqdm(pictures.names, unit="picture", desc="thresholds", disable=not progress)):
+        if name in log.done:
+            continue
+        task, picture = tasks[i // per_prompt], load_picture(pictures.path(i))
+        known: dict[int, str] = {}
+
+        def read(
+            found: Sequence[Detection],
+            kind: str,
+            picture: Image.Image = picture,
+            known: dict[int, str] = known,
+        ) -> Sequence[str]:
+            for one in found:
+                if id(one) not in known:
+                    known[id(one)] = colours(picture, [one], kind)[0]
+            return [known[id(one)] for one in found]
+
+        detections = detector(picture, threshold=min(thresholds))
+        verdicts = []
+        for threshold in thresholds:
+            objects = keep(
+                detections, threshold, max_objects=rules.max_objects, max_overlap=rules.max_overlap
+            )
+            verdict = judge(task, objects, read, position_threshold=rules.position_threshold)
+            verdicts.append(verdict.is_correct)
+        log.add(name, verdicts)
+    return [log.done[name] for name in pictures.names]
+
+
 def summarise(results: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float | None], dict[str, Any]]:
     """(scores, counts): by task the share of right pictures; overall the plain mean of the tasks present.
 
@@ -387,7 +433,7 @@ def read_results(path: Path) -> dict[str, dict[str, Any]]:
     """
     found: dict[str, dict[str, Any]] = {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"--calibrate {path}: cannot be read ({error})") from error
     for n, line in enumerate(lines, 1):
@@ -435,6 +481,17 @@ class Agreement:
     @property
     def theirs(self) -> float:
         return (self.both_right + self.only_theirs) / self.num_pictures
+
+    @property
+    def offset(self) -> float:
+        """Ours minus theirs."""
+        return (self.only_ours - self.only_theirs) / self.num_pictures
+
+    @property
+    def offset_error(self) -> float:
+        """Standard error of the offset, by the pictures on which the two differ."""
+        differ = (self.only_ours + self.only_theirs) / self.num_pictures
+        return math.sqrt(max(differ - self.offset**2, 0.0) / self.num_pictures)
 
 
 def calibrate(

@@ -60,6 +60,8 @@ def check_counts(count: int, reference: Reference, network: FeatureNetwork) -> N
             f"expected at least {needed} pictures"
         )
     if reference.statistics is not None:
+        # Here, not after hours of pictures.
+        _fits_of(reference)
         widths = (reference.statistics["mu"].size, reference.statistics["mu_s"].size)
         if widths != (network.pool_width, network.spatial_width):
             raise RequestError(
@@ -101,6 +103,7 @@ def score(
     return scores, {
         "reference_pictures": reference.num_pictures,
         "reference_statistics": "stored" if reference.statistics is not None else "of its pictures",
+        "reference_size": None if reference.size is None else f"{reference.size[0]}x{reference.size[1]}",
     }
 
 
@@ -122,15 +125,19 @@ def _reference(
                 )
             ),
         )
-    stored = reference.statistics
-    if stored is None:
+    if reference.statistics is None:
         return (fit(features["pool"]), fit(features["spatial"])), features["pool"]
-    where, count = f"--reference {reference.path}", reference.num_pictures
-    fits = (
+    return _fits_of(reference), features.get("pool")
+
+
+def _fits_of(reference: Reference) -> tuple[GaussianFit, GaussianFit]:
+    """The stored statistics of pooled and of spatial features."""
+    stored, where, count = reference.statistics, f"--reference {reference.path}", reference.num_pictures
+    assert stored is not None
+    return (
         fit_of_statistics(stored["mu"], stored["sigma"], count=count, where=where),
         fit_of_statistics(stored["mu_s"], stored["sigma_s"], count=count, where=where),
     )
-    return fits, features.get("pool")
 
 
 def _of_one_size(paths: Sequence[Path], size: int) -> Iterator[NDArray[np.uint8]]:

@@ -74,7 +74,8 @@ def read_lines(path: Path) -> list[Line]:
         RequestError: naming the line, if the file or a line cannot be read.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): a prompt may hold any character but the end of a line.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"--prompts-file {path}: cannot be read ({error})") from error
     numbered = [(n, line.strip()) for n, line in enumerate(lines, start=1) if line.strip()]

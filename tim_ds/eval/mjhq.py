@@ -51,7 +51,7 @@ def read_metadata(path: Path) -> list[Entry]:
         RequestError: naming the entry that does not fit.
     """
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_repeats)
     except (OSError, ValueError) as error:
         raise RequestError(f"--metadata {path}: cannot be read ({error}); it is {WHERE}") from error
     if not isinstance(raw, dict) or not raw:
@@ -66,6 +66,15 @@ def read_metadata(path: Path) -> list[Entry]:
             raise RequestError(f"--metadata {path}: {key!r} of {category!r} cannot be a file name")
         entries.append(Entry(key, category, prompt))
     return entries
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; a key given twice would lose an entry in silence."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+    return found
 
 
 def wanted_pictures(entries: Sequence[Entry], *, seed: int) -> list[Wanted]:

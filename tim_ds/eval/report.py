@@ -13,6 +13,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from torch.utils.tensorboard import SummaryWriter
 
 from data_pipeline.handwriting import NUMERALS
+from tim_ds.errors import CheckpointError
+from tim_ds.eval.board import keep_board_thread_quiet
 from tim_ds.eval.handwriting import Scores
 from tim_ds.eval.nfe import Evaluation, PromptSet
 from tim_ds.eval.sheet import Picture, SheetBlock, SheetRow, contact_sheet
@@ -169,21 +171,30 @@ def plot(evaluation: Evaluation) -> Picture:
 def write_tensorboard(
     evaluation: Evaluation, sheets: dict[str, Picture], image: Picture, folder: Path
 ) -> None:
-    """Scalars with the number of steps on the x axis, one TensorBoard run a network, and the pictures."""
+    """Scalars with the number of steps on the x axis, one TensorBoard run a network, and the pictures.
+
+    Raises:
+        CheckpointError: if the disk refuses; nothing half-written is left.
+    """
     # Event files only grow: a second report beside the first would draw every curve twice.
     shutil.rmtree(folder, ignore_errors=True)
-    for label in evaluation.labels:
-        with SummaryWriter(str(folder / label)) as writer:
-            for row in evaluation.rows:
-                if row.label != label:
-                    continue
-                for name, scores in row.scores.items():
-                    for tag, value in _scalars(scores).items():
-                        writer.add_scalar(f"nfe_{name}/{tag}", value, row.num_steps)
-    with SummaryWriter(str(folder / "pictures")) as writer:
-        for name, picture in sheets.items():
-            writer.add_image(f"nfe/samples_{name}", picture, dataformats="HWC")
-        writer.add_image("nfe/quality", image, dataformats="HWC")
+    keep_board_thread_quiet()
+    try:
+        for label in evaluation.labels:
+            with SummaryWriter(str(folder / label)) as writer:
+                for row in evaluation.rows:
+                    if row.label != label:
+                        continue
+                    for name, scores in row.scores.items():
+                        for tag, value in _scalars(scores).items():
+                            writer.add_scalar(f"nfe_{name}/{tag}", value, row.num_steps)
+        with SummaryWriter(str(folder / "pictures")) as writer:
+            for name, picture in sheets.items():
+                writer.add_image(f"nfe/samples_{name}", picture, dataformats="HWC")
+            writer.add_image("nfe/quality", image, dataformats="HWC")
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise CheckpointError(f"{folder}: cannot be written ({error})") from error
 
 
 def _scalars(scores: Scores) -> dict[str, float]:

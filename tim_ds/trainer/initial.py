@@ -85,6 +85,11 @@ def read_initial(path: str) -> InitialWeights:
         CheckpointError: if there are no such weights, or they are an adapter's.
     """
     folder = Path(path)
+    if not folder.exists():
+        raise CheckpointError(
+            f"train.init_from: {path}: not there; expected an export folder, a run, one of its checkpoints, "
+            "or a file of weights that the authors released"
+        )
     if folder.is_file():
         released = read_source(folder)
         return _of_export(path, released.export, lambda name, like: released.state[name].to(like.dtype))

@@ -116,8 +116,8 @@ class MemoryEstimate:
         """The estimate as aligned text."""
         ranks = self.ranks
         lines = [
-            f"{self.parameters:,} trained parameters, {ranks.size} GPUs on {ranks.nodes} "
-            f"node{'s' if ranks.nodes > 1 else ''}; GiB a rank",
+            f"{self.parameters:,} trained parameters, {ranks.size} GPU{'s' if ranks.size > 1 else ''} on "
+            f"{ranks.nodes} node{'s' if ranks.nodes > 1 else ''}; GiB a rank",
             "",
             f"{'':<30} {'GPU':>8} {'host':>8}",
         ]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import resource
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tim_ds.errors import CheckpointError
+from tim_ds.eval.board import keep_board_thread_quiet
 from tim_ds.objective.loss import LossTerms
 from tim_ds.objective.transport import Transport
 from tim_ds.trainer.flops import StepFlops
@@ -166,7 +166,7 @@ class MetricsLog:
         self._tokens_per_pack = tokens_per_pack
         self._num_devices = num_devices
         self._peak_flops = peak_flops
-        _keep_board_thread_quiet()
+        keep_board_thread_quiet()
         with self._writing():
             folder.mkdir(parents=True, exist_ok=True)
             _drop_after(self._path, start_step)
@@ -285,22 +285,6 @@ class MetricsLog:
                 f"{self._path.parent}: metrics cannot be written: {error.strerror or error}. Checkpoints are "
                 "whole; free space and run the same command again"
             ) from error
-
-
-def _keep_board_thread_quiet() -> None:
-    """TensorBoard writes in a thread of its own. When the disk refuses, the thread's error is raised again at
-    the next call, where it becomes ours; without this its trace would be printed too."""
-    if getattr(threading.excepthook, "knows_board", False):
-        return
-    former = threading.excepthook
-
-    def hook(args: threading.ExceptHookArgs) -> None:
-        of_board = type(args.thread).__module__.startswith("tensorboard.")
-        if not (of_board and isinstance(args.exc_value, OSError)):
-            former(args)
-
-    hook.knows_board = True  # type: ignore[attr-defined]  # a mark for the next call
-    threading.excepthook = hook
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

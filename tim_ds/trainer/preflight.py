@@ -8,7 +8,9 @@ without one, `--ranks` says how many the run will have, and the step is that of 
 from __future__ import annotations
 
 import os
+import re
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -84,7 +86,8 @@ class Findings:
         try:
             return action()
         except (TimError, DataError) as error:
-            self.problems += str(error).splitlines()
+            # Indented lines belong to the one above them.
+            self.problems += re.split(r"\n(?! )", str(error))
         except (OSError, RuntimeError, ValueError, ImportError) as error:
             self.problems.append(f"{type(error).__name__}: {error}")
         return None
@@ -117,14 +120,15 @@ def check(
         if recipe.train.evaluation.every_steps and recipe.train.evaluation.benchmarks:
             _look_at_benchmarks(found, recipe, world)
         _look_at_start(found, recipe, run_dir, index)
-        dtype = torch.float32 if recipe.train.precision == "fp32" else torch.bfloat16
-        found.attempt(lambda: prove_attention(world.device, dtype, recipe.model.head_dim))
-        found.say("attention", f"tried on {world.device} in {str(dtype).removeprefix('torch.')}")
+        _look_at_device(found, recipe, world)
         if engine_config is not None:
             _look_at_machine(found, recipe, engine_config, world, planned, run_dir, card_gib)
             if index is not None:
                 found.attempt(lambda: check_parts(recipe, engine_config, DataFacts.of(index)))
-            if with_step and not any(world.gather(found.problems)):
+            if any(world.gather(found.problems)):
+                found.title("one step")
+                found.say("not taken", "because of the problems below; a check without them may find others")
+            elif with_step:
                 _take_step(found, recipe, engine_config, world, planned)
     problems = list(dict.fromkeys(p for part in world.gather(found.problems) for p in part))
     if world.is_main:
@@ -132,7 +136,7 @@ def check(
         if problems:
             print(f"\n{len(problems)} problem{'s' if len(problems) > 1 else ''}:", file=sys.stderr)
             for problem in problems:
-                print(f"  {problem}", file=sys.stderr)
+                print(textwrap.indent(problem, "  "), file=sys.stderr)
         else:
             print("\nno problems: the run can begin")
     stop_world(world)
@@ -161,6 +165,7 @@ def _look_at_data(
     found.title("data")
     index = found.attempt(lambda: load_index(data.shards, kept_in=data.index, verify=True))
     if index is None:
+        found.say("shards", f"{data.shards}: not there; packs, epochs and operations are not known")
         return None, None
     found.say(
         "shards",
@@ -279,7 +284,6 @@ def _look_at_benchmarks(found: Findings, recipe: Recipe, world: World) -> None:
 
 def _look_at_encoders(found: Findings, recipe: Recipe, loader: StepLoader[StepInputs] | None) -> None:
     running = loader.encoders if loader is not None else {}
-    samples_pictures = recipe.train.preview.every_steps > 0 or recipe.train.evaluation.every_steps > 0
     parts = {
         "autoencoder": recipe.data.autoencoder,
         "text_encoder": recipe.data.text_encoder,
@@ -289,17 +293,34 @@ def _look_at_encoders(found: Findings, recipe: Recipe, loader: StepLoader[StepIn
     for name, part in parts.items():
         if part is None:
             continue
-        needed = name in running or (samples_pictures and name != "image_encoder")
+        purpose = _purpose(name, recipe, None if loader is None else name in running)
         if part.path is None:
             found.say(name, f"{part.kind}, without weights")
-        elif not needed:
+        elif purpose is None:
             found.say(name, f"{part.kind}, {part.path}: not needed by this run")
         else:
             known = running.get(name, {}).get("revision") or revision(part.path)
             problem = missing_weights(part.path, known)
-            if problem is not None:
-                found.problems.append(f"data.{name}.path: {problem}")
-            found.say(name, f"{part.kind}, {part.path}, {known or 'not here'}")
+            if problem is not None and not any(p.startswith(f"data.{name}.path:") for p in found.problems):
+                found.problems.append(f"data.{name}.path: {problem}; needed for {purpose}")
+            found.say(name, f"{part.kind}, {part.path}, {known or 'not here'}; for {purpose}")
+
+
+def _purpose(name: str, recipe: Recipe, running: bool | None) -> str | None:
+    """What a run needs a frozen encoder for; None if for nothing.
+
+    Args:
+        running: whether it encodes while training; None where the shards, which decide it, cannot be read.
+    """
+    if name == "image_encoder":
+        return "the alignment (objective.repa_weight)"
+    if running or (running is None and recipe.data.encode_online):
+        return "encoding while training (data.encode_online)"
+    if recipe.train.preview.every_steps > 0:
+        return "previews (train.preview)"
+    if recipe.train.evaluation.every_steps > 0:
+        return "evaluations (train.evaluation)"
+    return None
 
 
 def missing_weights(path: str, known: str | None) -> str | None:
@@ -308,7 +329,10 @@ def missing_weights(path: str, known: str | None) -> str | None:
     folder = Path(path)
     if not folder.is_dir():
         if known is None:
-            return f"{path!r} is neither a folder nor in the hub's cache; download it before the run"
+            return (
+                f"{path!r} is neither a folder nor in the hub's cache; if it is a name of the hub, "
+                f"`hf download {path}` puts it there"
+            )
         return None
     if not (folder / "config.json").is_file():
         return f"{path}: no config.json"
@@ -332,6 +356,19 @@ def _look_at_start(found: Findings, recipe: Recipe, run_dir: Path | None, index:
     where = "not given (--run)" if run_dir is None else str(run_dir)
     found.say("folder", where)
     found.say("starts", "at step 1" if checkpoint is None else f"again after step {checkpoint.step:,}")
+
+
+def _look_at_device(found: Findings, recipe: Recipe, world: World) -> None:
+    dtype = torch.float32 if recipe.train.precision == "fp32" else torch.bfloat16
+    name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "no GPU here"
+    works = found.attempt(lambda: (prove_attention(world.device, dtype, recipe.model.head_dim), True))
+    found.title("device")
+    found.say("name", f"{world.device}, {name}")
+    found.say(
+        "attention",
+        f"head_dim {recipe.model.head_dim} in {str(dtype).removeprefix('torch.')}: "
+        f"{'tried, works' if works else 'does not work'}",
+    )
 
 
 def _look_at_machine(
@@ -359,6 +396,10 @@ def _look_at_machine(
     if card_gib is None and world.device.type == "cuda":
         card_gib = torch.cuda.get_device_properties(world.device).total_memory / GIB
     found.lines += [f"  {line}".rstrip() for line in needs.table(card_gib).splitlines()]
+    if recipe.data.encode_online or recipe.data.image_encoder is not None:
+        found.lines.append(
+            "  not counted          frozen encoders on the GPU (tim_ds.trainer.memory --encoders-gib)"
+        )
     if card_gib is not None and needs.fits(card_gib) is False:
         found.problems.append(
             f"memory: a rank needs {needs.device_bytes / GIB:.1f} GiB (+- {needs.device_spread / GIB:.1f}) "

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 import torch
 
 from tim_kernels import bench
-from tim_kernels.bench import report
+from tim_kernels.bench import report, tiles
 from tim_kernels.bench.cases import MIXES, NotHere, cases, lengths_of
-from tim_kernels.bench.measure import CudaTimer, Row, rows
+from tim_kernels.bench.measure import CudaTimer, Row, ceilings, rows
 
 TOKENS = (1024, 4096, 8192, 16384, 65536, 262144)
 
@@ -34,6 +35,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--mixes", nargs="+", choices=sorted(MIXES), default=sorted(MIXES))
     parser.add_argument("--no-compile", action="store_true", help="leave out the compiled twin")
+    parser.add_argument("--no-plots", action="store_true", help="draw nothing; --render does it later")
+    parser.add_argument("--measured-ms", type=float, default=200.0, help="time spent on each figure")
+    parser.add_argument("--seconds", type=float, help="begin no other op or size after so long")
+    parser.add_argument(
+        "--tune", action="store_true", help="time the tiles of attention's tangent, and nothing else"
+    )
     chosen = parser.parse_args(arguments)
 
     if chosen.render:
@@ -43,6 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.append and not chosen.out:
         parser.error("--append needs --out")
     measured = [case for case in cases() if case.op in chosen.ops]
+    deadline = None if chosen.seconds is None else time.monotonic() + chosen.seconds
     if not torch.cuda.is_available():
         print(report.without_gpu(measured))
         if chosen.out:
@@ -51,32 +59,38 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
 
     device = torch.device("cuda", torch.cuda.current_device())
-    where, timer, refused = report.environment(device), CudaTimer(device), 0
+    where, refused = report.environment(device), 0
+    timer = CudaTimer(device, warmup_ms=chosen.measured_ms / 4, measured_ms=chosen.measured_ms)
+    print(f"ceilings: {ceilings(device, timer)}", flush=True)
+    if chosen.tune:
+        return tiles.main(device, timer, chosen.out, where)
     found: list[Row] = []
     if chosen.append and chosen.out.exists():
         found = report.earlier(chosen.out, where)
     print(", ".join(f"{key} {value}" for key, value in where.items()), report.header(), sep="\n\n")
-    for case in measured:
-        for mix in chosen.mixes:
-            for tokens in chosen.tokens:
-                torch.compiler.reset()
-                lengths = lengths_of(mix, tokens)
-                new: list[Row] = []
-                for row in rows(case, mix, lengths, device, timer, compiled=not chosen.no_compile):
-                    if isinstance(row, Row):
-                        new.append(row)
-                        print(report.line(row), flush=True)
-                    elif isinstance(row, NotHere):
-                        print(f"left out: {mix}, {tokens} tokens: {row}", file=sys.stderr, flush=True)
-                    else:
-                        refused += 1
-                        print(f"refused: {mix}, {tokens} tokens: {row}", file=sys.stderr, flush=True)
-                found = report.merged(found, new)
-                if chosen.out:
-                    # After every size: a run that is cut short keeps what it has measured.
-                    report.store(chosen.out, where, found)
+    # Every op at the first size before any at the second: a run that is cut short has seen them all.
+    plan = [(n, mix, case) for n in chosen.tokens for mix in chosen.mixes for case in measured]
+    for done, (tokens, mix, case) in enumerate(plan):
+        if deadline is not None and time.monotonic() > deadline:
+            print(f"stopped after {chosen.seconds:g} s: {done} of {len(plan)} measured", file=sys.stderr)
+            break
+        torch.compiler.reset()
+        new: list[Row] = []
+        for row in rows(case, mix, lengths_of(mix, tokens), device, timer, compiled=not chosen.no_compile):
+            if isinstance(row, Row):
+                new.append(row)
+                print(report.line(row), flush=True)
+            elif isinstance(row, NotHere):
+                print(f"left out: {mix}, {tokens} tokens: {row}", file=sys.stderr, flush=True)
+            else:
+                refused += 1
+                print(f"refused: {mix}, {tokens} tokens: {row}", file=sys.stderr, flush=True)
+        found = report.merged(found, new)
+        if chosen.out:
+            # After every size: a run that is killed keeps what it has measured.
+            report.store(chosen.out, where, found)
     print("", report.goals(found), sep="\n")
-    if chosen.out:
+    if chosen.out and not chosen.no_plots:
         print(*report.plot(where, found, chosen.out), sep="\n")
     return 1 if refused else 0
 

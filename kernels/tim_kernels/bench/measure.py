@@ -24,6 +24,10 @@ class ParityError(ValueError):
     """An implementation disagrees with the twin in float64; its times mean nothing."""
 
 
+class Failed(RuntimeError):
+    """An implementation that raised: a compiler that gave up, memory that did not suffice."""
+
+
 @dataclass(frozen=True)
 class Quantiles:
     """Milliseconds."""
@@ -37,12 +41,22 @@ class Timer(Protocol):
     def __call__(self, run: Callable[[], object]) -> Quantiles: ...
 
 
+HEAD_START_MS = 0.2
+"""How long the device waits before every run, so that the host has handed it all of the run's launches."""
+
+
 class CudaTimer:
-    """Times with CUDA events; the second-level cache is overwritten before every run."""
+    """Times with CUDA events; the second-level cache is overwritten before every run.
+
+    What the host takes to launch is not counted, unless it exceeds HEAD_START_MS: the device is held back
+    between the two events' queueing and the first of them.
+    """
 
     def __init__(self, device: torch.device, *, warmup_ms: float = 50.0, measured_ms: float = 200.0) -> None:
-        cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-        self._flush = torch.empty(4 * cache_bytes, dtype=torch.int8, device=device)
+        properties = torch.cuda.get_device_properties(device)
+        self._flush = torch.empty(4 * properties.L2_cache_size, dtype=torch.int8, device=device)
+        # In cycles of its clock, kHz; builds of PyTorch that do not tell it meet about 2 GHz.
+        self._head_start = int(HEAD_START_MS * getattr(properties, "clock_rate", 2_000_000))
         self._warmup_ms, self._measured_ms = warmup_ms, measured_ms
 
     def __call__(self, run: Callable[[], object]) -> Quantiles:
@@ -56,6 +70,7 @@ class CudaTimer:
         pairs = []
         for _ in range(count):
             self._flush.zero_()
+            torch.cuda._sleep(self._head_start)
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             run()
@@ -63,6 +78,16 @@ class CudaTimer:
             pairs.append((begin, end))
         torch.cuda.synchronize()
         return [begin.elapsed_time(end) for begin, end in pairs]
+
+
+def ceilings(device: torch.device, timer: Timer, *, copied_bytes: int = 2**32, side: int = 8192) -> str:
+    """What this device reaches at best: bandwidth of a large copy, and of a large bfloat16 product on random
+    numbers, the TFLOP/s."""
+    copied = timer(_copy(copied_bytes, device)).p50
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    product = timer(lambda: a @ b).p50
+    bandwidth, arithmetic = copied_bytes / copied / 1e6, 2 * side**3 / product / 1e9
+    return f"a copy moves {bandwidth:.0f} GB/s, a product of {side} x {side} makes {arithmetic:.0f} TFLOP/s"
 
 
 @dataclass(frozen=True)
@@ -173,16 +198,20 @@ def check(case: Case, function: Function, lengths: tuple[int, ...], device: torc
 
 def rows(
     case: Case, mix: str, lengths: tuple[int, ...], device: torch.device, timer: Timer, *, compiled: bool
-) -> Iterator[Row | ParityError | NotHere | torch.OutOfMemoryError]:
-    """Measure every candidate at one size. One that fails its check yields the error and no row."""
+) -> Iterator[Row | ParityError | NotHere | Failed]:
+    """Measure every candidate at one size. One that fails its check or raises yields the error and no row."""
     copies: dict[int, Quantiles] = {}
     for name, (function, same_function) in candidates(case, compiled=compiled).items():
         try:
             with use_path("triton" if name == "ours" else "torch"):
                 error = check(case, function, lengths, device) if same_function else None
                 yield from _timed(case, mix, lengths, device, timer, name, function, error, copies)
-        except (ParityError, NotHere, torch.OutOfMemoryError) as problem:
+        except (ParityError, NotHere) as problem:
             yield problem
+        # Compilers and libraries raise what they like; the others are to be measured all the same.
+        except Exception as error:
+            first_line = str(error).strip().partition("\n")[0]
+            yield Failed(f"{case.name}: {name}: {type(error).__name__}: {first_line}")
 
 
 def _timed(

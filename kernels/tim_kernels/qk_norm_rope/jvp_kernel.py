@@ -185,7 +185,7 @@ def launch_jvp(
         d_x, x: rows of adjacent heads, [T', ...] and [T, ...].
         weights: of the normalised parts; none without a norm.
     """
-    num_rows, has_norm = d_x.shape[0], bool(weights)
+    num_rows, has_norm = d_x.shape[0], len(weights) > 0
     with_plain = layout.has_plain and d_shift_SE is not None
     shape = (num_rows, layout.num_heads, layout.head_dim)
     outputs = [

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from tim_kernels.transfer import to_device
+
 
 @dataclass(frozen=True, eq=False)
 class RotaryTable:
@@ -71,7 +73,7 @@ class RotaryTable:
         k = torch.arange(head_dim // 4, dtype=torch.float64)
         frequency = (base ** (-4.0 * k / head_dim)).to(dtype)
         angle = torch.arange(num_positions, dtype=torch.int32).to(dtype)[:, None] * frequency
-        cos, sin = (x.to(a.device, non_blocking=True) for x in (angle.cos(), angle.sin()))
+        cos, sin = (to_device(x, a.device) for x in (angle.cos(), angle.sin()))
         return cls(cos, sin, a.contiguous(), b.contiguous())
 
     @property

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-COLUMN_TILES = (512, 256, 128, 64)
+COLUMN_TILES = (512, 256, 128, 64, 32)
 TILE = 2048
 """Elements of a tile: two vectors of eight for each thread of four warps."""
 

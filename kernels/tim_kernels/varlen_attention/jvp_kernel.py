@@ -17,7 +17,7 @@ T queries and L keys of the pack, T' and L' of what moves, N heads, H head width
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -190,20 +190,45 @@ def jvp_kernel(
         tl.store(at, value.to(d_out_ptr.dtype.element_ty), mask=mask)
 
 
-def jvp_options(num_heads: int, head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Compile-time arguments and warps. 128 queries at a time share what is read of the keys; heads too wide
-    for the registers of that go by 64. float32 is for accuracy: three products of TF32 for each."""
-    is_wide = head_dim > 96 or dtype == torch.float32
+class Tile(NamedTuple):
+    """Queries and keys at a time, stages of the pipeline along the keys, warps."""
+
+    rows: int
+    keys: int
+    stages: int
+    num_warps: int
+
+
+WIDE = Tile(64, 16, 2, 8)
+"""Of heads too wide for the registers of 128 queries, and of float32."""
+NARROW = Tile(128, 32, 3, 8)
+"""128 queries share what is read of the keys."""
+CANDIDATES = (
+    NARROW, Tile(128, 32, 2, 8), Tile(128, 64, 2, 8), Tile(128, 64, 3, 8),
+    Tile(64, 32, 3, 4), Tile(64, 64, 2, 4), Tile(64, 64, 3, 4), Tile(64, 64, 2, 8),
+)  # fmt: skip
+"""What heads of 72 and less fit in on sm_90 without a spill; `bench --tune` times them."""
+
+
+def tile_of(head_dim: int, dtype: torch.dtype) -> Tile:
+    return WIDE if head_dim > 96 or dtype == torch.float32 else NARROW
+
+
+def jvp_options(
+    num_heads: int, head_dim: int, dtype: torch.dtype, tile: Tile | None = None
+) -> dict[str, Any]:
+    """Compile-time arguments and warps. float32 is for accuracy: three products of TF32 for each."""
+    tile = tile or tile_of(head_dim, dtype)
     return {
         "N": num_heads,
         "H": head_dim,
         "BLOCKS": head_blocks(head_dim),
-        "ROWS": ROWS_PER_TILE // 2 if is_wide else ROWS_PER_TILE,
-        "PIECES": 2 if is_wide else 1,
-        "KEYS": 16 if is_wide else 32,
-        "STAGES": 2 if is_wide else 3,
+        "ROWS": tile.rows,
+        "PIECES": ROWS_PER_TILE // tile.rows,
+        "KEYS": tile.keys,
+        "STAGES": tile.stages,
         "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
-        "num_warps": 8,
+        "num_warps": tile.num_warps,
     }
 
 
@@ -218,11 +243,12 @@ def launch_jvp(
     lse: Tensor | None,
     plan: AttentionTangentPlan,
     scale: float,
+    tile: Tile | None = None,
 ) -> Tensor:
     """Rows of all arguments hold adjacent heads; lse is float32 [T, N], contiguous."""
     _, num_heads, head_dim = q.shape
     d_out = torch.empty(d_q.shape, dtype=q.dtype, device=q.device)
-    options = jvp_options(num_heads, head_dim, q.dtype)
+    options = jvp_options(num_heads, head_dim, q.dtype, tile)
     if plan.num_tiles:
         jvp_kernel[(plan.num_tiles * options["PIECES"], num_heads)](
             q,

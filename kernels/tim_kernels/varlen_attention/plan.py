@@ -13,6 +13,8 @@ from itertools import accumulate, chain
 import torch
 from torch import Tensor
 
+from tim_kernels.transfer import to_device
+
 
 @dataclass(frozen=True, eq=False)
 class DenseGroup:
@@ -181,14 +183,14 @@ def _group(
         mask = None
         if min(chosen_k) < max_k:
             mask = torch.arange(max_k) < torch.tensor(chosen_k)[:, None]
-            mask = mask[:, None, None, :].to(device, non_blocking=True)
+            mask = to_device(mask[:, None, None, :], device)
         order_q += _tokens(chosen, lengths_q)
         for i in chosen:
             order_k += range(start_k[i], start_k[i + 1])
             order_k += [start_k[i]] * (max_k - lengths_k[i])
         groups.append(DenseGroup(len(chosen), n_q, max_k, mask))
     index_q = _index(order_q, sum(lengths_q), device)
-    inverse = None if index_q is None else torch.argsort(torch.tensor(order_q)).to(device, non_blocking=True)
+    inverse = None if index_q is None else to_device(torch.argsort(torch.tensor(order_q)), device)
     return DenseGroups(tuple(groups), index_q, _index(order_k, sum(lengths_k), device), inverse)
 
 
@@ -203,10 +205,10 @@ def _tokens(segments: list[int], lengths: tuple[int, ...]) -> list[int]:
 
 
 def _cumulative(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(_starts(lengths), dtype=torch.int32).to(device, non_blocking=True)
+    return to_device(torch.tensor(_starts(lengths), dtype=torch.int32), device)
 
 
 def _index(order: list[int], total: int, device: torch.device) -> Tensor | None:
     if len(order) == total and order == list(range(total)):
         return None
-    return torch.tensor(order, dtype=torch.int64).to(device, non_blocking=True)
+    return to_device(torch.tensor(order, dtype=torch.int64), device)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tim_kernels.tangent_plan import check_segments
+from tim_kernels.transfer import to_device
 from tim_kernels.varlen_attention.plan import AttentionPlan
 
 ROWS_PER_TILE = 128
@@ -68,9 +69,7 @@ class AttentionTangentPlan:
             starts_q[-1],
             starts_k[-1],
             own,
-            _tiles(own, [starts_q[i] for i in moving], [starts_k[i] for i in keys]).to(
-                device, non_blocking=True
-            ),
+            to_device(_tiles(own, [starts_q[i] for i in moving], [starts_k[i] for i in keys]), device),
             (moving, keys),
             (starts_q, starts_k),
         )

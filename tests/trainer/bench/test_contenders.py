@@ -30,10 +30,11 @@ def field_of(settings: Any, wanted: Any = IN_ORDER) -> Any:
 
 # Tracing takes seconds: once is enough.
 UNCOMPILED = [pair for pair in IN_ORDER if pair[0] != "baseline, compiled"]
+ONCE_COMPILED = [pair for pair in IN_ORDER if pair != ("baseline, compiled", "flow matching")]
 
 
 @pytest.mark.parametrize(
-    ("kind", "wanted"), [(TEXT, IN_ORDER), (CLASSES, UNCOMPILED)], ids=["text", "classes"]
+    ("kind", "wanted"), [(TEXT, ONCE_COMPILED), (CLASSES, UNCOMPILED)], ids=["text", "classes"]
 )
 def test_all_contenders_agree_in_float32(kind: Any, wanted: Any) -> None:
     settings = recipe(kind, "train.activation_checkpointing=true", "model.depth=2")
@@ -42,7 +43,9 @@ def test_all_contenders_agree_in_float32(kind: Any, wanted: Any) -> None:
     for contender in field.contenders:
         own = work_of(contender, everything)
         expected, received = field.reference.check(own), contender.check(own)
-        allowed = FLOAT32_TOLERANCE[contender.objective]
+        # Rounding of float32; the difference divides it by 0.01, and is off from the tangent in second order.
+        allowed = 1e-5 if contender.objective == "flow matching" else 5e-4
+        assert allowed < FLOAT32_TOLERANCE[contender.objective]
         assert torch.allclose(received.denoising, expected.denoising, rtol=allowed, atol=0.0)
         assert set(received.gradient) == set(expected.gradient) and len(received.gradient) > 40
         distance = sum((received.gradient[k] - g).square().sum() for k, g in expected.gradient.items())

@@ -140,18 +140,19 @@ def _run(options: argparse.Namespace, recipe: Recipe, preset: Preset, command: S
             # Shapes are compiled in: what was compiled for another size is of no use here.
             torch.compiler.reset()
             work = draw_work(recipe, images, text_tokens=preset.text_tokens, device=device, seed=0)
-            new = measure(size, work, field, recipe, budget, clock, sizes_left=len(sizes) - number)
-            for one in new:
-                if isinstance(one, Refusal):
-                    print(f"{size}: {one}", file=sys.stderr, flush=True)
+            left = len(sizes) - number
+            new = measure(size, work, field, recipe, budget, clock, sizes_left=left, say=_say)
             found = report.merged(found, new)
-            rows = sum(isinstance(one, Row) for one in new)
-            print(f"{size}: {rows} rows, {budget.left:.0f} s left", flush=True)
+            _say(f"{size}: {sum(isinstance(one, Row) for one in new)} rows, {budget.left:.0f} s left")
             _store(options.out, about, found)
     print(report.page(about, found))
     if options.out is not None:
         _draw(options.out, about, found)
     return 1 if any(isinstance(one, Refusal) and one.kind in ("parity", "error") for one in found) else 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _store(out: Path | None, about: dict[str, object], found: Sequence[Row | Refusal]) -> None:

@@ -28,12 +28,14 @@ from tim_ds.trainer.bench.contenders import (
 from tim_ds.trainer.bench.work import Work
 from tim_ds.trainer.flops import peak_flops, step_flops
 
-FLOAT32_TOLERANCE: dict[Objective, float] = {"flow matching": 1e-4, "dde": 2e-3, "paired": 2e-3}
+FLOAT32_TOLERANCE: dict[Objective, float] = {"flow matching": 1e-3, "dde": 5e-3, "paired": 5e-3}
 """Of the loss of each image and of the whole gradient, relative, in float32. A central difference at 0.005
-divides the rounding of F by 0.01, and is off from the derivative itself by a term of second order."""
-TIMED_TOLERANCE = {"fp32": 2e-3, "bf16_autocast": 2e-2}
-"""Of the squared error of the images with r = t in the timed steps against float32: rounding of F. Where
-r < t a difference in bfloat16 is mostly rounding, by measurement, and says nothing about correctness."""
+divides the rounding of F by 0.01, and is off from the derivative itself by a term of second order. On a CPU,
+at the XL network's width and 8 blocks, gradients are 7e-7 and 5e-5 off."""
+TIMED_TOLERANCE = {"fp32": 2e-3, "bf16_autocast": 5e-2}
+"""Of the squared error of the images with r = t in the timed steps against float32: rounding of F. At 28
+blocks of width 128, on a CPU, bfloat16 is 7e-4 off in ours and 3e-3 in the baseline. Where r < t a difference
+in bfloat16 is mostly rounding, by measurement, and says nothing about correctness."""
 
 STATE_BYTES = 12
 """Of a parameter between two steps: itself and AdamW's two averages, float32."""
@@ -153,12 +155,21 @@ class _Ready:
 
 
 def measure(
-    size: str, work: Work, field: Field, recipe: Recipe, budget: Budget, clock: Clock, *, sizes_left: int
+    size: str,
+    work: Work,
+    field: Field,
+    recipe: Recipe,
+    budget: Budget,
+    clock: Clock,
+    *,
+    sizes_left: int,
+    say: Callable[[str], None] = lambda _: None,
 ) -> list[Row | Refusal]:
     """Every contender at one size. What fails is a refusal; the others go on.
 
     Args:
         sizes_left: sizes that the remaining time is for, this one included.
+        say: is told what became of each contender, as soon as it is known.
     """
     device = work.batches[0].x.device
     num_parameters = sum(p.numel() for p in field.parameters)
@@ -177,30 +188,37 @@ def measure(
         text = str(error).splitlines()[0] if str(error) else ""
         message = text if kind != "error" else f"{type(error).__name__}: {text}"
         found.append(Refusal(size, contender.implementation, contender.objective, kind, message))
+        say(f"{size}, {found[-1]}")
         clear(field.parameters, device)
 
-    for contender in field.contenders:
+    def time_for(contender: Contender) -> bool:
         name = contender.implementation, contender.objective
         preparing = len(work.batches) * budget.spent.get(name, 0.0)
         least = LEAST_REPETITIONS * 1e-3 * sum(one.warm_ms for one in ready)
-        if budget.left <= preparing + least:
-            message = (
-                f"{budget.left:.0f} s left, expected: {preparing:.0f} s to prepare it, {least:.0f} s for "
-                f"{LEAST_REPETITIONS} repetitions of the others"
-            )
-            found.append(Refusal(size, *name, "no time", message))
+        if budget.left > preparing + least:
+            return True
+        message = (
+            f"{budget.left:.0f} s left, expected: {preparing:.0f} s to prepare it, {least:.0f} s for "
+            f"{LEAST_REPETITIONS} repetitions of the others"
+        )
+        found.append(Refusal(size, *name, "no time", message))
+        say(f"{size}, {found[-1]}")
+        return False
+
+    for contender in field.contenders:
+        if not time_for(contender):
             continue
         start = budget.now()
         try:
-            prepared = _prepare(contender, work, comparison, clock, num_parameters)
+            ready.append(_prepare(contender, work, comparison, clock, num_parameters))
         # A contender that fails for whatever reason must not cost the others their measurement.
         except Exception as error:
             refuse(contender, error)
             continue
-        prepared.prepare_s = budget.now() - start
-        budget.spent[name] = prepared.prepare_s / len(work.batches)
-        ready.append(prepared)
-    comparison.forget()
+        ready[-1].prepare_s = budget.now() - start
+        name = contender.implementation, contender.objective
+        budget.spent[name] = ready[-1].prepare_s / len(work.batches)
+        say(f"{size}, {', '.join(name)}: ready after {ready[-1].prepare_s:.1f} s, {budget.left:.0f} s left")
 
     # In turn, so that a clock that drifts or a busy machine meets all of them. Every size gets its share of
     # what is left, counting preparations to come as another share. What is prepared is measured.
@@ -289,14 +307,14 @@ class _Comparison:
             )
         return error
 
-    def forget(self) -> None:
-        """Free the gradients: timing begins."""
-        self._known = {key: Checked(one.denoising, {}) for key, one in self._known.items()}
-
     def _expected(self, contender: Contender) -> Checked:
         is_still = contender.objective == "flow matching"
         if is_still not in self._known:
-            self._known[is_still] = self._reference.check(work_of(contender, self._sample))
+            known = self._reference.check(work_of(contender, self._sample))
+            # On the host: a step that is timed finds the device's memory as a run would.
+            self._known[is_still] = Checked(
+                known.denoising, {name: g.cpu() for name, g in known.gradient.items()}
+            )
         return self._known[is_still]
 
 
@@ -380,9 +398,12 @@ def _distance(received: dict[str, Tensor], expected: dict[str, Tensor]) -> float
     """Of two gradients, relative, in the 2-norm; not a number if they are of different parameters."""
     if set(received) != set(expected):
         return math.nan
-    square = sum(float((received[k] - expected[k]).double().square().sum()) for k in expected)
-    whole = sum(float(expected[k].double().square().sum()) for k in expected)
-    return math.sqrt(square / whole)
+    square = whole = torch.zeros((), dtype=torch.float64)
+    for name, gradient in received.items():
+        reference = expected[name].to(gradient.device)
+        square = square + (gradient - reference).double().square().sum()
+        whole = whole + reference.double().square().sum()
+    return math.sqrt(float(square / whole))
 
 
 def _retries(device: torch.device) -> int:

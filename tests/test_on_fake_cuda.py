@@ -1,0 +1,249 @@
+"""Training, sampling and kernels on a CUDA device that computes nothing: devices, dtypes, waits and launches.
+
+What the values are is for other tests; here the largest packs cost no memory (`tests/fake_cuda.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.utils._python_dispatch import _disable_current_modes
+from tqdm import tqdm
+
+from data_pipeline.batch import Latents, PackedBatch
+from tests.fake_cuda import DEVICE, HostWaits, Seen, fake_cuda
+from tests.kernels.launches import Launch
+from tests.networks import TEXT_WIDTH, export_of
+from tim_ds.model.config import ModelConfig
+from tim_ds.model.export_folder import meta_network
+from tim_ds.model.tim import TiM
+from tim_ds.objective.config import GuidedTargetConfig, ObjectiveConfig, TransportConfig, WeightConfig
+from tim_ds.pipeline import TiMPipeline
+from tim_ds.sampler import transition
+from tim_ds.trainer.inputs import Prepare, StepInputs
+from tim_ds.trainer.metrics import Sums
+from tim_ds.trainer.step import TransitionStep
+from tim_kernels import use_path
+from tim_kernels.shipped import variants
+from tim_kernels.varlen_attention import op
+from tim_kernels.varlen_attention.backends import Situation
+
+BF16 = torch.bfloat16
+TEXT_DIM, Z_DIM, WORDS = 64, 24, 5
+# The XL network's widths: kernels are launched in their shipped forms.
+MODEL = ModelConfig(
+    condition="text", in_channels=32, hidden_size=1152, depth=2, num_heads=16, encoder_depth=1,
+    text_dim=TEXT_DIM, z_dim=Z_DIM,
+)  # fmt: skip
+GRIDS = ((32, 32), (16, 24), (64, 40), (8, 8)) * 4
+"""16,128 tokens: enough that copies of a row a token do not fit in what CUDA stages."""
+PAIRED = ObjectiveConfig()
+OBJECTIVES = {
+    "paired": PAIRED,
+    "paired, guided, aligned": ObjectiveConfig(
+        guided_target=GuidedTargetConfig(start=0.0, end=1.0), repa_weight=0.5
+    ),
+    "dde, by kind, vp": ObjectiveConfig(
+        derivative="dde",
+        transport=TransportConfig(kind="vp"),
+        weight=WeightConfig(adaptive_over="kind", time_type="soft_min_snr"),
+    ),
+}
+
+
+@contextmanager
+def device(monkeypatch: pytest.MonkeyPatch, *, may_wait: bool = False) -> Iterator[Seen]:
+    """A fake H200 on which torch's varlen kernel is trusted."""
+
+    def situation(device: torch.device, dtype: torch.dtype, head_dim: int) -> Situation:
+        return Situation(device, (9, 0), dtype, head_dim)
+
+    monkeypatch.setattr(Situation, "of", staticmethod(situation))
+    monkeypatch.setattr(op, "_refusal", lambda name, _: None if name == "torch_varlen" else "not here")
+    with fake_cuda(monkeypatch, may_wait=may_wait) as seen:
+        yield seen
+
+
+def network_on_device(
+    config: ModelConfig = MODEL, dtype: torch.dtype = torch.float32, *, checkpoint_blocks: bool = False
+) -> TiM:
+    with _disable_current_modes():
+        network = meta_network(config).to(dtype)
+    network = network.to_empty(device=DEVICE)
+    network.checkpoint_blocks = checkpoint_blocks
+    return network
+
+
+def inputs_on_device(
+    objective: ObjectiveConfig, grids: Sequence[tuple[int, int]] = GRIDS, model: ModelConfig = MODEL
+) -> StepInputs:
+    """As the loader leaves them, pinned, and as a step moves them."""
+    tokens, images = sum(h * w for h, w in grids), len(grids)
+    is_text = model.condition == "text"
+    stored = torch.zeros(tokens * model.token_channels, dtype=torch.float16)
+    batch = PackedBatch(
+        latents=Latents(stored, tuple(grids), 1, model.in_channels),
+        text_LE=torch.zeros(images * WORDS, TEXT_DIM) if is_text else None,
+        text_lengths=(WORDS,) * images if is_text else None,
+        labels_S=None if is_text else torch.zeros(images, dtype=torch.int64),
+        sample_ids=tuple(range(images)),
+        keys=tuple(map(str, range(images))),
+        epoch=0,
+        step=0,
+        images_in_step=images,
+        dropped_S=(False,) * images,
+        features_TZ=torch.zeros(tokens, Z_DIM, dtype=BF16) if objective.repa_weight else None,
+    )
+    null = {"null_states_LE": torch.zeros(1, TEXT_DIM)} if is_text else {"null_label": 3}
+    return Prepare(objective, 0, **null)(batch).pin_memory().to(DEVICE)  # type: ignore[arg-type]
+
+
+def step_on_device(objective: ObjectiveConfig, network: TiM) -> TransitionStep:
+    teacher = None if objective.guided_target is None else network_on_device(network.config)
+    return TransitionStep(
+        network, objective, latent_channels=network.config.in_channels, world_size=1, teacher=teacher
+    )
+
+
+REFUSED = {
+    "a number": (lambda x: x.sum().item(), DataDependentOutputException),
+    "a branch": (lambda x: bool(x.sum() > 0), DataDependentOutputException),
+    "a size": (lambda x: x.nonzero(), DynamicOutputShapeException),
+    "to the host": (lambda x: x.cpu(), HostWaits),
+    "from the host": (lambda _: torch.ones(8).to(DEVICE), HostWaits),
+    "pageable memory": (lambda _: torch.ones(2**15).to(DEVICE, non_blocking=True), HostWaits),
+    "an index of the host": (lambda x: x[torch.tensor([0, 2])], HostWaits),
+    "two devices": (lambda x: x + torch.ones(8), RuntimeError),
+}
+
+
+@pytest.mark.parametrize(("ask", "error"), REFUSED.values(), ids=REFUSED.keys())
+def test_the_device_refuses_what_a_real_one_waits_for_or_cannot_do(monkeypatch, ask, error):
+    with device(monkeypatch):
+        x = torch.zeros(4, 8, device=DEVICE)
+        assert x.is_cuda and (x @ x.t()).device == DEVICE
+        assert torch.ones(2**15).pin_memory().to(DEVICE, non_blocking=True).is_cuda
+        with pytest.raises(error):
+            ask(x)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
+def test_a_training_step_stays_on_the_device_and_never_waits(monkeypatch, objective):
+    with device(monkeypatch) as seen, _autocast():
+        _train(network_on_device(), objective)
+    # Nothing with a row a token is in float64.
+    assert seen.float64_elements < 32 * len(GRIDS)
+    tokens = sum(h * w for h, w in GRIDS)
+    products = [p for p in seen.products if p.longest >= tokens]
+    # Of such products those with the channels of a token alone are in float32: the final layer's, and here,
+    # where autocast does not reach the device, the patch embedding's.
+    assert {p.dtype for p in products if p.shortest > MODEL.token_channels} == {BF16}
+    assert torch.float32 in {p.dtype for p in products}
+    assert len(seen.launches) > 20
+    # What runs is what was compiled ahead of time, and looked at.
+    unknown = {x.kernel.fn.__name__ + str(x.constants) for x in seen.launches if not _is_shipped(x)}
+    assert not unknown
+
+
+def _is_shipped(launch: Launch) -> bool:
+    return any(launch.is_of(v) for v in variants())
+
+
+def test_the_definitions_do_so_too_in_a_bfloat16_network(monkeypatch):
+    model = replace(MODEL, condition="class", text_dim=None, num_classes=3, z_dim=None, depth=1)
+    objective = ObjectiveConfig(derivative="dde", guided_target=GuidedTargetConfig(start=0.0, end=1.0))
+    with device(monkeypatch) as seen, use_path("torch"):
+        network = network_on_device(model, BF16)
+        _train(network, objective, GRIDS[:4])
+    assert not seen.launches
+    assert sum(p.dtype == BF16 for p in seen.products if p.longest >= 4032) > 10
+
+
+def _train(network: TiM, objective: ObjectiveConfig, grids: Sequence[tuple[int, int]] = GRIDS) -> None:
+    """A micro-step, its sums, and the update of masters and average; the loss is float32 on the device."""
+    inputs = inputs_on_device(objective, grids, network.config)
+    assert 0 < len(inputs.times.transition_indices) < len(grids)
+    step = step_on_device(objective, network)
+    output = step(inputs)
+    output.loss.backward()
+    gradients = [p.grad for p in network.parameters() if p.grad is not None]
+    sums = Sums(step.transport, DEVICE)
+    sums.add(inputs, output.terms)
+    sums.end_step(applied=True, grad_norm=torch.nn.utils.get_total_norm(gradients))
+    _update([p.detach().float() for p in network.parameters()])
+    assert output.loss.device == DEVICE and output.loss.dtype == torch.float32
+    for name, parameter in network.named_parameters():
+        is_unused = name.startswith("projector") and not objective.repa_weight
+        dtype = None if parameter.grad is None else parameter.grad.dtype
+        assert dtype == (None if is_unused else parameter.dtype), name
+
+
+def _update(masters: list[Tensor]) -> None:
+    """AdamW's fused step and the average, as `Engine` and `Ema` make them of float32 masters."""
+    averages = [x.clone() for x in masters]
+    for master in masters:
+        master.requires_grad_().grad = torch.zeros_like(master)
+    torch.optim.AdamW(masters, fused=True).step()
+    with torch.no_grad():
+        torch._foreach_lerp_(averages, masters, 0.1)  # pyright: ignore[reportPrivateImportUsage]
+
+
+@contextmanager
+def _autocast() -> Iterator[None]:
+    """torch.autocast for a device that torch does not find."""
+    before = torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", BF16)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+        torch.set_autocast_dtype("cuda", before)
+        torch.clear_autocast_cache()
+
+
+LARGEST = {"256 px": ((8, 8),) * 4096, "4096 px": ((128, 128),) * 16}
+"""262,144 tokens each; for an autoencoder with a stride of 32."""
+
+
+@pytest.mark.parametrize("grids", LARGEST.values(), ids=LARGEST.keys())
+def test_launches_of_the_largest_packs_are_within_the_limits_of_a_device(monkeypatch, grids):
+    with device(monkeypatch) as seen:
+        network = network_on_device(replace(MODEL, depth=1), BF16, checkpoint_blocks=True)
+        step_on_device(PAIRED, network)(inputs_on_device(PAIRED, grids)).loss.backward()
+        kernels = {launch.kernel for launch in seen.launches}
+        assert len(kernels) > 12
+        for launch in seen.launches:
+            x, y, z = (*launch.grid, 1, 1)[:3]
+            assert 1 <= x < 2**31 and 1 <= y < 2**16 and 1 <= z < 2**16, launch
+            for name, value in launch.tensors.items():
+                assert value.device == DEVICE, f"{launch.kernel}: {name}"
+                # Within a row all is adjacent; the rows lie as the kernel is told, or one behind the other.
+                stride = launch.numbers.get(name.replace("_ptr", "_stride"), value[0].numel())
+                assert value.stride()[1:] == value[0].contiguous().stride(), f"{launch.kernel}: {name}"
+                assert value.shape[0] == 1 or value.stride(0) == stride, f"{launch.kernel}: {name}"
+                # What Triton would compile anew for an address that no vector of 16 bytes divides.
+                assert value.storage_offset() * value.element_size() % 16 == 0, f"{launch.kernel}: {name}"
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_sampling_waits_for_its_noise_and_its_check_alone(monkeypatch, scale):
+    monkeypatch.setattr(transition, "_check_finite", lambda *_: None)
+    export = replace(export_of(), model=replace(MODEL, in_channels=16, z_dim=None, text_dim=TEXT_WIDTH))
+    with device(monkeypatch, may_wait=True) as seen:
+        pipe = TiMPipeline(network_on_device(export.model, BF16).eval(), export)
+        seen.waits.clear()
+        config = replace(export.sampler, num_steps=4, cfg_scale=scale, stochasticity=0.5)
+        grids = ((32, 32), (16, 24))
+        latents, nfe = pipe._sample(["a three", "a one"], grids, [3, 4], config, tqdm(disable=True))
+        pictures = [pipe.autoencoder.decode(x[None])[0] for x in latents]
+    assert [p.shape[1:] for p in pictures] == [(128, 128), (64, 96)] and nfe == 4 * scale
+    assert {p.device for p in pictures} == {DEVICE} and len(seen.launches) > 20
+    # States are kept in float64; the network never sees them so.
+    assert {p.dtype for p in seen.products} == {BF16, torch.float32}
