@@ -8,6 +8,7 @@ along; the others say which it is.
 
 from __future__ import annotations
 
+import os
 import pickle
 import weakref
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ class Parcels:
             self._memory[parcel.slab] = parcel.memory.numpy()
         # Every tensor's storage holds this array, and nothing else does.
         lent = np.frombuffer(self._memory[parcel.slab].data, np.uint8)
-        weakref.finalize(lent, self._taken.__setitem__, parcel.slab, 0).atexit = False
+        weakref.finalize(lent, _give_back, self._taken, parcel.slab, os.getpid()).atexit = False
         buffers = [lent[start : start + size] for start, size in parcel.places]
         return pickle.loads(parcel.content, buffers=buffers)
 
@@ -128,6 +129,12 @@ class _Pickler(pickle.Pickler):
             return NotImplemented
         values = obj.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
         return _tensor, (pickle.PickleBuffer(values.data), obj.dtype, tuple(obj.shape))
+
+
+def _give_back(taken: Any, slab: int, owner: int) -> None:
+    # A forked process has copies of everything; when they go, its parent may still look at the slab.
+    if os.getpid() == owner:
+        taken[slab] = 0
 
 
 def _dump(item: Any) -> tuple[bytes, list[np.ndarray]]:

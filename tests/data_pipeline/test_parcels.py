@@ -1,5 +1,6 @@
 """What workers send arrives as it was, in memory that is used again once nobody sees it."""
 
+import os
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -103,6 +104,35 @@ def test_one_tensor_keeps_its_slab(part):
         assert parcels._taken[slab]
         del kept
         assert not parcels._taken[slab]
+
+
+def test_a_forked_process_gives_nothing_back():
+    parcels = Parcels(1, 2)
+    (parcel,) = loader_of(parcels, 1)
+    assert isinstance(parcel, Parcel)
+    held = [parcel.open()]
+    child = os.fork()
+    if child == 0:
+        held.clear()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert parcels._taken[parcel.slab]
+    held.clear()
+    assert not parcels._taken[parcel.slab]
+
+
+def test_page_locking_is_left_to_the_item():
+    class Pinned(NamedTuple):
+        values: Tensor
+        is_pinned: bool = False
+
+        def pin_memory(self) -> "Pinned":
+            return Pinned(self.values.clone(), True)
+
+    parcels = Parcels(1, 1)
+    parcels.open = lambda parcel: Pinned(torch.ones(2))  # type: ignore[method-assign]  # in place of a worker
+    item = Parcel(parcels._number, 0, b"", (), None).pin_memory()
+    assert item.is_pinned and torch.equal(item.values, torch.ones(2))
 
 
 def test_a_tensor_with_a_gradient_travels_too():
