@@ -272,7 +272,8 @@ class Index:
         Raises:
             DataError: if the shards lie at a URL and no folder is given.
         """
-        folder = folder or self.folder if isinstance(self.folder, Path) else folder
+        if folder is None and isinstance(self.folder, Path):
+            folder = self.folder
         if folder is None:
             raise DataError(f"{self.folder}: the index of shards at a URL needs a folder of its own")
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,18 @@
-"""Peak memory of a piece of work on Linux, apart from what the process held before."""
+"""Peak memory of a piece of work: of the process on Linux, and of the tensors that are made."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+import gc
+import weakref
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 def peak_growth(work: Callable[[], object]) -> int:
@@ -20,3 +28,46 @@ def peak_growth(work: Callable[[], object]) -> int:
 def _status(name: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors that were made within it and are alive, now and at the most.
+
+    Args:
+        apart_from: tensors that exist anyway; views of them are not counted.
+    """
+
+    def __init__(self, apart_from: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._alive: dict[int, object] = {x.untyped_storage()._cdata: x for x in apart_from}
+        # What follows is collected often, at a cost that grows with what is looked at.
+        gc.collect()
+        gc.freeze()
+
+    def __exit__(self, *reason: Any) -> None:
+        super().__exit__(*reason)
+        gc.unfreeze()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        if self.now > self.peak:
+            # Triton's interpreter leaves cycles behind, which hold tensors that a device would have freed.
+            gc.collect()
+            self.peak = max(self.peak, self.now)
+        return made
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive:
+            return
+
+        def freed(_: object) -> None:
+            del self._alive[key]
+            self.now -= size
+
+        self._alive[key] = weakref.ref(storage, freed)
+        self.now += size

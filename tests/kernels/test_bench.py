@@ -11,7 +11,8 @@ from tests.kernels.launches import recorded
 from tim_kernels import bench, use_path
 from tim_kernels.bench import report, tiles
 from tim_kernels.bench.__main__ import main
-from tim_kernels.bench.cases import MIXES, NotHere, cases, lengths_of
+from tim_kernels.bench.case import MIXES, NotHere, lengths_of
+from tim_kernels.bench.cases import cases
 from tim_kernels.bench.measure import Failed, ParityError, Quantiles, Row, ceilings, check, rows
 from tim_kernels.varlen_attention import jvp_kernel
 from tim_kernels.varlen_attention.jvp_kernel import CANDIDATES

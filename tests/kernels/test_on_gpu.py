@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tim_kernels import path_taken, use_path
-from tim_kernels.bench.cases import cases, lengths_of
+from tim_kernels.bench.case import lengths_of
+from tim_kernels.bench.cases import cases
 from tim_kernels.bench.measure import check, outputs_and_gradients
 
 pytestmark = pytest.mark.gpu

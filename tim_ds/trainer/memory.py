@@ -415,6 +415,28 @@ def kept_around_blocks(model: ModelConfig, *, tokens: int, text: int, images: in
     return tokens * a_token + text * a_text + images * an_image
 
 
+def taken_by_copies(model: ModelConfig, *, tokens: int, text: int, images: int, width: int) -> int:
+    """Bytes that copies (both sides of `dde`) take beside a forward, at the most: their own residual stream,
+    and what a block makes of them on its way without a graph.
+
+    Args:
+        tokens, images: of the copies.
+        text: tokens of the captions that they read.
+        width: as in `kept_by_block`.
+    """
+    D, M = model.hidden_size, model.mlp_hidden
+    branches = 3 if model.condition == "text" else 2
+    # The stream before the block and within it, float32; the embedded tokens, held to the end of the forward.
+    a_token = 2 * _FLOAT32 * D + width * D
+    # In the MLP, where most is held: the branch before it, its input, gate, up and product, and its output.
+    a_token += width * (3 * D + 3 * M)
+    # Keys and values; the captions themselves are those of the main stream.
+    a_text = width * 2 * D if model.condition == "text" else 0
+    # Embedded time and interval; shift, scale and gate of every branch.
+    an_image = _FLOAT32 * (2 + 3 * branches) * D
+    return tokens * a_token + text * a_text + images * an_image
+
+
 def _activations(recipe: Recipe, pack: _Pack, network: TiM) -> Iterator[Part]:
     model = recipe.model
     D, M, c = model.hidden_size, model.mlp_hidden, pack.width
@@ -428,12 +450,20 @@ def _activations(recipe: Recipe, pack: _Pack, network: TiM) -> Iterator[Part]:
     else:
         yield Part("activations", model.depth * block + around, 0, held, 0.15)
     # Gradients of the widest layer and of the residual stream.
-    yield Part("backward of one block", pack.tokens * (c * 4 * M + 2 * _FLOAT32 * D), 0, "", 0.3)
+    backward = pack.tokens * (c * 4 * M + 2 * _FLOAT32 * D)
+    yield Part("backward of one block", backward, 0, "", 0.3)
     passing = 2 * _FLOAT32 * D + c * (D + 3 * M)
     if pack.moving and recipe.objective.derivative == "dde":
-        yield Part(
-            "derivative", round(2 * pack.moving * pack.tokens * passing), 0, "two sides, no graph", 0.3
+        sides = taken_by_copies(
+            model,
+            tokens=math.ceil(2 * pack.moving * pack.tokens),
+            text=math.ceil(pack.moving * pack.text),
+            images=math.ceil(2 * pack.moving * pack.images),
+            width=c,
         )
+        # They are gone when the backward comes, which takes its own share of the same memory.
+        later = backward + (block if recipe.train.activation_checkpointing else 0)
+        yield Part("derivative", max(0, sides - later), 0, "two sides, beyond what the backward takes", 0.3)
     elif pack.moving and recipe.objective.derivative == "paired":
         # Tangents are taken in float32.
         wide = 3 * _FLOAT32 * D + _FLOAT32 * (D + 3 * M)

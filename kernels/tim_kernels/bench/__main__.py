@@ -11,7 +11,8 @@ import torch
 
 from tim_kernels import bench
 from tim_kernels.bench import report, tiles
-from tim_kernels.bench.cases import MIXES, NotHere, cases, lengths_of
+from tim_kernels.bench.case import MIXES, NotHere, lengths_of
+from tim_kernels.bench.cases import cases
 from tim_kernels.bench.measure import CudaTimer, Row, ceilings, rows
 
 TOKENS = (1024, 4096, 8192, 16384, 65536, 262144)

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from tim_kernels.bench.cases import CAPTION, Case, Function, Inputs, NotHere, Spec
+from tim_kernels.bench.case import CAPTION, Case, Function, Inputs, NotHere, Spec
 from tim_kernels.varlen_attention import (
     AttentionPlan,
     AttentionTangentPlan,

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tim_kernels.bench.cases import CAPTION, Case, Function, Inputs, NotHere
+from tim_kernels.bench.case import CAPTION, Case, Function, Inputs, NotHere
 from tim_kernels.dispatch import use_path
 
 MODES = ("forward", "backward", "full")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tim_kernels import aot
-from tim_kernels.bench.cases import Case
+from tim_kernels.bench.case import Case
 from tim_kernels.bench.measure import MODES, Row
 
 

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from tim_kernels.bench.cases import NUM_POSITIONS, Case, Inputs, Spec
+from tim_kernels.bench.case import NUM_POSITIONS, Case, Inputs, Spec
 from tim_kernels.gated_residual import gated_residual_jvp, gated_residual_jvp_reference
 from tim_kernels.modulated_layer_norm import modulated_layer_norm_jvp, modulated_layer_norm_jvp_reference
 from tim_kernels.qk_norm_rope import (

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tim_kernels.bench.attention import attention_cases
-from tim_kernels.bench.cases import Case, Inputs, lengths_of
+from tim_kernels.bench.case import Case, Inputs, lengths_of
 from tim_kernels.bench.measure import TOLERANCE, Timer
 
 WIDTH, HEAD_DIM = 1152, 72
