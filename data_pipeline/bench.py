@@ -53,7 +53,7 @@ PACKS_PER_STEP = (8, 64, 512)
 
 CHUNK = 10_000_000
 
-WORKER_EPOCHS = 10
+WORKER_EPOCHS = 50
 """Passes through a worker that are timed together, so that its start counts for little."""
 
 
