@@ -224,6 +224,12 @@ def test_mjhq_scores_against_the_users_pictures(
         replace(options, pictures=tmp_path / "more", sampling=replace(SAMPLING, num_steps=3)), network
     )
     assert [one.nfe for one in rows] == [2, 3] and sum(network.seen) == 30
+    # A damaged picture of the data set is found before any is made.
+    cut = tmp_path / "mjhq30k_imgs" / "food" / "k0.jpg"
+    cut.write_bytes(cut.read_bytes()[:-40])
+    with pytest.raises(RequestError, match=r"k0\.jpg: damaged"):
+        run_mjhq(replace(options, pictures=tmp_path / "none"), network)
+    assert not (tmp_path / "none").exists()
     with pytest.raises(RequestError, match="at least 5 entries"):
         (tmp_path / "meta_data.json").write_text(json.dumps(dict(list(meta.items())[:3])))
         run_mjhq(options, network)

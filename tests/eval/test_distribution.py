@@ -31,6 +31,16 @@ class TestInceptionScore:
         assert inception_score(logits) == pytest.approx(5.0)
         assert inception_score(np.zeros((40, 5))) == pytest.approx(1.0)
 
+    def test_the_published_parts_are_ten_of_5000(self) -> None:
+        """Sure of one class each, and every part of 5,000 even over n classes, n = 1 to 10."""
+        logits = 200.0 * np.eye(10)[np.concatenate([np.arange(5000) % n for n in range(1, 11)])]
+        # 5,000 does not divide by 3, 6, 7 and 9: shares are off by 1 in 10,000.
+        assert inception_score(logits) == pytest.approx(np.mean(range(1, 11)), rel=1e-6)
+        # All in one part: class k has the mean of 1 / n over n = k to 10.
+        share = np.array([sum(1 / n for n in range(k, 11)) / 10 for k in range(1, 11)])
+        in_one = np.exp(-(share * np.log(share)).sum())
+        assert inception_score(logits, split=50_000) == pytest.approx(in_one, rel=1e-3)
+
     def test_parts_are_consecutive_and_the_last_may_be_short(self, rng: np.random.Generator) -> None:
         logits = 3 * rng.standard_normal((25, 6))
         p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
@@ -87,6 +97,15 @@ class TestPrecisionRecall:
         samples = torch.tensor(0.8 * rng.standard_normal((50, 8)), dtype=torch.float32)
         theirs = calculate_precision_recall_full(samples, reference, 3)
         assert precision_recall(reference, samples) == pytest.approx(theirs)
+
+    def test_worked_by_hand_with_the_published_three_neighbours(self) -> None:
+        """On a line. The third neighbours of the reference are 3, 2, 2 and 3 away: its balls reach from -3 to
+        6, their edges counted. Those of the samples are 23, 14, 13.5 and 23 away: they reach everything."""
+        reference = np.array([[0.0], [1.0], [2.0], [3.0]])
+        samples = np.array([[-3.0], [6.0], [6.5], [20.0]])
+        assert precision_recall(reference, samples) == (2 / 4, 4 / 4)
+        # With one neighbour: reference balls of 1 reach -1 to 4, those of samples 9, 0.5, 0.5 and 13.5.
+        assert precision_recall(reference, samples, neighbours=1) == (0.0, 4 / 4)
 
     def test_far_apart_is_none_and_repeated_samples_are_precise_but_recall_little(
         self, rng: np.random.Generator

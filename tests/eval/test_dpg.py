@@ -56,9 +56,12 @@ def test_what_does_not_fit_together_is_counted(path: Path) -> None:
     text = path.read_text() + "cat,A cat,,1,7,entity,whole,entity - whole (cat),Is it a cat?\n"
     path.write_text(text)
     found = dpg.read_questions(path)
-    assert (found.num_unknown_parents, found.num_repeated) == (1, 1)
+    assert (found.num_unknown_parents, found.num_repeated, found.num_other_texts) == (1, 1, 0)
     assert found.prompts[1].questions[0].text == "Is it a cat?"
     assert dpg.apply_dependencies(found.prompts[1].questions, {1: True}) == {1: True}
+    path.write_text(text + "cat,Another cat,,2,0,entity,whole,entity - whole (cat),Is it a cat?\n")
+    found = dpg.read_questions(path)
+    assert found.num_other_texts == 1 and found.prompts[1].text == "A cat"
 
 
 @pytest.mark.parametrize(

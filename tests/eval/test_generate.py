@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.eval.tiny_scorers import write_random_picture
 from tests.networks import write_tiny_export
-from tim_ds.errors import RequestError
+from tim_ds.errors import RequestError, TimError
 from tim_ds.eval.generate import (
     MANIFEST_NAME,
     Sampling,
@@ -181,6 +181,16 @@ def test_foreign_pictures_are_scored_with_nothing_known_of_them(tmp_path: Path) 
     assert open_pictures(tmp_path, WANTED, progress=False).sha256 != first.sha256
 
 
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
+def test_a_picture_that_was_cut_short_is_found_in_any_format(tmp_path: Path, suffix: str) -> None:
+    write_random_picture(tmp_path / f"a{suffix}", 0, side=256)
+    assert picture_set(tmp_path, [f"a{suffix}"], progress=False).names == (f"a{suffix}",)
+    whole = (tmp_path / f"a{suffix}").read_bytes()
+    (tmp_path / f"a{suffix}").write_bytes(whole[: len(whole) * 2 // 3])
+    with pytest.raises(RequestError, match=f"a{suffix}: damaged"):
+        picture_set(tmp_path, [f"a{suffix}"], progress=False)
+
+
 def test_pictures_of_a_data_set_may_lie_beside_others(tmp_path: Path) -> None:
     for name in ("a/1.jpg", "a/2.jpg", "b/3.jpg"):
         write_random_picture(tmp_path / name, 0)
@@ -198,6 +208,26 @@ def test_a_folder_that_is_none_and_a_manifest_that_is_none(pipeline: TiMPipeline
     (tmp_path / MANIFEST_NAME).write_text(json.dumps([]))
     with pytest.raises(RequestError, match="expected a mapping, received list"):
         make(pipeline, tmp_path)
+    (tmp_path / MANIFEST_NAME).write_text(json.dumps({"size": "8x8", "seed": 0}))
+    with pytest.raises(RequestError, match="no weights_sha256, num_steps, mode, cfg_scale, stochasticity"):
+        make(pipeline, tmp_path)
+
+
+def test_a_mistake_leaves_no_mark_and_a_run_given_up_before_its_first_picture_neither(
+    pipeline: TiMPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "pictures"
+    for wrong in ({"num_steps": 0}, {"size": "8x10"}, {"cfg_scale": float("nan")}):
+        with pytest.raises(TimError):
+            make(pipeline, folder, replace(SAMPLING, **wrong))
+        assert not folder.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(TiMPipeline, "run", lambda *_: pytest.fail("stopped"))
+        with pytest.raises(pytest.fail.Exception):
+            make(pipeline, folder, replace(SAMPLING, seed=5))
+    assert read_manifest(folder) is not None
+    make(pipeline, folder)
+    assert len(list(folder.rglob("*.png"))) == len(WANTED)
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,12 @@ class TestKeep:
         assert geneval.overlap((0, 0, 10, 10), (0, 5, 10, 15)) == pytest.approx(66 / 176)
         assert geneval.overlap((0, 0, 10, 10), (50, 50, 60, 60)) == 0
 
+    def test_the_rules_are_the_published_ones(self) -> None:
+        """Confidence 0.3, 0.9 in counting; 16 objects a class; no suppression; offset 0.1 of the sizes."""
+        assert Rules() == Rules(
+            threshold=0.3, counting_threshold=0.9, max_objects=16, max_overlap=1.0, position_threshold=0.1
+        )
+
     def test_counting_has_its_own_threshold(self) -> None:
         assert Rules().detection_threshold("counting") == 0.9
         assert {Rules().detection_threshold(tag) for tag in geneval.TASKS if tag != "counting"} == {0.3}

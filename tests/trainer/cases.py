@@ -11,7 +11,7 @@ import resource
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from tim_ds.errors import CheckpointError, NonFiniteError, RequestError
 from tim_ds.model.export_folder import open_export, write_export
 from tim_ds.model.init import initial_values
 from tim_ds.model.tim import TiM
+from tim_ds.trainer.assembly import UNITS, build_root, teacher_parameters
 from tim_ds.trainer.checkpoint import CheckpointFolder, Piece, find_checkpoints
 from tim_ds.trainer.ema import Ema
 from tim_ds.trainer.engine import (
@@ -40,7 +41,8 @@ from tim_ds.trainer.host_copy import HostCopy
 from tim_ds.trainer.loop import Loop
 from tim_ds.trainer.memory import Ranks, estimate
 from tim_ds.trainer.preview import describe_export
-from tim_ds.trainer.run import UNITS, build_root, teacher_parameters, train
+from tim_ds.trainer.run import train
+from tim_ds.trainer.signals import RunStopped, StopSignals
 from tim_ds.trainer.step import StepOutput, TransitionStep
 from tim_ds.trainer.world import World
 
@@ -408,6 +410,17 @@ def train_through_failures(world: World, settings: Recipe, folder: Path) -> None
         train(settings, folder / "failing", shared_engine_file(world, folder, 1), world)
     # Three pictures, two a call: two for rank 0 and one for rank 1, in each of four evaluations.
     assert drawn == [2 - world.rank] * 4
+    signals, ended = StopSignals(), threading.Event()
+
+    def endless_score(*arguments: Any, **named: Any) -> Any:
+        signals.reason = "SIGTERM"
+        ended.wait()
+        raise RuntimeError("too late for anybody")
+
+    with patch.object(dpg, "score_pictures", endless_score), patch.object(benchmarks, "MEETING_S", 0.01):
+        with suppress(RunStopped):
+            train(settings, folder / "stopping", shared_engine_file(world, folder, 1), world, signals=signals)
+        ended.set()
 
 
 def write_questions(folder: Path, world: World) -> Path:

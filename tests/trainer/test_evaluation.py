@@ -102,6 +102,17 @@ def test_a_failing_evaluation_does_not_end_the_run(found: tuple[Path, dict[str, 
     assert [event.value for event in board.Scalars("evaluation/failures")] == [1, 1, 1, 0]
 
 
+def test_an_evaluation_is_given_up_where_the_run_must_stop(found: tuple[Path, dict[str, str]]) -> None:
+    """Scoring that would never end, and a signal to rank 0 meanwhile: the run saves."""
+    folder, _ = found
+    lines = lines_without_clock(folder / "stopping")
+    assert [line["failed"] for line in lines if "failed" in line] == [
+        {"dpg/8x8/1_steps": "given up, because the run was asked to stop"}
+    ] * len([line for line in lines if "evaluation" in line])
+    steps = [line["step"] for line in lines if "evaluation" in line]
+    assert 1 <= len(steps) <= 2 and list((folder / "stopping" / "checkpoints").glob(f"*{steps[-1]}"))
+
+
 def test_a_resumed_run_logs_the_same(found: tuple[Path, dict[str, str]]) -> None:
     folder, _ = found
     whole, resumed = (lines_without_clock(folder / name) for name in ("whole", "resumed"))

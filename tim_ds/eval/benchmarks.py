@@ -378,6 +378,7 @@ class Dpg(Benchmark):
         details |= {
             "num_unknown_parents": self.file.num_unknown_parents,
             "num_repeated_questions": self.file.num_repeated,
+            "num_other_texts": self.file.num_other_texts,
         }
         per_prompt = len(pictures.names) // len(self.asked)
         return Scored(
@@ -427,7 +428,6 @@ class Mjhq(Benchmark):
         self.entries = chosen(mjhq.read_metadata(self.metadata), self.limit)
         self._clip: Clip | None = None
         self._real: PictureSet | None = None
-        self._real_names: list[str] = []
 
     @property
     def title(self) -> str:
@@ -450,8 +450,10 @@ class Mjhq(Benchmark):
         self.network = self.network or Inception.load(self.inception)
         clean_resizer()
         mjhq.check_counts(self.entries, self.network)
-        self._real_names = mjhq.picture_names(self.reference, self.entries, option="--reference")
+        names = mjhq.picture_names(self.reference, self.entries, option="--reference")
         self._clip = Clip.from_pretrained(self.clip)
+        # Every picture is looked at, so that a damaged one is found before any work.
+        self._real = picture_set(self.reference, names)
 
     def to(self, device: str) -> None:
         network, clip = self._loaded
@@ -469,15 +471,14 @@ class Mjhq(Benchmark):
             "protocol": mjhq.PROTOCOL,
             "metadata_sha256": sha256(self.metadata),
             "num_prompts": len(self.entries),
-            "reference_sha256": self._reference(progress=False).sha256,
+            "reference_sha256": self._reference.sha256,
             "inception": self._loaded[0].identity,
             "clip": fingerprint(self.clip),
         }
 
-    def _reference(self, *, progress: bool) -> PictureSet:
-        if self._real is None:
-            assert self.reference is not None, "load() comes first"
-            self._real = picture_set(self.reference, self._real_names, progress=progress)
+    @property
+    def _reference(self) -> PictureSet:
+        assert self._real is not None, "load() comes first"
         return self._real
 
     def score(
@@ -490,7 +491,7 @@ class Mjhq(Benchmark):
         progress: bool = True,
     ) -> Scored:
         network, clip = self._loaded
-        reference = self._reference(progress=progress)
+        reference = self._reference
         categories = [one.category for one in self.entries]
         scores: dict[str, float | None] = {}
         details: dict[str, Any] = {}

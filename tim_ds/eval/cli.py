@@ -131,6 +131,8 @@ def _resolution(options: argparse.Namespace) -> None:
     scorer_name = options.scorer or ""
     given = {name: getattr(options, name) for name in _OF_BENCHMARKS}
     is_benchmark = scorer_name in BENCHMARKS
+    if options.batch_scored < 1:
+        raise RequestError(f"--batch-scored: expected at least 1, received {options.batch_scored}")
     if (options.data is not None) + (options.prompts_file is not None) + is_benchmark != 1:
         raise RequestError(
             f"what to draw: expected one of --data, --prompts-file and --scorer {', '.join(BENCHMARKS)}"

@@ -76,6 +76,8 @@ class QuestionFile:
     """Dependencies on questions that the prompt does not have; they demand nothing."""
     num_repeated: int
     """Questions given twice under one number; the later one counts, as in the published code."""
+    num_other_texts: int
+    """Rows whose prompt is not that of the first row of their item, which is drawn."""
 
 
 def read_questions(path: Path) -> QuestionFile:
@@ -85,7 +87,7 @@ def read_questions(path: Path) -> QuestionFile:
         RequestError: naming the line that does not fit.
     """
     items: dict[str, tuple[str, dict[int, Question]]] = {}
-    repeated = 0
+    repeated = other_texts = 0
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
@@ -96,7 +98,8 @@ def read_questions(path: Path) -> QuestionFile:
                 )
             for row in reader:
                 question = _parse(path, reader.line_num, row)
-                _, questions = items.setdefault(row["item_id"], (row["text"], {}))
+                text, questions = items.setdefault(row["item_id"], (row["text"], {}))
+                other_texts += row["text"] != text
                 repeated += question.number in questions
                 questions[question.number] = question
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -110,7 +113,7 @@ def read_questions(path: Path) -> QuestionFile:
         for question in prompt.questions
         for parent in question.parents
     )
-    return QuestionFile(prompts, unknown, repeated)
+    return QuestionFile(prompts, unknown, repeated, other_texts)
 
 
 def wanted_pictures(

@@ -26,6 +26,9 @@ MANIFEST_NAME = "pictures.json"
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 _LISTED = 3
+_OF_SAMPLER = ("num_steps", "cfg_scale", "cfg_interval", "stochasticity", "mode")
+_COMPARED = ("weights_sha256", "size", "num_steps", "mode", "cfg_scale", "stochasticity")
+"""What every picture says of itself and `pictures.json` of all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,6 +108,13 @@ def generate(
         RequestError: if the folder holds pictures of other weights, prompts or settings, or of unknown ones.
         CheckpointError: if the disk refuses.
     """
+    # All is checked before the folder is claimed: a mistake must not leave its mark there.
+    pipeline.request(
+        [one.prompt for one in wanted],
+        sampling.size,
+        seeds=[one.seed for one in wanted],
+        **{name: getattr(sampling, name) for name in _OF_SAMPLER},
+    )
     claim(folder, identity_of(pipeline, wanted, sampling, evaluation=evaluation), wanted)
     k, n = sampling.part
     mine = list(wanted[k::n])
@@ -127,12 +137,8 @@ def draw(pipeline: TiMPipeline, part: Sequence[Wanted], sampling: Sampling) -> P
     return pipeline(
         [one.prompt for one in part],
         sampling.size,
-        num_steps=sampling.num_steps,
-        cfg_scale=sampling.cfg_scale,
-        cfg_interval=sampling.cfg_interval,
-        stochasticity=sampling.stochasticity,
-        mode=sampling.mode,
         seeds=[one.seed for one in part],
+        **{name: getattr(sampling, name) for name in _OF_SAMPLER},
     )
 
 
@@ -281,7 +287,8 @@ def claim(folder: Path, identity: dict[str, Any], wanted: Sequence[Wanted]) -> N
     # Looked at before the manifest: a process beside this one writes the manifest first.
     present = sorted(_pictures_in(folder)) if folder.is_dir() else []
     stored = read_manifest(folder) if folder.is_dir() else None
-    if stored is None:
+    if stored is None or (not present and stored != identity):
+        # Without pictures, a manifest is of a run that was given up before its first.
         if present:
             raise RequestError(
                 f"{folder}: holds {len(present)} pictures ({_listing(present)}) but no {MANIFEST_NAME} that "
@@ -317,6 +324,8 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         stored = json.loads(path.read_text())
         if not isinstance(stored, dict):
             raise ValueError(f"expected a mapping, received {type(stored).__name__}")
+        if missing := [name for name in (*_COMPARED, "seed", "model") if name not in stored]:
+            raise ValueError(f"no {', '.join(missing)}")
         return stored
     except (OSError, ValueError) as error:
         raise RequestError(f"{path}: cannot be read ({error}); choose another folder") from error
@@ -340,8 +349,13 @@ def _check_picture(path: Path) -> dict[str, Any]:
     try:
         with Image.open(path) as image:
             text = image.info.get(PNG_KEY)
-            # Reads every chunk of a PNG with its checksum, without decoding.
-            image.verify()
+            if image.format == "PNG":
+                # Reads every chunk with its checksum, without decoding.
+                image.verify()
+            else:
+                # Others are verified by nothing but decoding; a JPEG is read whole at an eighth of its size.
+                image.draft("RGB", (image.width // 8, image.height // 8))
+                image.load()
         return {} if text is None else json.loads(str(text))
     except (OSError, SyntaxError, ValueError) as error:
         raise RequestError(f"{path}: damaged ({error}); delete it and generate it again") from error
@@ -351,10 +365,7 @@ def _check_making(path: Path, settings: dict[str, Any], one: Wanted, manifest: d
     expected = {
         "prompt": one.prompt,
         "seed": one.seed,
-        **{
-            name: manifest[name]
-            for name in ("weights_sha256", "size", "num_steps", "mode", "cfg_scale", "stochasticity")
-        },
+        **{name: manifest[name] for name in _COMPARED},
     }
     for name, value in expected.items():
         if settings.get(name) != value:

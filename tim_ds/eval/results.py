@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -101,11 +102,16 @@ def add_row(path: Path, row: ResultRow, *, key: Callable[[ResultRow], Any] | Non
     key = key or (lambda one: (one.pictures_sha256, digest(one.scorer)))
     rows = [old for old in read_rows(path, row.evaluation) if key(old) != key(row)]
     rows.append(row)
-    rows.sort(key=lambda one: (one.label, one.nfe or 0, one.pictures))
+    rows.sort(key=lambda one: (_in_order(one.label), one.nfe or 0, one.pictures))
     content = {"evaluation": row.evaluation, "rows": [asdict(one) for one in rows]}
     text = json.dumps(content, indent=2) + "\n"
     write_aside(path, len(text.encode()), lambda aside: aside.write_text(text))
     return rows
+
+
+def _in_order(label: str) -> list[str | int]:
+    """A key by which step 5 comes before step 10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", label)]
 
 
 def read_rows(path: Path, evaluation: str) -> list[ResultRow]:

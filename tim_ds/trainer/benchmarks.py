@@ -40,6 +40,10 @@ class EvaluationFailedError(Exception):
     """An evaluation that could not be finished, raised on every rank alike."""
 
 
+class EvaluationStoppedError(EvaluationFailedError):
+    """The run was asked to stop: an evaluation must not use up the time that a save needs."""
+
+
 @dataclass(frozen=True)
 class _Planned:
     """One benchmark of the recipe."""
@@ -60,6 +64,7 @@ class Benchmarks:
     Args:
         pipeline: on the network inside the root module.
         entered: told of progress, so that a long evaluation is not taken for a hung one.
+        stopping: whether this rank was asked to stop; then evaluations are given up.
     Raises:
         RequestError: if a file, a model or a library is missing, or the network cannot draw the pictures.
     """
@@ -72,12 +77,14 @@ class Benchmarks:
         world: World,
         log: MetricsLog | None,
         entered: Callable[[str], None],
+        stopping: Callable[[], bool],
     ) -> None:
         self._config: EvaluationConfig = recipe.train.evaluation
         self._pipeline = pipeline
         self._world = world
         self._log = log
         self._entered = entered
+        self._stopping = stopping
         # Under ZeRO-3 every forward is one of all ranks: they draw the same pictures together.
         self._in_step = any(hasattr(parameter, "ds_id") for parameter in pipeline.network.parameters())
         self._planned = [
@@ -106,6 +113,8 @@ class Benchmarks:
                     row = self._evaluate(one, step, num_steps)
                 except EvaluationFailedError as error:
                     failures[name] = str(error)
+                    if isinstance(error, EvaluationStoppedError):
+                        return values, failures
                     continue
                 if row is not None:
                     values |= {f"{name}/{key}": value for key, value in row.scores.items()}
@@ -195,13 +204,17 @@ class Benchmarks:
             if self._world.is_main:
                 thread.join(MEETING_S)
             working = self._world.from_main(thread.is_alive())
-            self._entered("evaluation")
+            # Given up while it works: the thread ends with the process, if not before.
+            self._agree(None)
         self._agree(problems[0] if problems else None)
         return found[0] if found else None
 
     def _agree(self, problem: str | None) -> None:
-        problems = [told for told in self._world.gather(problem) if told is not None]
+        answers = self._world.gather((problem, self._stopping()))
         self._entered("evaluation")
+        if any(stopping for _, stopping in answers):
+            raise EvaluationStoppedError("given up, because the run was asked to stop")
+        problems = [told for told, _ in answers if told is not None]
         if problems:
             raise EvaluationFailedError(problems[0])
 

@@ -51,6 +51,7 @@ class Evaluations:
         export: as `describe_export`; its sampler decides all but the step counts.
         network: the network that is sampled from, inside the root module.
         entered: told of progress, so that a long evaluation is not taken for a hung one.
+        stopping: whether this rank was asked to stop; then benchmarks are given up.
     Raises:
         RequestError: if data, prompts or the scorer are missing, or the network cannot draw them.
     """
@@ -64,6 +65,7 @@ class Evaluations:
         world: World,
         log: MetricsLog | None,
         entered: Callable[[str], None] = lambda _: None,
+        stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         self._config = recipe.train.evaluation
         self._world = world
@@ -86,7 +88,7 @@ class Evaluations:
             # matplotlib and its fonts are for those who ask for them.
             from tim_ds.trainer.benchmarks import Benchmarks
 
-            self._benchmarks = Benchmarks(recipe, self._pipeline, run_dir, world, log, entered)
+            self._benchmarks = Benchmarks(recipe, self._pipeline, run_dir, world, log, entered, stopping)
 
     def __call__(self, step: int) -> None:
         """Scores of every set at every step count: a line of the metrics and TensorBoard scalars.
