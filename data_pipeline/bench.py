@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -51,6 +52,9 @@ CELL_PX = 32
 PACKS_PER_STEP = (8, 64, 512)
 
 CHUNK = 10_000_000
+
+WORKER_EPOCHS = 50
+"""Passes through a worker that are timed together, so that its start counts for little."""
 
 
 def draw_sizes(distribution: str, count: int, seed: int) -> np.ndarray:
@@ -315,14 +319,19 @@ def read_bytes(folder: Path, tokens_per_pack: int) -> Iterator[Tensor]:
 
 def read_packs(folder: Path, tokens_per_pack: int) -> Iterator[Tensor]:
     """Packs of one epoch from this package's loader, without its cache."""
-    config = DataConfig(
+    config = _config(folder, tokens_per_pack, workers=0)
+    loader = build_loader(config, patch_size=1, num_steps=sys.maxsize, cache_bytes=0)
+    return (batch.latents.values for step in islice(loader, loader.steps_per_epoch) for batch in step)
+
+
+def _config(folder: Path, tokens_per_pack: int, *, workers: int) -> DataConfig:
+    return DataConfig(
         shards=str(folder / "shards"),
         tokens_per_pack=tokens_per_pack,
         packs_per_step=1,
         autoencoder=AutoencoderConfig(kind="dc_ae", path="synthetic"),
+        workers=workers,
     )
-    loader = build_loader(config, patch_size=1, num_steps=sys.maxsize, cache_bytes=0)
-    return (batch.latents.values for step in islice(loader, loader.steps_per_epoch) for batch in step)
 
 
 def read_webdataset(folder: Path, tokens_per_pack: int) -> Iterator[Tensor]:
@@ -425,6 +434,23 @@ def measure_reading(
     return list(best.values())
 
 
+def measure_worker(folder: Path, tokens_per_pack: int, *, epochs: int) -> ReadingRow:
+    """This loader through one worker: processor time of both processes, the worker's start included."""
+    config = _config(folder, tokens_per_pack, workers=1)
+    steps = build_loader(config, patch_size=1, num_steps=0).steps_per_epoch
+    packs = build_loader(config, patch_size=1, num_steps=epochs * steps)
+    cpu, wall, tokens = _cpu_of_both(), time.perf_counter(), 0
+    for step in packs:
+        tokens += sum(batch.latents.num_tokens for batch in step)
+    return ReadingRow("one worker", tokens, _cpu_of_both() - cpu, time.perf_counter() - wall)
+
+
+def _cpu_of_both() -> float:
+    """Seconds of this process and of its children that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
 def _leave_page_cache(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
@@ -462,6 +488,12 @@ def reading_lines(
         for row, *speeds in zip(stored, *columns, strict=True):
             cells = [f"{v:.2f} | {c[0] / v:.1f} x" for v, c in zip(speeds, columns, strict=True)]
             yield f"| {row.name} | {' | '.join(cells)} |"
+        worker = measure_worker(folder, tokens_per_pack, epochs=WORKER_EPOCHS)
+        yield ""
+        yield (
+            f"this loader through one worker: {worker.tokens / worker.cpu_s / 1e6:.2f} M tokens / s of "
+            f"processor time of both processes"
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

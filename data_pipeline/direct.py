@@ -113,15 +113,15 @@ class DirectReader:
         Returns:
             Whether all could be read, and have these checksums, started from `seeds`.
         """
-        index, memory = self._index, into.numpy().data
+        index, memory, descriptor = self._index, into.numpy().data, self._folder.descriptor
         shards = index.columns["shard"][ids].tolist()
         offsets = index.columns["offset"][ids] + places
         numbers = (array.tolist() for array in (offsets, begins, ends, checksums, seeds))
         try:
-            files = {shard: self._folder.descriptor(index.shards[shard]) for shard in set(shards)}
             for shard, offset, begin, end, checksum, seed in zip(shards, *numbers, strict=True):
                 part = memory[begin:end]
-                if os.preadv(files[shard], (part,), offset) != end - begin or crc32(part, seed) != checksum:
+                size = os.preadv(descriptor(index.shards[shard]), (part,), offset)
+                if size != end - begin or crc32(part, seed) != checksum:
                     return False
         except OSError:
             return False

@@ -33,6 +33,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.index import Index, load_index
 from data_pipeline.online import FrozenEncoders, OnlineReader, RawSample
 from data_pipeline.packing import PackPlan, Plan
+from data_pipeline.parcels import InParcels, Parcel, Parcels
 from data_pipeline.reader import ShardReader, StoredSample
 from data_pipeline.schema import MANIFEST_NAME, NULL_NAME, check_states
 from data_pipeline.storage import read_beside
@@ -100,7 +101,7 @@ class _Damage:
 
 
 class _Item(NamedTuple):
-    """A pack on its way to the training process. A tuple of this kind is what `pin_memory` looks into."""
+    """A pack on its way to the training process."""
 
     value: Any
     """The finished micro-batch; None with an error."""
@@ -111,6 +112,11 @@ class _Item(NamedTuple):
     """Returned, not raised: so it arrives as it is, not wrapped in a worker's traceback."""
     retries: int = 0
     """Requests to a URL that were made again since the last item."""
+
+    def pin_memory(self) -> _Item:
+        """The same in page-locked memory, where the micro-batch has a method of this name."""
+        pin = getattr(self.value, "pin_memory", None)
+        return self if pin is None else self._replace(value=pin())
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,7 +194,7 @@ class StepLoader(Generic[T]):
         items = range(
             self.start_step * self._packs_per_rank, (self.start_step + self.num_steps) * self._packs_per_rank
         )
-        source = self._read_by_workers(items) if self._workers else map(self._packs.pinned, items)
+        source = self._read_by_workers(items) if self._workers else self._read_here(items)
         try:
             for _ in range(self.num_steps):
                 yield [self._take(item) for item in islice(source, self._packs_per_rank)]
@@ -196,11 +202,20 @@ class StepLoader(Generic[T]):
             # A raised error refers to this frame. Left to the garbage collector, workers take 5 s to stop.
             del source
 
+    def _read_here(self, items: range) -> Iterator[_Item]:
+        for number in items:
+            item = self._packs[number]
+            yield item.pin_memory() if torch.cuda.is_available() else item
+
     def _read_by_workers(self, items: range) -> Iterator[_Item]:
         # batch_size None: an item is a whole pack. Items arrive in the sampler's order, whoever is first.
         # Its own generator: the loader must not advance the global one of a training process.
+        # Of each worker: packs that are read ahead, the one that is being read, and its share of the two
+        # steps that the training process may hold.
+        held = -(-2 * self._packs_per_rank // self._workers)
+        parcels = Parcels(self._workers, PREFETCH + 1 + held)
         loader = DataLoader(
-            self._read_packs,
+            InParcels(self._read_packs, parcels),
             batch_size=None,
             sampler=items,
             num_workers=self._workers,
@@ -209,7 +224,13 @@ class StepLoader(Generic[T]):
             prefetch_factor=PREFETCH,
             pin_memory=torch.cuda.is_available(),
         )
-        return iter(loader)
+        source = iter(loader)
+        try:
+            for item in source:
+                yield item.open() if isinstance(item, Parcel) else item
+        finally:
+            # Its workers stop with it.
+            del source
 
     def _take(self, item: _Item) -> T:
         """The micro-batch of an item, encoded if a worker left that to do, its damage counted and logged.
@@ -328,11 +349,8 @@ class _Packs(Dataset["_Item"], Generic[T]):
             samples, chosen = self._load(pack.chosen, pack.planned.epoch, raw)
         except DataError as error:
             return _Item(None, len(pack.chosen), self._take_news(), error)
-        return _pinned(self._finished(pack.planned, self._assemble(pack.planned, chosen, samples)))
-
-    def pinned(self, number: int) -> _Item:
-        """Item `number`, in page-locked memory where there is a device."""
-        return _pinned(self[number])
+        item = self._finished(pack.planned, self._assemble(pack.planned, chosen, samples))
+        return item.pin_memory() if torch.cuda.is_available() else item
 
     def _finished(self, planned: PackPlan, batch: PackedBatch) -> _Item:
         return self._item(planned, batch if self._finish is None else self._finish(batch))
@@ -501,11 +519,6 @@ class _Packs(Dataset["_Item"], Generic[T]):
             encoded = self.encoders.encode(list(good.values()), [self.index.name(i) for i in good])
         whole = dict(zip(good, encoded, strict=True))
         return [whole[i] if i in whole else cast(DataError, read[i]) for i in wanted]
-
-
-def _pinned(item: _Item) -> _Item:
-    pin = getattr(item.value, "pin_memory", None) if torch.cuda.is_available() else None
-    return item if pin is None else item._replace(value=pin())
 
 
 def _latents(samples: Sequence[StoredSample], mirrored: np.ndarray) -> Tensor:

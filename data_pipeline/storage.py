@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,8 +37,15 @@ def is_url(location: Path | str) -> bool:
     return "://" in str(location)
 
 
+def most_open_files() -> int:
+    """Half of the files that this process may have open at once."""
+    return max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+
+
 class Folder:
-    """Files of a local folder. Holds one descriptor a file, opened on first use by the process that reads."""
+    """Files of a local folder. Holds one descriptor a file, opened on first use by the process that reads; of
+    more files than `most_open_files`, those that were opened last.
+    """
 
     num_retries = 0
     """A disk is asked once."""
@@ -74,7 +82,7 @@ class Folder:
         return (self.location / name).stat().st_size
 
     def descriptor(self, name: str) -> int:
-        """Descriptor of a file, opened once.
+        """Descriptor of a file. The next call may close it.
 
         Raises:
             FileNotFoundError, OSError
@@ -83,6 +91,8 @@ class Folder:
             # A forked worker inherits the parent's descriptors; it opens its own so that close() stays local.
             self._files, self._pid = {}, os.getpid()
         if name not in self._files:
+            if len(self._files) >= most_open_files():
+                os.close(self._files.pop(next(iter(self._files))))
             self._files[name] = os.open(self.location / name, os.O_RDONLY)
         return self._files[name]
 

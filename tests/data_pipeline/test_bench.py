@@ -77,4 +77,5 @@ def test_commands_print_their_tables(tmp_path, capsys):
     assert len(re.findall(r"^\| (web|mixed|one size) \|", out, re.M)) == 9
     assert re.search(r"resume at 20,000 samples: 0\.\d+ s", out)
     assert bench.main(["loader", "--images", "30", "--passes", "1", "--side", "8"]) == 0
-    assert "plain webdataset" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "plain webdataset" in out and re.search(r"through one worker: \d+\.\d+ M tokens", out)

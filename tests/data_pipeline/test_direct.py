@@ -8,11 +8,13 @@ import torch
 from safetensors.torch import save
 
 from data_pipeline import loader as loader_module
+from data_pipeline import storage as storage_module
 from data_pipeline.batch import PackedBatch
 from data_pipeline.errors import DataError
 from data_pipeline.index import build_index, load_index
 from data_pipeline.loader import build_loader
 from data_pipeline.reader import ShardReader
+from data_pipeline.storage import Folder
 from tests.data_pipeline.conftest import CHANNELS, TEXT_WIDTH, data_config, write_tar
 
 COUNT = 60
@@ -115,6 +117,23 @@ def test_damage_is_replaced_alike_whoever_has_met_it_before(tmp_path, part):
         assert {i for i, r in zip(before.sample_ids, replaced, strict=True) if r} <= {3, 17, 40}
         if not any(replaced):
             assert torch.equal(before.latents.values, after.latents.values)
+
+
+def test_more_shards_than_files_may_be_open(text_folder, monkeypatch):
+    expected = packs_of(text_folder)
+    most = 0
+
+    def counted(self, name):
+        nonlocal most
+        found = original(self, name)
+        most = max(most, len(self._files))
+        return found
+
+    original = Folder.descriptor
+    monkeypatch.setattr(Folder, "descriptor", counted)
+    monkeypatch.setattr(storage_module, "most_open_files", lambda: 2)
+    assert_same(expected, packs_of(text_folder))
+    assert most == 2
 
 
 def test_a_checksum_vouches_for_the_size(tmp_path):
