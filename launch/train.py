@@ -1,8 +1,8 @@
-"""Train, or continue, the run of a recipe: see tim_ds/trainer/run.py for the command line."""
+"""Train, or continue, the run of a recipe: see tim_ds/trainer/cli.py for the command line."""
 
 import sys
 
-from tim_ds.trainer.run import main
+from tim_ds.trainer.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -15,7 +15,7 @@ from tim_ds.config import check
 from tim_ds.config.load import load_recipe
 from tim_ds.errors import TimError
 from tim_ds.eval import cli, sample
-from tim_ds.trainer import preflight, run
+from tim_ds.trainer import cli as training
 from tim_ds.trainer.bench import __main__ as step_bench
 from tim_ds.trainer.engine import read_engine_file
 
@@ -24,7 +24,7 @@ READMES = sorted(
     path for path in ROOT.rglob("README.md") if not any(part.startswith(".") for part in path.parts)
 )
 PROGRAMS: dict[str, Callable[[list[str]], int]] = {
-    "launch/train.py": run.main,
+    "launch/train.py": training.main,
     "launch/sample.py": sample.main,
     "launch/evaluate.py": cli.main,
     "tim_ds.compat": compat.main,
@@ -76,8 +76,8 @@ def test_a_shown_command_is_taken(
         return 0
 
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(run, "start_world", understood)
-    monkeypatch.setattr(preflight, "check", looked_at)
+    monkeypatch.setattr(training, "start_world", understood)
+    monkeypatch.setattr(training, "check", looked_at)
     monkeypatch.setattr(sample, "_sample", understood)
     monkeypatch.setattr(step_bench, "_run", understood)
     monkeypatch.setattr(step_bench, "_render", understood)

@@ -26,6 +26,7 @@ from tim_ds.errors import CheckpointError, NonFiniteError, RequestError
 from tim_ds.model.export_folder import open_export, write_export
 from tim_ds.model.init import initial_values
 from tim_ds.model.tim import TiM
+from tim_ds.trainer.assembly import UNITS, build_root, teacher_parameters
 from tim_ds.trainer.checkpoint import CheckpointFolder, Piece, find_checkpoints
 from tim_ds.trainer.ema import Ema
 from tim_ds.trainer.engine import (
@@ -40,7 +41,7 @@ from tim_ds.trainer.host_copy import HostCopy
 from tim_ds.trainer.loop import Loop
 from tim_ds.trainer.memory import Ranks, estimate
 from tim_ds.trainer.preview import describe_export
-from tim_ds.trainer.run import UNITS, build_root, teacher_parameters, train
+from tim_ds.trainer.run import train
 from tim_ds.trainer.signals import RunStopped, StopSignals
 from tim_ds.trainer.step import StepOutput, TransitionStep
 from tim_ds.trainer.world import World

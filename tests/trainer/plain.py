@@ -11,9 +11,10 @@ from data_pipeline.index import load_index
 from data_pipeline.loader import build_loader
 from tim_ds.config.recipe import Recipe
 from tim_ds.objective.loss import transition_loss
+from tim_ds.trainer.agreement import DataFacts
+from tim_ds.trainer.assembly import build_root, prepare_of
 from tim_ds.trainer.initial import read_initial
 from tim_ds.trainer.inputs import StepInputs
-from tim_ds.trainer.run import DataFacts, build_root, prepare_of
 
 
 class PlainRun(NamedTuple):

@@ -3,7 +3,7 @@
 import importlib
 
 for name in (
-    "tim_ds.trainer.run",
+    "tim_ds.trainer.cli",
     "torch.utils.tensorboard",
     # deepspeed.initialize imports these.
     "torch._dynamo",

@@ -12,8 +12,8 @@ import pytest
 
 from tests.trainer.cases import AVERAGES
 from tests.trainer.ranks import RECIPE
+from tim_ds.trainer.cli import main
 from tim_ds.trainer.loop import Loop
-from tim_ds.trainer.run import main
 
 SETTINGS = (
     "train.steps=6",

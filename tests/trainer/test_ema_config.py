@@ -7,8 +7,8 @@ import pytest
 from tests.trainer.ranks import recipe
 from tim_ds.config.recipe import to_dict
 from tim_ds.errors import CheckpointError, ConfigError
+from tim_ds.trainer.agreement import DataFacts, check_same_run
 from tim_ds.trainer.checkpoint import Checkpoint
-from tim_ds.trainer.run import DataFacts, check_same_run
 
 TWO = "{name: a, decay: 0.9}, {name: b, sigma_rel: 0.1}"
 

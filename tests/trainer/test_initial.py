@@ -14,9 +14,10 @@ from tests.trainer.conftest import Groups
 from tests.trainer.ranks import recipe
 from tim_ds.errors import CheckpointError, ConfigError
 from tim_ds.model.export_folder import read_export
+from tim_ds.trainer.agreement import check_same_encoders
+from tim_ds.trainer.assembly import build_root
 from tim_ds.trainer.checkpoint import find_checkpoints
 from tim_ds.trainer.initial import StoredState, check_initial, read_initial
-from tim_ds.trainer.run import build_root, check_same_encoders
 
 POWER = "train.ema={averages: [{sigma_rel: 0.1}], snapshots: {every_steps: 2}}"
 CLASSES = ("model.condition=class", "model.text_dim=null", "model.num_classes=10", "data.text_encoder=null")

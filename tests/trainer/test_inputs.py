@@ -14,8 +14,9 @@ from data_pipeline.loader import build_loader
 from tests.trainer.plain import steps_of
 from tests.trainer.ranks import recipe
 from tim_ds.packed import TextCondition
+from tim_ds.trainer.agreement import DataFacts
+from tim_ds.trainer.assembly import prepare_of
 from tim_ds.trainer.inputs import StepInputs
-from tim_ds.trainer.run import DataFacts, prepare_of
 
 
 def draws_by_sample(

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from tests.trainer.ranks import RECIPE, engine_file, free_port, recipe, run_ranks, write_data
+from tim_ds.trainer.cli import main
 from tim_ds.trainer.engine import start_world, stop_world
 from tim_ds.trainer.metrics import read_metrics
-from tim_ds.trainer.run import main, train
+from tim_ds.trainer.run import train
 
 ROOT = Path(__file__).parents[2]
 TRAIN = str(ROOT / "launch" / "train.py")

@@ -20,12 +20,12 @@ from tim_ds.errors import ConfigError
 from tim_ds.model.export_folder import load_network, read_export
 from tim_ds.model.tim import TiM
 from tim_ds.packed import Direction, Segments, TextCondition
+from tim_ds.trainer.assembly import build_root
 from tim_ds.trainer.checkpoint import find_checkpoints
 from tim_ds.trainer.config import AdapterConfig
 from tim_ds.trainer.initial import read_initial
 from tim_ds.trainer.lora import add_adapters, merged, write_adapter
 from tim_ds.trainer.metrics import read_metrics
-from tim_ds.trainer.run import build_root
 
 LORA = AdapterConfig(rank=2, alpha=4.0)
 

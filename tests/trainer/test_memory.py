@@ -208,10 +208,10 @@ def test_a_step_on_a_gpu_peaks_where_the_estimate_says(tmp_path: Path) -> None:
 def _peak_of_a_step(folder: Path) -> dict[str, tuple[int, int, int]]:
     from tests.trainer.cases import micro_batches, take_step
     from tests.trainer.ranks import recipe, write_data
+    from tim_ds.trainer.assembly import UNITS, build_root
     from tim_ds.trainer.ema import Ema
     from tim_ds.trainer.engine import Engine, start_world, stop_world
     from tim_ds.trainer.memory import RUNTIME_BYTES
-    from tim_ds.trainer.run import UNITS, build_root
 
     world = start_world()
     shards = write_data(folder / "shards")

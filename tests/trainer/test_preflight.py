@@ -8,8 +8,8 @@ from tests.trainer.ranks import engine_file, run_ranks
 from tests.trainer.test_launch import ROOT, write_recipe
 from tim_ds.config.load import load_recipe
 from tim_ds.errors import CheckpointError
+from tim_ds.trainer.cli import main
 from tim_ds.trainer.preflight import Findings, _look_at_encoders, missing_weights
-from tim_ds.trainer.run import main
 
 RECIPES = ROOT / "launch" / "recipes"
 PREVIEW = "train.preview={every_steps: 2, prompts: [a cat], sizes: [4x6], num_steps: [1, 3]}"

@@ -18,10 +18,10 @@ from tests.trainer.aligning import train_watched
 from tests.trainer.ranks import engine_file, run_ranks
 from tim_ds.config.load import load_recipe
 from tim_ds.model.export_folder import read_export
+from tim_ds.trainer.assembly import build_root
 from tim_ds.trainer.checkpoint import find_checkpoints
 from tim_ds.trainer.initial import read_initial
 from tim_ds.trainer.metrics import read_metrics
-from tim_ds.trainer.run import build_root
 
 pytestmark = pytest.mark.slow
 

@@ -32,6 +32,8 @@ from tim_ds.config.load import load_recipe
 from tim_ds.config.recipe import Recipe, recipe_hash
 from tim_ds.errors import TimError
 from tim_ds.model.ops import prove_attention
+from tim_ds.trainer.agreement import DataFacts, check_parts, check_same_run
+from tim_ds.trainer.assembly import UNITS, build_root, initial_weights, prepare_of
 from tim_ds.trainer.checkpoint import SPARE_BYTES, find_checkpoints, free_bytes
 from tim_ds.trainer.ema import Ema
 from tim_ds.trainer.engine import (
@@ -47,16 +49,7 @@ from tim_ds.trainer.flops import PackShape
 from tim_ds.trainer.host_copy import available_bytes
 from tim_ds.trainer.inputs import StepInputs
 from tim_ds.trainer.memory import GIB, MemoryEstimate, Ranks, estimate
-from tim_ds.trainer.run import (
-    CHECKPOINTS,
-    UNITS,
-    DataFacts,
-    build_root,
-    check_parts,
-    check_same_run,
-    initial_weights,
-    prepare_of,
-)
+from tim_ds.trainer.run import CHECKPOINTS
 from tim_ds.trainer.scaling import expected_flops
 from tim_ds.trainer.world import World
 
