@@ -6,7 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.trainer.cases import run_cases
@@ -63,6 +65,14 @@ def test_scores_are_logged_and_are_those_of_the_evaluation_itself(
     )
     [row] = run_dpg(options)
     assert row.scores == {key: logged[4][f"dpg/8x8/1_steps/{key}"] for key in row.scores}
+    drawn = folder / "whole" / "evaluations" / "dpg_8x8" / "steps_0001" / "pictures"
+    for name in ("dog", "cat", "car"):
+        ours, theirs = (
+            np.asarray(Image.open(place / name / "00000.png")).astype(int)
+            for place in (drawn, tmp_path / "dpg" / "pictures")
+        )
+        # Weights that two ranks gather are the exported ones: a value may cross a rounding edge.
+        assert np.abs(ours - theirs).max() <= 1 and ours.std() > 1
     assert logged[2] != logged[4]
     board = EventAccumulator(str(folder / "whole" / "tensorboard"))
     board.Reload()

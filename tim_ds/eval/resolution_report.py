@@ -23,6 +23,8 @@ SHEET_NAME = "samples.png"
 
 _COLOURS = ("#1f6feb", "#d97706", "#2e9d6b", "#8957e5")
 _SAMPLES_A_SIZE = 3
+_HEADERS = {"pictures": "right pictures", "prompts": "any right"}
+"""Of GenEval's scores, whose names say in a table something else."""
 
 
 def write(evaluation: Evaluation, out: Path) -> list[Path]:
@@ -45,7 +47,8 @@ def write(evaluation: Evaluation, out: Path) -> list[Path]:
 def table(evaluation: Evaluation) -> str:
     """Markdown whose columns line up: one row a network, step count and size."""
     names = [*dict.fromkeys(name for row in evaluation.rows for name in row.scores)]
-    header = ("network", "steps", "nfe", "size", "seen", "pictures", *names, "ms/picture", "peak memory")
+    scores = [_HEADERS.get(name, name) for name in names]
+    header = ("network", "steps", "nfe", "size", "seen", "pictures", *scores, "ms/picture", "peak memory")
     seen = {True: "yes", False: "no", None: "-"}
     body = [
         (
