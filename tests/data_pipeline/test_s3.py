@@ -107,10 +107,10 @@ class _Handler(BaseHTTPRequestHandler):
 def moto_port() -> Iterator[int]:
     import logging
 
-    from moto.server import ThreadedMotoServer  # pyright: ignore[reportMissingImports]  # see the first lines
-
+    # 100 MB with what it needs, so not among the packages for development.
+    moto = pytest.importorskip("moto.server", reason="pip install 'moto[s3]' flask flask-cors")
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     yield server.get_host_and_port()[1]
     server.stop()
