@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from tests.trainer.ranks import engine_file, run_ranks
@@ -33,6 +34,7 @@ def test_a_check_says_what_will_happen_takes_a_step_and_writes_nothing(tmp_path:
     assert "64 images in 5 steps" in printed and "4 steps, 0.80 epochs" in printed
     assert "4 packs, 2 a rank on 2 ranks" in printed and "FLOP a step" in printed
     assert "16 of 16 samples" in printed and "26,492 trained parameters, 2 GPUs" in printed
+    assert re.search(r"memory +for packs of \d+ images, as in the fullest of the first step", printed)
     assert "every 100 steps, 1 in the run" in printed and "4x6  a cat" in printed
     assert "gradient norm" in printed and "no problems: the run can begin" in printed
     assert "no problems" not in (out / "output_1.txt").read_text(), "one rank prints"

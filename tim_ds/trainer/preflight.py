@@ -115,7 +115,8 @@ def check(
         _look_at_start(found, recipe, run_dir, index)
         _look_at_device(found, recipe, world)
         if engine_config is not None:
-            _look_at_machine(found, recipe, engine_config, world, planned, run_dir, card_gib)
+            images = None if loader is None else max(map(len, loader.plan.step(0).packs))
+            _look_at_machine(found, recipe, engine_config, world, planned, images, run_dir, card_gib)
             if index is not None:
                 found.attempt(lambda: check_parts(recipe, engine_config, DataFacts.of(index)))
             if any(world.gather(found.problems)):
@@ -370,16 +371,19 @@ def _look_at_machine(
     engine_config: dict[str, Any],
     world: World,
     planned: Ranks,
+    images: int | None,
     run_dir: Path | None,
     card_gib: float | None,
 ) -> None:
+    """Memory for packs of so many images; None: where the data are not known, of 1024 x 1024 pixels each."""
     config = recipe.train
     merged = found.attempt(
         lambda: merge_config(
             engine_config, config, packs_per_step=recipe.data.packs_per_step, world_size=planned.size
         )
     )
-    needs = found.attempt(lambda: estimate(recipe, engine_config, planned))
+    tokens = None if images is None else max(1, recipe.data.tokens_per_pack // images)
+    needs = found.attempt(lambda: estimate(recipe, engine_config, planned, image_tokens=tokens))
     if merged is None or needs is None:
         return
     found.title("engine and memory")
@@ -388,6 +392,12 @@ def _look_at_machine(
     )
     if card_gib is None and world.device.type == "cuda":
         card_gib = torch.cuda.get_device_properties(world.device).total_memory / GIB
+    found.say(
+        "memory",
+        "for packs of 1024 x 1024 pixels an image: the data are not known"
+        if images is None
+        else f"for packs of {images:,} images, as in the fullest of the first step",
+    )
     found.lines += [f"  {line}".rstrip() for line in needs.table(card_gib).splitlines()]
     if recipe.data.encode_online or recipe.data.image_encoder is not None:
         found.lines.append(
