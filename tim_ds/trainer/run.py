@@ -18,6 +18,7 @@ import torch
 
 from data_pipeline.errors import DataError
 from data_pipeline.index import load_index
+from data_pipeline.loader import StepLoader
 from tim_ds import __version__
 from tim_ds.config.load import dump
 from tim_ds.config.recipe import Recipe, recipe_hash, to_dict
@@ -54,24 +55,21 @@ from tim_ds.trainer.engine import (
 )
 from tim_ds.trainer.evaluation import Evaluations
 from tim_ds.trainer.initial import read_initial
+from tim_ds.trainer.inputs import StepInputs
 from tim_ds.trainer.loop import Loop, Progress
 from tim_ds.trainer.lora import merged, write_adapter
 from tim_ds.trainer.metrics import MetricsLog, Sums
 from tim_ds.trainer.preview import Previews, describe_export
 from tim_ds.trainer.signals import StopAgreement, StopSignals
 from tim_ds.trainer.snapshots import SNAPSHOTS, Snapshots
+from tim_ds.trainer.step import TransitionStep
 from tim_ds.trainer.watch import Watch
 from tim_ds.trainer.world import World
 
 logger = logging.getLogger(__name__)
 
-
 CHECKPOINTS = "checkpoints"
-
-
 EXPORT = "export"
-
-
 ADAPTER_FOLDER = "adapter"
 
 
@@ -133,26 +131,8 @@ def _run(
     watch: Watch,
 ) -> str:
     config = recipe.train
-    start_step = 0 if checkpoint is None else checkpoint.step
-    loader = world.together(partial(build_run_loader, recipe, world, data, start_step), (DataError,))
-    dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
-    world.together(partial(prove_attention, world.device, dtype, recipe.model.head_dim), (ConfigError,))
-    encoders = world.from_main(loader.encoders if world.is_main else {})
-    if checkpoint is not None:
-        check_same_encoders(checkpoint.manifest.get("encoders", {}), encoders, str(checkpoint.path))
-    initial = world.together(partial(initial_weights, recipe, checkpoint), (TimError,))
-    merged_config = merge_config(
-        engine_config, config, packs_per_step=recipe.data.packs_per_step, world_size=world.size
-    )
-    split = Splitter(merged_config) if zero_stage(merged_config) == 3 else None
-    watch.enter("build")
-    root = build_root(recipe, world.size, initial, split=split)
-    # Kept by an adapter alone, which goes with these weights and no others.
-    initial_digest = None if initial is None else initial.digest
-    del initial
-    engine = Engine(
-        root, engine_config, config, packs_per_step=recipe.data.packs_per_step, world=world, units=UNITS
-    )
+    loader, encoders = _open_data(recipe, world, data, checkpoint)
+    engine, root, initial_digest = _build_engine(recipe, engine_config, world, checkpoint, watch)
     watch.enter("restore")
     _check_room(run_dir, engine, world, len(config.ema.averages))
     ema = Ema(engine, config.ema)
@@ -166,28 +146,7 @@ def _run(
     if teacher:
         ema.write_into(teacher)
     log = _open_log(recipe, run_dir, engine, world, progress.step) if world.is_main else None
-    preview = None
-    if config.preview.every_steps:
-        export_now = describe_export(recipe, progress.step, recipe_hash(recipe))
-        preview = world.together(
-            partial(Previews, recipe, export_now, root.network, run_dir, world, log), (TimError,)
-        )
-    evaluate = None
-    if config.evaluation.every_steps:
-        export_now = describe_export(recipe, progress.step, recipe_hash(recipe))
-        evaluate = world.together(
-            lambda: Evaluations(
-                recipe,
-                export_now,
-                root.network,
-                run_dir,
-                world,
-                log,
-                watch.enter,
-                lambda: signals.requested,
-            ),
-            (TimError, DataError),
-        )
+    preview, evaluate = _viewers(recipe, run_dir, root, world, progress, log, signals, watch)
 
     def save(progress: Progress) -> None:
         if log is not None:
@@ -242,6 +201,70 @@ def _run(
     watch.enter("export")
     export(recipe, run_dir, ema, world, progress.step)
     return f"{run_dir}: finished at step {progress.step}. Weights: {run_dir / EXPORT}"
+
+
+def _open_data(
+    recipe: Recipe, world: World, data: DataFacts, checkpoint: Checkpoint | None
+) -> tuple[StepLoader[StepInputs], dict[str, dict[str, Any]]]:
+    """The loader from where the checkpoint stands, and what is known of the encoders that it runs."""
+    start_step = 0 if checkpoint is None else checkpoint.step
+    loader = world.together(partial(build_run_loader, recipe, world, data, start_step), (DataError,))
+    encoders = world.from_main(loader.encoders if world.is_main else {})
+    if checkpoint is not None:
+        check_same_encoders(checkpoint.manifest.get("encoders", {}), encoders, str(checkpoint.path))
+    return loader, encoders
+
+
+def _build_engine(
+    recipe: Recipe,
+    engine_config: Mapping[str, Any],
+    world: World,
+    checkpoint: Checkpoint | None,
+    watch: Watch,
+) -> tuple[Engine, TransitionStep, str | None]:
+    """Engine and root module with first weights, and the digest of weights that came from elsewhere."""
+    config, packs = recipe.train, recipe.data.packs_per_step
+    dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
+    world.together(partial(prove_attention, world.device, dtype, recipe.model.head_dim), (ConfigError,))
+    initial = world.together(partial(initial_weights, recipe, checkpoint), (TimError,))
+    merged_config = merge_config(engine_config, config, packs_per_step=packs, world_size=world.size)
+    split = Splitter(merged_config) if zero_stage(merged_config) == 3 else None
+    watch.enter("build")
+    root = build_root(recipe, world.size, initial, split=split)
+    # Kept by an adapter alone, which goes with these weights and no others.
+    initial_digest = None if initial is None else initial.digest
+    del initial
+    engine = Engine(root, engine_config, config, packs_per_step=packs, world=world, units=UNITS)
+    return engine, root, initial_digest
+
+
+def _viewers(
+    recipe: Recipe,
+    run_dir: Path,
+    root: TransitionStep,
+    world: World,
+    progress: Progress,
+    log: MetricsLog | None,
+    signals: StopSignals,
+    watch: Watch,
+) -> tuple[Previews | None, Evaluations | None]:
+    """What looks at the averaged weights every so many steps, where the recipe asks for it."""
+    config, network = recipe.train, root.network
+    described = describe_export(recipe, progress.step, recipe_hash(recipe))
+    preview = None
+    if config.preview.every_steps:
+        preview = world.together(
+            partial(Previews, recipe, described, network, run_dir, world, log), (TimError,)
+        )
+    evaluate = None
+    if config.evaluation.every_steps:
+        evaluate = world.together(
+            lambda: Evaluations(
+                recipe, described, network, run_dir, world, log, watch.enter, lambda: signals.requested
+            ),
+            (TimError, DataError),
+        )
+    return preview, evaluate
 
 
 def _open_log(recipe: Recipe, run_dir: Path, engine: Engine, world: World, start_step: int) -> MetricsLog:
