@@ -23,7 +23,7 @@ SHEET_NAME = "samples.png"
 
 _COLOURS = ("#1f6feb", "#d97706", "#2e9d6b", "#8957e5")
 _SAMPLES_A_SIZE = 3
-_HEADERS = {"pictures": "right pictures", "prompts": "any right"}
+_HEADERS = {"pictures": "right pictures", "prompts": "any right", "overall_less_offset": "less offset"}
 """Of GenEval's scores, whose names say in a table something else."""
 
 
@@ -45,7 +45,7 @@ def write(evaluation: Evaluation, out: Path) -> list[Path]:
 
 
 def table(evaluation: Evaluation) -> str:
-    """Markdown whose columns line up: one row a network, step count and size."""
+    """What is scored, and Markdown whose columns line up: one row a network, step count and size."""
     names = [*dict.fromkeys(name for row in evaluation.rows for name in row.scores)]
     scores = [_HEADERS.get(name, name) for name in names]
     header = ("network", "steps", "nfe", "size", "seen", "pictures", *scores, "ms/picture", "peak memory")
@@ -64,7 +64,7 @@ def table(evaluation: Evaluation) -> str:
         )
         for row in evaluation.rows
     ]
-    return markdown_table(header, body)
+    return f"{evaluation.suite.title}\n\n{markdown_table(header, body)}"
 
 
 def plot(evaluation: Evaluation) -> Picture:
