@@ -93,11 +93,11 @@ class TestHandwriting:
         settings = read_settings(folder / "00003.png")
         [again] = TiMPipeline.from_pretrained(export)(
             settings["prompt"], "8x16", num_steps=2, seeds=[3]
-        ).images
+        ).pixels
         assert np.abs(np.asarray(Image.open(folder / "00003.png"))[..., None].astype(int) - again).max() <= 1
         # Nothing is drawn a second time; a lost picture is drawn again, and the scores are the same.
         with monkeypatch.context() as patch:
-            patch.setattr(TiMPipeline, "run", lambda *_: pytest.fail("sampled"))
+            patch.setattr(TiMPipeline, "run", lambda *_, **__: pytest.fail("sampled"))
             assert cli.main([*words, "--label", "other name"]) == 0
             assert "| other name" in capsys.readouterr().out
         before = (folder / "00003.png").read_bytes()
@@ -244,7 +244,7 @@ class TestBenchmarks:
         assert [row["size"] for row in json.loads((out / "results.json").read_text())["rows"]] == ["8x16"]
         stops_at = None
         with monkeypatch.context() as patch:
-            patch.setattr(TiMPipeline, "run", lambda *_: pytest.fail("sampled"))
+            patch.setattr(TiMPipeline, "run", lambda *_, **__: pytest.fail("sampled"))
             assert cli.main(words) == 0
         assert seen == [(16, 8)] * 12 + [(16, 16)] * 12
         rows = json.loads((out / "results.json").read_text())["rows"]
@@ -293,7 +293,7 @@ class TestBenchmarks:
                 assert cli.main([*words, "--only", "generate"]) == 0
                 assert len(list((out / "pictures").rglob("*.png"))) == count
         assert not (out / "results.json").exists()
-        monkeypatch.setattr(TiMPipeline, "run", lambda *_: pytest.fail("sampled"))
+        monkeypatch.setattr(TiMPipeline, "run", lambda *_, **__: pytest.fail("sampled"))
         assert cli.main([*words, *scorers]) == 0
         [row] = json.loads((out / "results.json").read_text())["rows"]
         # Three of the six prompts, spread over the file.

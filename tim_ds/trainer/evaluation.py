@@ -110,9 +110,9 @@ class Evaluations:
                 if self._log is None:
                     continue
                 try:
-                    scores = one.score(output.images)
+                    scores = one.score(output.pixels)
                     captions = [str(text) for text in one.captions[:_SHOWN]]
-                    sheet = gallery([Section("", output.images[:_SHOWN], captions)])
+                    sheet = gallery([Section("", output.pixels[:_SHOWN], captions)])
                 except Exception as error:
                     failures[name] = f"{type(error).__name__}: {error}"
                     continue
