@@ -15,11 +15,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data_pipeline.storage import Folder
 from tests.trainer.plain import steps_of
 from tests.trainer.ranks import UNEVEN_SIZES, engine_file, recipe, write_data
 from tim_ds.config.recipe import Recipe, recipe_hash
@@ -397,8 +399,6 @@ def train_with_evaluations(world: World, folder: Path, shards: Path, poisoned: P
 
 def train_through_failures(world: World, settings: Recipe, folder: Path) -> None:
     """At ZeRO-1, where the ranks share the drawing: drawing fails at step 1, scoring at 2, writing at 3."""
-    from unittest.mock import patch
-
     from tim_ds.eval import dpg
     from tim_ds.pipeline import TiMPipeline
     from tim_ds.trainer import benchmarks
@@ -781,6 +781,14 @@ def save_first(world: World, folder: Path, shards: Path, poisoned: Path) -> dict
     return {"made": made, "saved": sorted(checkpoint.step for checkpoint in saved)}
 
 
+def ask_again(world: World, folder: Path, shards: Path, poisoned: Path) -> str:
+    """A run whose requests for data fail: for every pack, one on rank 0 and two on rank 1."""
+    asked = itertools.count(1)
+    with patch.object(Folder, "num_retries", property(lambda _: next(asked) * (1 + world.rank))):
+        train(recipe(shards), folder / "run", shared_engine_file(world, folder, 1), world)
+    return str(folder / "run")
+
+
 def refuse_other_runs(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[str, str]:
     """The same folder, asked to continue with something else."""
     file = shared_engine_file(world, folder, 1)
@@ -835,6 +843,7 @@ CASES: dict[str, Callable[[World, Path, Path, Path], Any]] = {
         give_up,
         fill_the_disk,
         save_first,
+        ask_again,
         refuse_other_runs,
         continue_elsewhere,
         start_from_weights,
