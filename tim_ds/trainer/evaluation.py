@@ -12,7 +12,6 @@ from pathlib import Path
 from torch import nn
 
 from tim_ds.config.recipe import Recipe
-from tim_ds.errors import NonFiniteError
 from tim_ds.eval import nfe, resolution
 from tim_ds.eval.handwriting import HandwritingScorer
 from tim_ds.eval.resolution import Picture
@@ -20,6 +19,7 @@ from tim_ds.eval.sheet import gallery
 from tim_ds.model.export_folder import Export
 from tim_ds.pipeline import PromptLike, TiMPipeline
 from tim_ds.trainer.config import EvaluationConfig
+from tim_ds.trainer.in_step import InStep
 from tim_ds.trainer.metrics import MetricsLog
 from tim_ds.trainer.world import World
 
@@ -73,6 +73,7 @@ class Evaluations:
         self._pipeline = TiMPipeline(network, export)
         # Memory differs between ranks, and a rank that refused alone would leave the others waiting.
         self._pipeline.checks_memory = False
+        self._in_step = InStep(network, world)
         data = Path(self._config.data or recipe.data.shards)
         self._sets = [
             found
@@ -101,13 +102,11 @@ class Evaluations:
         for num_steps in self._config.num_steps:
             for one in self._sets:
                 name = f"{one.name}/{num_steps}_steps"
-                try:
-                    output = self._pipeline(one.captions, one.sizes, num_steps=num_steps, seeds=one.seeds)
-                except NonFiniteError as error:
-                    # Every rank drew the same pictures, and failed alike.
-                    failures[name] = str(error)
-                    continue
-                if self._log is None:
+                draw = partial(self._pipeline, one.captions, one.sizes, num_steps=num_steps, seeds=one.seeds)
+                output, problem = self._in_step.attempt(draw)
+                if problem is not None:
+                    failures[name] = problem
+                if output is None or self._log is None:
                     continue
                 try:
                     scores = one.score(output.images)

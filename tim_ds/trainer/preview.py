@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 
 from torch import nn
 
 from tim_ds.config.recipe import Recipe
-from tim_ds.errors import NonFiniteError
 from tim_ds.eval.sheet import SheetBlock, SheetRow, contact_sheet
 from tim_ds.model.export_folder import Export, SourceConfig
 from tim_ds.pipeline import TiMPipeline, write_png
+from tim_ds.trainer.in_step import InStep
 from tim_ds.trainer.metrics import MetricsLog
 from tim_ds.trainer.world import World
 
@@ -66,18 +67,21 @@ class Previews:
         self._pipeline = TiMPipeline(network, export)
         # Memory differs between ranks, and a rank that refused alone would leave the others waiting.
         self._pipeline.checks_memory = False
+        self._in_step = InStep(network, world)
 
     def __call__(self, step: int) -> None:
         """One sheet, a column a prompt and a row a step count: `previews/step_*.png` and TensorBoard."""
         config = self._config
         rows = []
         for num_steps in config.num_steps:
-            try:
-                output = self._pipeline(config.prompts, config.sizes, num_steps=num_steps, seeds=config.seed)
-            except NonFiniteError as error:
-                # The weights are finite, or the step would have been refused: a picture is no reason to stop.
+            draw = partial(
+                self._pipeline, config.prompts, config.sizes, num_steps=num_steps, seeds=config.seed
+            )
+            # The weights are finite, or the step would have been refused: a picture is no reason to stop.
+            output, problem = self._in_step.attempt(draw)
+            if output is None:
                 if self._world.is_main:
-                    logger.warning("step %d: no preview at %d steps: %s", step, num_steps, error)
+                    logger.warning("step %d: no preview at %d steps: %s", step, num_steps, problem)
                 continue
             rows.append(SheetRow(f"{num_steps} steps" if num_steps > 1 else "1 step", output.images))
         if not rows or not self._world.is_main:
