@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="launch/sample.py", description="Pictures from prompts.")
+    parser = argparse.ArgumentParser(description="Pictures from prompts.")
     parser.add_argument(
         "--export",
         type=Path,
@@ -152,14 +152,14 @@ def _sample(options: argparse.Namespace) -> None:
             f"{1000 * drawn.seconds / drawn.count:.1f} ms each, peak memory {gib(drawn.peak_bytes)}"
         )
     if all(picture_path(options.out, job).exists() for job in jobs):
-        print(_write_grid(pipe, jobs, options.out))
+        print(_write_grid(jobs, options.out))
 
 
 def _say(path: Path, seconds: float, peak: int) -> None:
     tqdm.write(f"{path}  {1000 * seconds:.1f} ms, peak memory {gib(peak)}", file=sys.stdout)
 
 
-def _write_grid(pipe: TiMPipeline, jobs: Sequence[Job], out: Path) -> Path:
+def _write_grid(jobs: Sequence[Job], out: Path) -> Path:
     """The first pictures on one sheet. Made from the files, so the last process to finish can do it."""
     shown = jobs[:MAX_IN_GRID]
     images = []
