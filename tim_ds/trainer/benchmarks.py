@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from tim_ds.eval import benchmark_report, benchmarks
 from tim_ds.eval.generate import Sampling, Wanted, chunks, claim, draw, identity_of, open_pictures, write
 from tim_ds.eval.results import RESULTS_NAME, ResultRow, add_row
 from tim_ds.model.weights import write_aside
-from tim_ds.pipeline import TiMPipeline
+from tim_ds.pipeline import PipelineOutput, TiMPipeline
 from tim_ds.trainer.config import BenchmarkConfig, EvaluationConfig
 from tim_ds.trainer.in_step import InStep, LeftError, OutOfStepError, told
 from tim_ds.trainer.metrics import MetricsLog
@@ -145,7 +145,7 @@ class Benchmarks:
             problem = None
             try:
                 if part:
-                    output = self._in_step.run(partial(draw, self._pipeline, part, sampling))
+                    output = self._in_step.run(partial(self._draw_part, part, sampling))
             except OutOfStepError:
                 raise
             except LeftError:
@@ -157,6 +157,10 @@ class Benchmarks:
                 if part and (world.is_main or not self._in_step.needed):
                     problem = _problem_of(partial(write, output, part, folder))
             self._agree(problem)
+
+    def _draw_part(self, part: Sequence[Wanted], sampling: Sampling) -> PipelineOutput:
+        with self._pipeline.encoders_beside_network():
+            return draw(self._pipeline, part, sampling)
 
     def _score(self, one: _Planned, folder: Path, step: int) -> ResultRow:
         device = str(self._world.device)
