@@ -50,7 +50,9 @@ def told(name: str, steps: list[tuple[float, float]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time a checkpoint of one rank.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.trainer.save_cost", description="Time a checkpoint of one rank."
+    )
     parser.add_argument("--folder", type=Path, required=True, help="where to write; emptied afterwards")
     parser.add_argument("--share", type=float, default=0.25, help="of the model's parameters")
     parser.add_argument("--unprepared", action="store_true", help="leave the memory to the first save")
