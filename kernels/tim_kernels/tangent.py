@@ -66,8 +66,8 @@ def swiglu_tangent(gate: Tensor, up: Tensor, d_gate: Tensor, d_up: Tensor) -> Te
 @torch.no_grad()
 def silu_tangent(x: Tensor, d_x: Tensor) -> Tensor:
     """d(x * sigmoid(x))."""
-    sigmoid = torch.sigmoid(x)
-    return sigmoid * (1 + x * (1 - sigmoid)) * d_x
+    # The derivative of an elementwise function times a direction is that times a gradient.
+    return torch.ops.aten.silu_backward(d_x, x)
 
 
 @torch.no_grad()
@@ -118,7 +118,7 @@ def dense_attention_tangent(
             moved = weights * d_logits
             d_out = (moved - weights * moved.sum(-1, keepdim=True)) @ v
             pieces.append(d_out if d_v is None else d_out + weights @ d_v)
-    return torch.cat(pieces, 2).to(q_BNTH.dtype)
+    return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)).to(q_BNTH.dtype)
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -127,9 +127,12 @@ def _wide(x: Tensor) -> torch.dtype:
 
 def _layer_norm(x: Tensor, d_x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """LayerNorm over the last axis without affine, and its tangent."""
-    wide = _wide(x)
+    wide, axis = _wide(x), x.shape[-1:]
     x, d_x = x.to(wide), d_x.to(wide)
-    centred, d_centred = x - x.mean(-1, keepdim=True), d_x - d_x.mean(-1, keepdim=True)
-    inverse = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
-    normal = centred * inverse
-    return normal, inverse * (d_centred - normal * (normal * d_centred).mean(-1, keepdim=True))
+    normal, mean, inverse = torch.native_layer_norm(x, axis, None, None, eps)
+    # The Jacobian of a row's norm is symmetric, inverse (1 - 1/H - normal normal' / H): its product with a
+    # direction is that with a gradient.
+    d_normal, _, _ = torch.ops.aten.native_layer_norm_backward(
+        d_x, x, axis, mean, inverse, None, None, [True, False, False]
+    )
+    return normal, d_normal
