@@ -48,10 +48,11 @@ def modulated_layer_norm_tangent(
 ) -> Tensor:
     """d(LayerNorm(x) * (1 + scale[s]) + shift[s]); the norm without affine, x with its residual added."""
     normal_TD, d_normal_TD = _layer_norm(x_TD, d_x_TD, eps)
-    scale_TD, d_shift_TD, d_scale_TD = (
-        x.to(normal_TD.dtype).index_select(0, segment_ids) for x in (scale_SD, d_shift_SD, d_scale_SD)
+    scale_SD, d_shift_SD, d_scale_SD = (x.to(normal_TD.dtype) for x in (scale_SD, d_shift_SD, d_scale_SD))
+    factor_TD, d_shift_TD, d_scale_TD = (
+        x.index_select(0, segment_ids) for x in (1 + scale_SD, d_shift_SD, d_scale_SD)
     )
-    return (d_normal_TD * (1 + scale_TD) + normal_TD * d_scale_TD + d_shift_TD).to(h_dtype)
+    return (d_normal_TD * factor_TD + normal_TD * d_scale_TD + d_shift_TD).to(h_dtype)
 
 
 @torch.no_grad()
