@@ -248,7 +248,7 @@ EVALUATIONS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one evaluation; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="launch/evaluate.py", description="Score a trained network.")
+    parser = argparse.ArgumentParser(description="Score a trained network.")
     commands = parser.add_subparsers(dest="evaluation", required=True, metavar="EVALUATION")
     for name, evaluation in EVALUATIONS.items():
         summary = evaluation.run.__doc__

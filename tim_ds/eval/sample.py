@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="launch/sample.py", description="Pictures from prompts.")
+    parser = argparse.ArgumentParser(description="Pictures from prompts.")
     parser.add_argument(
         "--export",
         type=Path,

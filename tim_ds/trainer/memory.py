@@ -170,8 +170,8 @@ def estimate(
     copies = average_copies(recipe)
     parts = [
         *_states(recipe, split, copies, frozen, world),
-        *_buffers(recipe, engine_config, world, split, network),
-        *_activations(recipe, pack, network),
+        *_buffers(recipe, engine_config, split, network),
+        *_activations(recipe, pack),
         *_others(recipe, pack, split, encoder_bytes, copies),
     ]
     total = sum(sizes)
@@ -290,9 +290,7 @@ def _states(recipe: Recipe, split: _Split, copies: int, frozen: int, world: Rank
         )
 
 
-def _buffers(
-    recipe: Recipe, engine: Mapping[str, Any], world: Ranks, split: _Split, network: TiM
-) -> Iterator[Part]:
+def _buffers(recipe: Recipe, engine: Mapping[str, Any], split: _Split, network: TiM) -> Iterator[Part]:
     settings = zero_settings(engine)
     networks = 1 if recipe.objective.guided_target is None else 2
     total = sum(parameter.numel() for parameter in network.parameters())
@@ -437,7 +435,7 @@ def taken_by_copies(model: ModelConfig, *, tokens: int, text: int, images: int, 
     return tokens * a_token + text * a_text + images * an_image
 
 
-def _activations(recipe: Recipe, pack: _Pack, network: TiM) -> Iterator[Part]:
+def _activations(recipe: Recipe, pack: _Pack) -> Iterator[Part]:
     model = recipe.model
     D, M, c = model.hidden_size, model.mlp_hidden, pack.width
     sizes = {"tokens": pack.tokens, "text": pack.text, "images": pack.images, "width": c}
