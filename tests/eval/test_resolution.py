@@ -158,6 +158,17 @@ class TestPrompts:
         assert cli.main(words) == 0
         assert "peak memory" in (out / "table.md").read_text() and not (out / "resolution.png").exists()
 
+    def test_the_network_is_asked_as_the_command_says(
+        self, export: Path, prompts: Path, tmp_path: Path
+    ) -> None:
+        words = ["resolution", str(export), "--prompts-file", str(prompts), "--out", str(tmp_path / "out")]
+        words += ["--sizes", "8x16", "--cfg", "2", "--cfg-interval", "0,0.6", "--stochasticity", "0.2"]
+        assert cli.main([*words, "--dtype", "bfloat16", "--device", "cpu"]) == 0
+        [row] = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+        settings = row["identity"]["settings"]
+        assert settings["dtype"] == "bfloat16" and settings["stochasticity"] == 0.2
+        assert settings["cfg_interval"] == [0.0, 0.6] and row["nfe"] == 4 + 2
+
     @pytest.mark.parametrize(
         ("extra", "message"),
         [
