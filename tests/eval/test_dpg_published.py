@@ -62,7 +62,8 @@ def suite() -> tuple[list[Prompt], list[list[dict[int, bool]]]]:
     for n in range(dpg.PUBLISHED_PROMPTS):
         questions = []
         for number in range(1, 14):
-            some = rng.choice(np.arange(1, number), size=min(number - 1, int(rng.integers(0, 3))), replace=False)
+            parents = min(number - 1, int(rng.integers(0, 3)))
+            some = rng.choice(np.arange(1, number), size=parents, replace=False)
             category = CATEGORIES[int(rng.integers(len(CATEGORIES)))]
             questions.append(Question(number, tuple(map(int, some)), category, f"question {number}?"))
         prompts.append(Prompt(f"item{n}", "a prompt", tuple(questions)))
