@@ -7,6 +7,7 @@ from itertools import count
 from pathlib import Path
 from string import ascii_uppercase
 from textwrap import wrap
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -115,15 +116,18 @@ def _by_scorer(rows: Sequence[ResultRow]) -> dict[str, tuple[str, list[ResultRow
         groups.setdefault(digest([row.title, row.scorer]), []).append(row)
     if len(groups) == 1:
         return {"": (rows[0].title, list(rows))}
+    titles = [found[0].title for found in groups.values()]
     scorers = [flattened(found[0].scorer) for found in groups.values()]
     differs = [key for key in scorers[0] if any(one.get(key) != scorers[0][key] for one in scorers)]
+
+    def whole(title: str, scorer: dict[str, Any]) -> str:
+        """With what differs, where the title alone does not tell the groups apart."""
+        said = ", ".join(f"{key} {_short(scorer.get(key))}" for key in differs)
+        return title if titles.count(title) == 1 else f"{title} ({said})"
+
     return {
-        f"{letter}. ": (
-            found[0].title
-            + (f" ({', '.join(f'{key} {_short(scorer.get(key))}' for key in differs)})" if differs else ""),
-            found,
-        )
-        for letter, found, scorer in zip(_letters(), groups.values(), scorers, strict=False)
+        f"{letter}. ": (whole(title, scorer), found)
+        for letter, title, found, scorer in zip(_letters(), titles, groups.values(), scorers, strict=False)
     }
 
 
@@ -144,7 +148,9 @@ def _short(value: object) -> str:
 def plot(rows: Sequence[ResultRow], columns: Sequence[Column]) -> Picture:
     """The plotted scores against network evaluations, one line a network and size: uint8 [H, W, 3]."""
     shown = [c for c in columns if c.plotted and any(row.scores.get(c.key) is not None for row in rows)]
-    figure = Figure(figsize=(5.5 * max(1, len(shown)), 4.2), layout="constrained", dpi=130)
+    titles = _titles(rows)
+    size = 5.5 * max(1, len(shown)), 4.0 + 0.18 * len(titles)
+    figure = Figure(figsize=size, layout="constrained", dpi=130)
     canvas = FigureCanvasAgg(figure)
     panels = np.atleast_1d(figure.subplots(1, max(1, len(shown))))
     letter_of = {id(row): letter for letter, (_, found) in _by_scorer(rows).items() for row in found}
@@ -186,7 +192,7 @@ def plot(rows: Sequence[ResultRow], columns: Sequence[Column]) -> Picture:
             # A share of nothing lies on the axis, not in the middle of a scale with negative shares.
             low, high = axes.get_ylim()
             axes.set_ylim(max(low, -0.03 * max(high, 1.0)), max(high, 1.0))
-    figure.suptitle("\n".join(_titles(rows)), fontsize=10)
+    figure.suptitle("\n".join(titles), fontsize=10)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9.5)
     canvas.draw()
@@ -194,9 +200,9 @@ def plot(rows: Sequence[ResultRow], columns: Sequence[Column]) -> Picture:
 
 
 def _titles(rows: Sequence[ResultRow]) -> list[str]:
-    """Each title in lines that fit the narrowest plot."""
+    """Each title in lines that fit a plot of one panel."""
     whole = (f"{letter}{title}" for letter, (title, _) in _by_scorer(rows).items())
-    return [line for title in whole for line in wrap(title, width=84)]
+    return [line for title in whole for line in wrap(title, width=68)]
 
 
 def samples_sheet(pictures: PictureSet, items: Sequence[SheetItem], *, title: str, footnote: str) -> Picture:

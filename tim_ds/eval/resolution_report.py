@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import wrap
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -100,7 +101,11 @@ def plot(evaluation: Evaluation) -> Picture:
         axes.spines[["top", "right"]].set_visible(False)
         if factor == 100:
             axes.set_ylim(-3, 103)
+        elif all((row.scores.get(score) or 0.0) >= 0 for row in evaluation.rows):
+            low, high = axes.get_ylim()
+            axes.set_ylim(max(low, -0.03 * high), high)
     note = "full: sizes that training shows; hollow: sizes that it never shows"
+    figure.suptitle("\n".join(wrap(evaluation.suite.title, 56 * len(titles))), fontsize=10)
     handles, labels = panels[0].get_legend_handles_labels()
     known = any(row.seen is not None for row in evaluation.rows)
     figure.legend(
@@ -128,7 +133,8 @@ def samples_sheet(evaluation: Evaluation, label: str, steps: int) -> Picture:
         )
         for group, places in zip(groups, shown, strict=True)
     ]
-    return gallery(sections, footnote=f"{label}, {steps} step{'s' * (steps > 1)}; height x width in pixels")
+    about = f"{label}, {steps} step{'s' * (steps > 1)}; height x width in pixels; {evaluation.suite.title}"
+    return gallery(sections, footnote=about)
 
 
 def _titles(evaluation: Evaluation) -> Mapping[str, str]:
