@@ -456,6 +456,20 @@ class TestClassLabels:
         ({"seeds": [1, -2]}, r"seeds\[1\]: expected 0 to 2\^63 - 1, received -2"),
         ({"mode": "ddiffusion"}, "mode: expected one of transition, diffusion, received 'ddiffusion'"),
         ({"cfg_scale": -1.0}, "cfg_scale: expected 0 or more, received -1"),
+        ({"num_steps": 2.5}, "num_steps: expected a whole number, received 2.5"),
+        ({"num_steps": "4"}, "num_steps: expected a whole number, received '4'"),
+        ({"cfg_scale": "2"}, "cfg_scale: expected a number, received '2'"),
+        ({"stochasticity": True}, "stochasticity: expected a number, received True"),
+        ({"cfg_interval": 0.5}, "cfg_interval: expected two numbers, .*received 0.5"),
+        ({"cfg_interval": ("a", 1)}, "cfg_interval: expected two numbers"),
+        ({"seeds": [1.5, 2]}, r"seeds: expected whole numbers, received \[1.5, 2\]"),
+        ({"seeds": 1.5}, "seeds: expected whole numbers, received 1.5"),
+        ({"seeds": "ab"}, "seeds: expected whole numbers, received 'ab'"),
+        ({"generator": 7}, "generator: expected one, or a list of one each, received 7"),
+        ({"generator": [7, 8]}, "generator: expected torch.Generator, received 7"),
+        ({"prompts": 3.5}, "prompts: expected one, or a list of one each, received 3.5"),
+        ({"sizes": 5}, "sizes: expected one, or a list of one each, received 5"),
+        ({"negative_prompt": 5}, "negative_prompt: expected one, or a list of one each, received 5"),
         ({"cfg_interval": (0.8, 0.2)}, "cfg_interval: low 0.8 is beyond high 0.2"),
     ],
 )
@@ -464,6 +478,21 @@ def test_bad_requests_are_refused_before_any_work(arguments: dict[str, Any], mes
     request: dict[str, Any] = {"prompts": ["a", "b"], "sizes": "8x8"} | arguments
     with pytest.raises((RequestError, ConfigError), match=message):
         pipe(**request)
+
+
+def test_numbers_of_numpy_and_torch_are_taken_and_stored_as_plain_ones(
+    pipe: TiMPipeline, tmp_path: Path
+) -> None:
+    given: dict[str, Any] = {
+        "num_steps": np.int64(2),
+        "cfg_scale": np.float32(1.5),
+        "seeds": torch.tensor([3]),
+        "stochasticity": 0,
+    }
+    output = pipe("a", "8x8", **given)
+    [path] = output.save(tmp_path)
+    stored = read_settings(path)
+    assert (stored["num_steps"], stored["cfg_scale"], stored["seed"]) == (2, 1.5, 3)
 
 
 def test_parts_that_do_not_fit_the_network_are_refused() -> None:

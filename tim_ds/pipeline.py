@@ -533,7 +533,7 @@ class TiMPipeline:
             )
 
     def _check_prompts(self, prompts: PromptLike | Sequence[PromptLike]) -> list[PromptLike]:
-        found = [prompts] if isinstance(prompts, str | int) else list(prompts)
+        found = _listed("prompts", prompts, str | int)
         if not found:
             raise RequestError("prompts: expected at least one, received an empty list")
         if self.export.model.condition == "text":
@@ -555,10 +555,7 @@ class TiMPipeline:
         return int(number)
 
     def _check_sizes(self, sizes: str | Size | Sequence[str | Size], count: int) -> list[Size]:
-        if isinstance(sizes, str) or (len(sizes) == 2 and all(isinstance(side, Integral) for side in sizes)):
-            found: list[Any] = [sizes] * count
-        else:
-            found = list(sizes)
+        found: list[Any] = [sizes] * count if _is_one_size(sizes) else _listed("sizes", sizes, str)
         if len(found) != count:
             raise RequestError(f"sizes: expected {_one_or(count)}, one a prompt, received {len(found)}")
         return [self._check_size(i, size) for i, size in enumerate(found)]
@@ -584,6 +581,7 @@ class TiMPipeline:
         return height, width
 
     def _check_sampler(self, given: dict[str, Any]) -> SamplerConfig:
+        given = {name: _plain(name, value) for name, value in given.items()}
         mode = given.get("mode", self.export.sampler.mode)
         if mode not in _MODES:
             raise RequestError(f"mode: expected one of {', '.join(_MODES)}, received {mode!r}")
@@ -605,7 +603,11 @@ class TiMPipeline:
     def _check_negative(
         self, given: str | Sequence[str | None] | None, count: int, config: SamplerConfig
     ) -> tuple[str | None, ...]:
-        found = [given] * count if given is None or isinstance(given, str) else list(given)
+        found: list[str | None]
+        if given is None or isinstance(given, str):
+            found = [given] * count
+        else:
+            found = _listed("negative_prompt", given, str)
         if len(found) != count:
             raise RequestError(
                 f"negative_prompt: expected {_one_or(count)}, one a prompt, received {len(found)}"
@@ -850,9 +852,11 @@ def _only_one(alias: str, name: str, first: Any, second: Any) -> Any:
 
 def _seeds_of(generator: torch.Generator | Sequence[torch.Generator]) -> int | list[int]:
     # `Generator.seed()` draws 64 bits; ours have 63.
-    if isinstance(generator, torch.Generator):
-        return generator.initial_seed() % 2**63
-    return [one.initial_seed() % 2**63 for one in generator]
+    found = _listed("generator", generator, torch.Generator)
+    if strange := [one for one in found if not isinstance(one, torch.Generator)]:
+        raise RequestError(f"generator: expected torch.Generator, received {strange[0]!r}")
+    seeds = [one.initial_seed() % 2**63 for one in found]
+    return seeds[0] if isinstance(generator, torch.Generator) else seeds
 
 
 def _repeated(
@@ -861,27 +865,78 @@ def _repeated(
     """What is given one a prompt, so many times each."""
     if not isinstance(times, Integral) or times < 1:
         raise RequestError(f"num_images_per_prompt: expected at least 1, received {times!r}")
-    found = [prompts] if isinstance(prompts, str | int) else list(prompts)
+    found = _listed("prompts", prompts, str | int)
 
     def each(parts: Any) -> Any:
         """A list with one entry a prompt; what holds for all stays."""
         return [part for part in parts for _ in range(times)]
 
-    is_one_size = isinstance(sizes, str) or (len(sizes) == 2 and all(isinstance(s, Integral) for s in sizes))
     is_one_negative = negatives is None or isinstance(negatives, str)
     return (
         each(found),
-        sizes if is_one_size else each(sizes),
-        negatives if is_one_negative else each(negatives),
+        sizes if _is_one_size(sizes) else each(_listed("sizes", sizes, str)),
+        negatives if is_one_negative else each(_listed("negative_prompt", negatives, str)),
     )
+
+
+def _is_one_size(sizes: Any) -> bool:
+    """Whether one size for all was given, and not a list of one each."""
+    if isinstance(sizes, str):
+        return True
+    try:
+        return len(sizes) == 2 and all(isinstance(side, Integral) for side in sizes)
+    except TypeError:
+        return False
+
+
+def _listed(name: str, given: Any, single: Any) -> list[Any]:
+    """A list of what was given alone, or one each.
+
+    Raises:
+        RequestError: if it is neither.
+    """
+    if isinstance(given, single):
+        return [given]
+    try:
+        return list(given)
+    except TypeError as error:
+        raise RequestError(f"{name}: expected one, or a list of one each, received {given!r}") from error
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A setting of the sampler in the type that its field and a picture's metadata have.
+
+    Raises:
+        RequestError: if it is of another kind.
+    """
+    try:
+        if name == "num_steps":
+            return operator.index(value)
+        if name in ("cfg_scale", "stochasticity"):
+            return _number(value)
+        if name == "cfg_interval":
+            low, high = value
+            return _number(low), _number(high)
+    except (TypeError, ValueError) as error:
+        kinds = {"num_steps": "a whole number", "cfg_interval": "two numbers, (low, high)"}
+        raise RequestError(f"{name}: expected {kinds.get(name, 'a number')}, received {value!r}") from error
+    return value
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, str | bool) or value is None:
+        raise TypeError("not a number")
+    return float(value)
 
 
 def _check_seeds(seeds: int | Sequence[int], count: int) -> list[int]:
-    found = (
-        [int(seeds) + i for i in range(count)]
-        if isinstance(seeds, int | np.integer)
-        else [int(seed) for seed in seeds]
-    )
+    try:
+        if isinstance(seeds, int | np.integer):
+            found = [int(seeds) + i for i in range(count)]
+        else:
+            found = [operator.index(seed) for seed in seeds]
+    except TypeError as error:
+        raise RequestError(f"seeds: expected whole numbers, received {seeds!r}") from error
     if len(found) != count:
         raise RequestError(f"seeds: expected {_one_or(count)}, one a prompt, received {len(found)}")
     for i, seed in enumerate(found):
