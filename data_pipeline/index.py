@@ -611,7 +611,8 @@ def _shards_of(location: Path | str | Sequence[str]) -> tuple[Path | str, tuple[
     folder = Path(location)
     names = tuple(path.name for path in sorted(folder.glob("*.tar")))
     if not names:
-        raise DataError(f"{folder}: expected webdataset shards (*.tar), received none")
+        received = "a folder without any" if folder.is_dir() else "no such folder"
+        raise DataError(f"{folder}: expected a folder of webdataset shards (*.tar), received {received}")
     return folder, names
 
 
