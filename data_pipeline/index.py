@@ -17,7 +17,7 @@ import os
 import sys
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -741,6 +741,25 @@ def _read_shard(name: str, stream: BinaryIO) -> _ShardRows:
     )
 
 
+class _Span:
+    """The bytes of a sample, read at once, and its members in them."""
+
+    def __init__(self, members: Mapping[str, tuple[int, int]], stream: BinaryIO) -> None:
+        self.members = members
+        self.offset = min(start for start, _ in members.values())
+        self.size = max(start + size for start, size in members.values()) - self.offset
+        stream.seek(self.offset)
+        self.content = stream.read(self.size)
+
+    def cut(self, extension: str) -> tuple[int, int, bytes]:
+        """Where a member begins in the span, its size and its bytes; empty if there is none."""
+        if extension not in self.members:
+            return 0, 0, b""
+        start, size = self.members[extension]
+        start -= self.offset
+        return start, size, self.content[start : start + size]
+
+
 def _check_row(
     row: _Row, stream: BinaryIO, where: str
 ) -> tuple[dict[str, int], tuple[int, int], str, tuple[str, ...]]:
@@ -759,66 +778,30 @@ def _check_row(
         raise DataError(
             f"{where}: expected either {schema.TEXT} or {schema.LABEL}, received {sorted(members)}"
         )
-    offset = min(start for start, _ in members.values())
-    end = max(start + size for start, size in members.values())
-    stream.seek(offset)
-    span = stream.read(end - offset)
-
-    def cut(extension: str) -> tuple[int, int, bytes]:
-        if extension not in members:
-            return 0, 0, b""
-        start, size = members[extension]
-        start -= offset
-        return start, size, span[start : start + size]
-
-    latent_start, latent_size, latent_bytes = cut(picture or schema.LATENT)
-    text_start, text_size, text_bytes = cut(schema.CAPTION if with_caption else schema.TEXT)
-    meta_start, meta_size, meta_bytes = cut(schema.META)
-    online: list[str] = []
+    span = _Span(members, stream)
+    latent_start, latent_size, latent_bytes = span.cut(picture or schema.LATENT)
+    text_start, text_size, text_bytes = span.cut(schema.CAPTION if with_caption else schema.TEXT)
+    meta_start, meta_size, meta_bytes = span.cut(schema.META)
     if picture is not None:
-        online.append("picture")
         shape = schema.planned_latent(schema.decode_meta(meta_bytes, where), where)
         direct, dtype = {name: 0 for name in VALUES}, ""
     else:
-        tensors = schema.decode_tensors(latent_bytes, where)
-        latent = schema.take_tensor(tensors, "latent", where)
-        schema.check_latent(latent, where)
-        if "flipped" in tensors:
-            schema.check_latent(tensors["flipped"], f"{where}: flipped")
-            if tensors["flipped"].shape != latent.shape:
-                raise DataError(
-                    f"{where}: flipped: expected the shape of the latent {list(latent.shape)}, "
-                    f"received {list(tensors['flipped'].shape)}"
-                )
-        shape = (latent.shape[0], latent.shape[1], latent.shape[2])
-        direct, dtype = _latent_places(latent_bytes, latent_start, shape[1:])
+        shape, direct, dtype = _check_latent(latent_bytes, latent_start, where)
     if max(shape[1:]) >= 1 << 16:
         raise DataError(f"{where}: latent: expected sides below 65536 cells, received {list(shape)}")
-    text_length, width, label = 0, 0, -1
+    form, text_length, width, label = "", 0, 0, -1
     if with_caption:
-        online.append("caption")
+        form = "caption"
         schema.decode_caption(text_bytes, where)
         width = schema.planned_text_width(schema.decode_meta(meta_bytes, where), where)
     elif schema.TEXT in members:
-        tensors = schema.decode_tensors(text_bytes, where)
-        if "ids" in tensors:
-            online.append("ids")
-            captions = schema.take_variants(tensors, "ids", where)
-            for ids in captions:
-                schema.check_ids(ids, where)
-            width = schema.planned_text_width(schema.decode_meta(meta_bytes, where), where)
-        else:
-            captions = schema.take_variants(tensors, "states", where)
-            for states in captions:
-                schema.check_states(states, where)
-            width = captions[0].shape[1]
-        text_length = len(captions[0])
+        form, text_length, width = _check_text(text_bytes, meta_bytes, where)
     else:
-        label = schema.decode_label(cut(schema.LABEL)[2], where)
+        label = schema.decode_label(span.cut(schema.LABEL)[2], where)
     values = {
-        "offset": offset,
-        "size": end - offset,
-        "crc32": crc32(span),
+        "offset": span.offset,
+        "size": span.size,
+        "crc32": crc32(span.content),
         "latent_start": latent_start,
         "latent_size": latent_size,
         "text_start": text_start,
@@ -832,7 +815,39 @@ def _check_row(
         "text_length": text_length,
         "label": label,
     }
-    return values, (shape[0], width), dtype, tuple(online)
+    online = tuple(part for part in ("picture" if picture is not None else "", form) if part)
+    return values, (shape[0], width), dtype, online
+
+
+def _check_latent(stored: bytes, start: int, where: str) -> tuple[tuple[int, int, int], dict[str, int], str]:
+    """Shape [C, h, w] of a stored latent, where its values and its mirror image's lie, and its type."""
+    tensors = schema.decode_tensors(stored, where)
+    latent = schema.take_tensor(tensors, "latent", where)
+    schema.check_latent(latent, where)
+    if "flipped" in tensors:
+        schema.check_latent(tensors["flipped"], f"{where}: flipped")
+        if tensors["flipped"].shape != latent.shape:
+            raise DataError(
+                f"{where}: flipped: expected the shape of the latent {list(latent.shape)}, "
+                f"received {list(tensors['flipped'].shape)}"
+            )
+    shape = (latent.shape[0], latent.shape[1], latent.shape[2])
+    return shape, *_latent_places(stored, start, shape[1:])
+
+
+def _check_text(stored: bytes, meta: bytes, where: str) -> tuple[str, int, int]:
+    """What is still to be encoded of a caption (`ids`, or nothing), its length, width of its states."""
+    tensors = schema.decode_tensors(stored, where)
+    if "ids" in tensors:
+        captions = schema.take_variants(tensors, "ids", where)
+        for ids in captions:
+            schema.check_ids(ids, where)
+        width = schema.planned_text_width(schema.decode_meta(meta, where), where)
+        return "ids", len(captions[0]), width
+    captions = schema.take_variants(tensors, "states", where)
+    for states in captions:
+        schema.check_states(states, where)
+    return "", len(captions[0]), captions[0].shape[1]
 
 
 def latent_checksum(values: bytes | memoryview, height: int, width: int) -> int:
