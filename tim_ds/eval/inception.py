@@ -23,6 +23,7 @@ from tim_ds.pipeline import sha256
 
 WEIGHTS_NAME = "weights-inception-2015-12-05-6726825d.pth"
 """torch-fidelity's conversion of the network of 2015-12-05, in its releases and in torch's cache."""
+INPUT_PX = 299
 POOL_WIDTH, SPATIAL_WIDTH = 2048, 2023
 
 # ADM's evaluator takes the first 7 channels of `mixed_6/conv`. The TensorFlow graph counts its blocks mixed,
