@@ -497,7 +497,7 @@ def reading_lines(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: measure the pipeline on this machine."""
+    """Measure the pipeline on this machine."""
     parser = argparse.ArgumentParser(prog="python -m data_pipeline.bench", description=main.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     plan = commands.add_parser("plan", help="quality of packs, speed of planning, cost of a resume")

@@ -895,7 +895,7 @@ def _walk(stream: BinaryIO, total: int) -> Iterator[_Row]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: build and save the index of shards, or verify the one that is there."""
+    """Build and save the index of shards, or verify the one that is there."""
     parser = argparse.ArgumentParser(prog="python -m data_pipeline.index", description=main.__doc__)
     parser.add_argument(
         "location",

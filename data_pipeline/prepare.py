@@ -703,7 +703,7 @@ def prepare(options: argparse.Namespace) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: turn pictures and captions (or labels) into shards."""
+    """Turn pictures and captions (or labels) into shards."""
     options = _parser().parse_args(arguments)
     try:
         print(prepare(options))

@@ -116,7 +116,9 @@ def _over(ranks: Sequence[float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time checkpoints of the ranks of one host.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.trainer.save_cost", description="Time checkpoints of the ranks of one host."
+    )
     parser.add_argument("--folder", type=Path, required=True, help="where to write; emptied afterwards")
     parser.add_argument("--share", type=float, default=0.25, help="of the model, over all ranks")
     parser.add_argument("--ranks", type=int, default=1)

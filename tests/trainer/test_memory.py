@@ -23,7 +23,6 @@ from tests.trainer.conftest import Groups
 from tim_ds.config.load import load_recipe
 from tim_ds.model.blocks import TransitionBlock
 from tim_ds.model.config import ModelConfig
-from tim_ds.model.export_folder import meta_network
 from tim_ds.model.memory import sampling_bytes
 from tim_ds.model.tim import TiM
 from tim_ds.packed import Copies
@@ -202,7 +201,7 @@ def test_frozen_encoders_are_counted_from_their_configs(tmp_path: Path) -> None:
     names = [part.name for part in found.parts]
     # So small a batch takes less than a step of this network, so large a picture more than of its packs.
     assert "encoding" not in names
-    step = sum(part.device for part in _activations(recipe, _Pack.of(recipe, 4), meta_network(recipe.model)))
+    step = sum(part.device for part in _activations(recipe, _Pack.of(recipe, 4)))
     drawn = load_recipe(XL, [*changes[:-1], changes[-1].replace("64x256", "4096x4096")])
     larger = estimate(drawn, zero2, Ranks(8, 8), image_tokens=4).part("drawing").device
     # Guidance doubles the tokens of 32 x 32 pixels.

@@ -31,7 +31,7 @@ EVALUATIONS = "evaluations"
 MEETING_S = 15.0
 """While rank 0 scores, all ranks meet this often: no collective waits long, and the watch sees progress."""
 
-_FILES = ("metadata", "questions", "reference", "inception")
+_FILES = ("metadata", "questions", "reference", "inception", "calibration")
 
 
 class EvaluationFailedError(Exception):
@@ -181,7 +181,7 @@ class Benchmarks:
             len(text.encode()),
             lambda aside: aside.write_text(text, encoding="utf-8"),
         )
-        sheet = benchmark_report.samples_sheet(pictures, scored.items, title=row.label, footnote="")
+        sheet = benchmark_report.sheet_of(row, scored, pictures)
         benchmark_report.write_png(one.folder / f"{folder.name}.png", sheet, {"evaluation": row.evaluation})
         shutil.rmtree(folder / "cache", ignore_errors=True)
         if self._log is not None:

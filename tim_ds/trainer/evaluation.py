@@ -13,7 +13,7 @@ from tim_ds.config.recipe import Recipe
 from tim_ds.eval import nfe, resolution
 from tim_ds.eval.handwriting import HandwritingScorer
 from tim_ds.eval.resolution import Picture
-from tim_ds.eval.sheet import gallery
+from tim_ds.eval.sheet import Section, gallery
 from tim_ds.pipeline import PipelineOutput, PromptLike, TiMPipeline
 from tim_ds.trainer.config import EvaluationConfig
 from tim_ds.trainer.in_step import InStep
@@ -102,7 +102,8 @@ class Evaluations:
                     continue
                 try:
                     scores = one.score(output.images)
-                    sheet = gallery(output.images[:_SHOWN], [str(text) for text in one.captions[:_SHOWN]])
+                    captions = [str(text) for text in one.captions[:_SHOWN]]
+                    sheet = gallery([Section("", output.images[:_SHOWN], captions)])
                 except Exception as error:
                     failures[name] = f"{type(error).__name__}: {error}"
                     continue

@@ -176,13 +176,13 @@ def estimate(
     split = _Split.of(recipe, engine_config, world, sizes)
     pack = _Pack.of(recipe, image_tokens)
     copies = average_copies(recipe)
-    activations = list(_activations(recipe, pack, network))
+    activations = list(_activations(recipe, pack))
     encoders = EncoderMemory(resident=encoder_bytes or 0, running="as given")
     if encoder_bytes is None:
         encoders = encoder_memory(recipe, pack.images, pack.tokens // pack.images, online)
     parts = [
         *_states(recipe, split, copies, frozen, world),
-        *_buffers(recipe, engine_config, world, split, network),
+        *_buffers(recipe, engine_config, split, network),
         *activations,
         *_encoders(encoders, sum(part.device for part in activations)),
         *_others(recipe, pack, split, copies),
@@ -304,9 +304,7 @@ def _states(recipe: Recipe, split: _Split, copies: int, frozen: int, world: Rank
         )
 
 
-def _buffers(
-    recipe: Recipe, engine: Mapping[str, Any], world: Ranks, split: _Split, network: TiM
-) -> Iterator[Part]:
+def _buffers(recipe: Recipe, engine: Mapping[str, Any], split: _Split, network: TiM) -> Iterator[Part]:
     settings = zero_settings(engine)
     networks = 1 if recipe.objective.guided_target is None else 2
     total = sum(parameter.numel() for parameter in network.parameters())
@@ -451,7 +449,7 @@ def taken_by_copies(model: ModelConfig, *, tokens: int, text: int, images: int, 
     return tokens * a_token + text * a_text + images * an_image
 
 
-def _activations(recipe: Recipe, pack: _Pack, network: TiM) -> Iterator[Part]:
+def _activations(recipe: Recipe, pack: _Pack) -> Iterator[Part]:
     model = recipe.model
     D, M, c = model.hidden_size, model.mlp_hidden, pack.width
     sizes = {"tokens": pack.tokens, "text": pack.text, "images": pack.images, "width": c}

@@ -6,7 +6,7 @@ import fcntl
 import json
 import logging
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -53,7 +53,6 @@ from tim_ds.trainer.engine import (
     read_engine_file,
     zero_stage,
 )
-from tim_ds.trainer.evaluation import Evaluations
 from tim_ds.trainer.initial import read_initial
 from tim_ds.trainer.inputs import StepInputs
 from tim_ds.trainer.loop import Loop, Progress
@@ -247,7 +246,7 @@ def _viewers(
     log: MetricsLog | None,
     signals: StopSignals,
     watch: Watch,
-) -> tuple[Previews | None, Evaluations | None]:
+) -> tuple[Callable[[int], None] | None, Callable[[int], None] | None]:
     """What looks at the averaged weights every so many steps, where the recipe asks for it."""
     config = recipe.train
     if not config.preview.every_steps and not config.evaluation.every_steps:
@@ -260,6 +259,9 @@ def _viewers(
         preview = world.together(partial(Previews, recipe, pipeline, run_dir, world, log), errors)
     evaluate = None
     if config.evaluation.every_steps:
+        # With its libraries of scores and plots, a second or two of every rank's start.
+        from tim_ds.trainer.evaluation import Evaluations
+
         evaluate = world.together(
             lambda: Evaluations(
                 recipe, pipeline, run_dir, world, log, watch.enter, lambda: signals.requested
