@@ -462,10 +462,10 @@ def train_in_step(world: World, settings: Recipe, folder: Path) -> None:
     evaluate, run = TransitionBlock._evaluate, TiMPipeline.run
     drawing: list[int] = []
 
-    def counted(self: TiMPipeline, *arguments: Any) -> Any:
+    def counted(self: TiMPipeline, *arguments: Any, **options: Any) -> Any:
         drawing.append(len(drawing))
         try:
-            return run(self, *arguments)
+            return run(self, *arguments, **options)
         finally:
             drawing[-1] = -1
 
