@@ -532,7 +532,7 @@ def leave_drawings(world: World, folder: Path, shards: Path, poisoned: Path) -> 
                     found["told"].append(in_step.attempt(partial(one.around, draw)))
                 again: Any = in_step.attempt(draw)[0]
             found["equal"] = all(
-                (a == b).all() for a, b in zip(whole.images, again.images, strict=True)
+                (a == b).all() for a, b in zip(whole.pixels, again.pixels, strict=True)
             ) and found.get("equal", True)
         ends.append(masters(engine))
     found["masters_equal"] = all(torch.equal(ends[0][name], value) for name, value in ends[1].items())
