@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from data_pipeline.loader import StepLoader
 from data_pipeline.storage import Folder
 from tests.trainer.plain import steps_of
 from tests.trainer.ranks import UNEVEN_SIZES, engine_file, recipe, write_data
@@ -912,6 +913,19 @@ def refuse_other_runs(world: World, folder: Path, shards: Path, poisoned: Path) 
             answers[name] = train(recipe(data, *overrides), folder / "run", file, world)
         except CheckpointError as error:
             answers[name] = str(error)
+    # As if an encoder ran, whose weights were replaced since.
+    manifest = folder / "run" / "checkpoints" / "step_000000002" / "manifest.json"
+    if world.is_main:
+        content = {**json.loads(manifest.read_text()), "encoders": {"text_encoder": {"revision": "old"}}}
+        manifest.write_text(json.dumps(content))
+    world.barrier()
+    running = property(lambda _: {"text_encoder": {"path": "there", "revision": "new"}})
+    with patch.object(StepLoader, "encoders", running):
+        try:
+            train(recipe(shards, "train.steps=3"), folder / "run", file, world)
+        except CheckpointError as error:
+            told_by_one = world.shared_error is error
+            answers["encoders"] = f"{error} ({'told by one' if told_by_one else 'told by each'})"
     return answers
 
 

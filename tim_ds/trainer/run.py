@@ -212,7 +212,8 @@ def _open_data(
     loader = world.together(partial(build_run_loader, recipe, world, data, start_step), (DataError,))
     encoders = world.from_main(loader.encoders if world.is_main else {})
     if checkpoint is not None:
-        check_same_encoders(checkpoint.manifest.get("encoders", {}), encoders, str(checkpoint.path))
+        recorded, source = checkpoint.manifest.get("encoders", {}), str(checkpoint.path)
+        world.together(partial(check_same_encoders, recorded, encoders, source), (CheckpointError,))
     return loader, encoders
 
 
