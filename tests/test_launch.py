@@ -60,7 +60,7 @@ class TestSample:
         )
         paths = sorted((tmp_path / "out").glob("0*.png"))
         assert len(paths) == 4
-        for path, image, caption, seed in zip(paths, expected.images, captions, range(5, 9), strict=True):
+        for path, image, caption, seed in zip(paths, expected.pixels, captions, range(5, 9), strict=True):
             np.testing.assert_array_equal(np.asarray(Image.open(path))[..., None], image)
             settings = read_settings(path)
             assert (settings["prompt"], settings["seed"], settings["nfe"]) == (caption, seed, 6)
@@ -114,7 +114,7 @@ class TestSample:
         assert sample(["--export", str(export), "--prompts-file", str(tmp_path / "no.txt"), *out]) == 1
         assert "no.txt: cannot be read" in capsys.readouterr().err
         assert sample(["--export", str(tmp_path / "none"), "--prompt", "a", *out]) == 1
-        assert "none: no such export folder" in capsys.readouterr().err
+        assert "none: not there; expected an export folder, a run" in capsys.readouterr().err
 
     def test_a_folder_that_cannot_be_written_is_refused_before_any_picture_is_made(
         self,

@@ -436,8 +436,8 @@ def _look_at_disk(found: Findings, recipe: Recipe, needs: MemoryEstimate, run_di
     found.say("disk", f"{full / GIB:.2f} GiB at most, exported weights included; {free / GIB:.2f} GiB free")
     if free < full:
         found.problems.append(
-            f"disk: {kept} checkpoints and the exported weights need {full:,} bytes, {free:,} are free where "
-            f"{run_dir or 'runs'} is; free space, keep fewer, or choose another run folder"
+            f"disk: {kept} checkpoints and the exported weights need {full / GIB:.2f} GiB, {free / GIB:.2f} "
+            f"are free where {run_dir or 'runs'} is; free space, keep fewer, or choose another run folder"
         )
     if preview.every_steps:
         found.say(
