@@ -464,10 +464,10 @@ def train_in_step(world: World, settings: Recipe, folder: Path) -> None:
     evaluate, run = TransitionBlock._evaluate, TiMPipeline.run
     drawing: list[int] = []
 
-    def counted(self: TiMPipeline, *arguments: Any) -> Any:
+    def counted(self: TiMPipeline, *arguments: Any, **named: Any) -> Any:
         drawing.append(len(drawing))
         try:
-            return run(self, *arguments)
+            return run(self, *arguments, **named)
         finally:
             drawing[-1] = -1
 
@@ -534,7 +534,7 @@ def leave_drawings(world: World, folder: Path, shards: Path, poisoned: Path) -> 
                     found["told"].append(in_step.attempt(partial(one.around, draw)))
                 again: Any = in_step.attempt(draw)[0]
             found["equal"] = all(
-                (a == b).all() for a, b in zip(whole.images, again.images, strict=True)
+                (a == b).all() for a, b in zip(whole.pixels, again.pixels, strict=True)
             ) and found.get("equal", True)
         ends.append(masters(engine))
     found["masters_equal"] = all(torch.equal(ends[0][name], value) for name, value in ends[1].items())

@@ -87,9 +87,9 @@ def test_pictures_are_drawn_while_the_encoders_are_beside_the_network(
 
     run = TiMPipeline.run
 
-    def watched(self: TiMPipeline, *arguments: object) -> PipelineOutput:
+    def watched(self: TiMPipeline, *arguments: object, **named: object) -> PipelineOutput:
         drawn.append("beside" if len(moved) % 2 else "alone")
-        return run(self, *arguments)  # type: ignore[arg-type]
+        return run(self, *arguments, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(pipeline.autoencoder, "to", to, raising=False)
     monkeypatch.setattr(TiMPipeline, "run", watched)
