@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from data_pipeline.loader import StepLoader
 from data_pipeline.storage import Folder
 from tests.trainer.plain import steps_of
 from tests.trainer.ranks import UNEVEN_SIZES, engine_file, recipe, write_data
@@ -49,6 +50,7 @@ from tim_ds.trainer.host_copy import HostCopy
 from tim_ds.trainer.in_step import InStep
 from tim_ds.trainer.loop import Loop
 from tim_ds.trainer.memory import Ranks, estimate
+from tim_ds.trainer.metrics import METRICS_FILE
 from tim_ds.trainer.preview import describe_export
 from tim_ds.trainer.run import train
 from tim_ds.trainer.signals import RunStopped, StopSignals
@@ -880,6 +882,23 @@ def ask_again(world: World, folder: Path, shards: Path, poisoned: Path) -> str:
     return str(folder / "run")
 
 
+def cut_an_interval(world: World, folder: Path, shards: Path, poisoned: Path) -> str:
+    """A run that is continued after step 3 of the four between two lines."""
+    settings = recipe(shards, "train.log_every=4", "train.checkpoint.every_steps=3")
+    file = shared_engine_file(world, folder, 1)
+    train(settings, folder / "run", file, world)
+    if world.is_main:
+        shutil.copy(folder / "run" / METRICS_FILE, folder / "whole.jsonl")
+        shutil.rmtree(folder / "run" / "checkpoints" / "step_000000004")
+        manifest = folder / "run" / "checkpoints" / "step_000000003" / "manifest.json"
+        content = json.loads(manifest.read_text())
+        assert content["interval_seconds"] > 0
+        manifest.write_text(json.dumps({**content, "interval_seconds": 1000.0}))
+    world.barrier()
+    train(settings, folder / "run", file, world)
+    return str(folder)
+
+
 def refuse_other_runs(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[str, str]:
     """The same folder, asked to continue with something else."""
     file = shared_engine_file(world, folder, 1)
@@ -894,6 +913,19 @@ def refuse_other_runs(world: World, folder: Path, shards: Path, poisoned: Path) 
             answers[name] = train(recipe(data, *overrides), folder / "run", file, world)
         except CheckpointError as error:
             answers[name] = str(error)
+    # As if an encoder ran, whose weights were replaced since.
+    manifest = folder / "run" / "checkpoints" / "step_000000002" / "manifest.json"
+    if world.is_main:
+        content = {**json.loads(manifest.read_text()), "encoders": {"text_encoder": {"revision": "old"}}}
+        manifest.write_text(json.dumps(content))
+    world.barrier()
+    running = property(lambda _: {"text_encoder": {"path": "there", "revision": "new"}})
+    with patch.object(StepLoader, "encoders", running):
+        try:
+            train(recipe(shards, "train.steps=3"), folder / "run", file, world)
+        except CheckpointError as error:
+            told_by_one = world.shared_error is error
+            answers["encoders"] = f"{error} ({'told by one' if told_by_one else 'told by each'})"
     return answers
 
 
@@ -936,6 +968,7 @@ CASES: dict[str, Callable[[World, Path, Path, Path], Any]] = {
         fill_the_disk,
         save_first,
         ask_again,
+        cut_an_interval,
         refuse_other_runs,
         continue_elsewhere,
         start_from_weights,

@@ -287,3 +287,6 @@ def test_a_folder_of_another_run_is_refused_with_everything_that_differs(groups:
         assert "objective.diffusion_share: 0.5 in the checkpoint, 0.25 now" in found["model"]
         assert "data: index" in found["data"] and "model." not in found["data"]
         assert "finished at step 2, nothing to do" in found["harmless"]
+        # An error of all ranks, with exit code 2: none of them is missing.
+        assert "data.text_encoder: old in the checkpoint, new now (there)" in found["encoders"]
+        assert found["encoders"].endswith("(told by one)")

@@ -102,6 +102,16 @@ def test_requests_for_data_that_were_made_again_are_counted_over_the_ranks(group
     assert [line["speed"]["retries"] for line in lines] == [2 * 1 + 2 * 2] * 4
 
 
+def test_a_line_whose_images_are_older_than_the_process_counts_their_time(groups: Groups) -> None:
+    folder = Path(groups.results(2, "cut_an_interval")[0])
+    [line] = read_metrics(folder / "run")
+    whole = json.loads((folder / "whole.jsonl").read_text())
+    # The checkpoint says that its three steps took 1,000 s.
+    assert line["step"] == 4 and line["images"] == whole["images"] and line["loss"] == whole["loss"]
+    assert line["speed"]["seconds"] > 1000.0
+    assert line["speed"]["images_per_s"] == line["images"] / line["speed"]["seconds"]
+
+
 def test_a_refused_step_enters_no_mean(shards: Path) -> None:
     settings = recipe(shards)
     sums = Sums(build_transport(settings.objective.transport), DEVICE)

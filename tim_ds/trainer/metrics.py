@@ -147,6 +147,8 @@ class MetricsLog:
         start_step: step that the run continues after; what was written beyond it is dropped.
         num_devices: over which the work is spread.
         peak_flops: of one device in FLOP/s; None where it is not known.
+        seconds_before: `interval_seconds` at the checkpoint that the run continues after, whose images the
+            first line counts too.
     Raises:
         CheckpointError: from every method but `close`, if the disk refuses.
     """
@@ -159,6 +161,7 @@ class MetricsLog:
         start_step: int,
         num_devices: int = 1,
         peak_flops: float | None = None,
+        seconds_before: float = 0.0,
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -174,7 +177,12 @@ class MetricsLog:
             self._board = SummaryWriter(
                 str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else None, flush_secs=30
             )
-        self._since = time.perf_counter()
+        self._since = time.perf_counter() - seconds_before
+
+    @property
+    def interval_seconds(self) -> float:
+        """Since the last line."""
+        return time.perf_counter() - self._since
 
     def log(
         self,

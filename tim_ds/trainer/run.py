@@ -144,7 +144,7 @@ def _run(
     teacher = teacher_parameters(root)
     if teacher:
         ema.write_into(teacher)
-    log = _open_log(recipe, run_dir, engine, world, progress.step) if world.is_main else None
+    log = _open_log(recipe, run_dir, engine, world, checkpoint) if world.is_main else None
     preview, evaluate = _viewers(recipe, run_dir, root, world, progress, log, signals, watch)
 
     def save(progress: Progress) -> None:
@@ -152,6 +152,8 @@ def _run(
             log.flush()
         manifest = _manifest(recipe, progress, engine, world, data)
         manifest |= {"encoders": encoders, "initial_weights": initial_digest}
+        if log is not None:
+            manifest["interval_seconds"] = log.interval_seconds
         folder.start(progress.step, state_pieces(engine, ema), sums.state(), manifest)
 
     def prepare() -> None:
@@ -210,7 +212,8 @@ def _open_data(
     loader = world.together(partial(build_run_loader, recipe, world, data, start_step), (DataError,))
     encoders = world.from_main(loader.encoders if world.is_main else {})
     if checkpoint is not None:
-        check_same_encoders(checkpoint.manifest.get("encoders", {}), encoders, str(checkpoint.path))
+        recorded, source = checkpoint.manifest.get("encoders", {}), str(checkpoint.path)
+        world.together(partial(check_same_encoders, recorded, encoders, source), (CheckpointError,))
     return loader, encoders
 
 
@@ -271,7 +274,9 @@ def _viewers(
     return preview, evaluate
 
 
-def _open_log(recipe: Recipe, run_dir: Path, engine: Engine, world: World, start_step: int) -> MetricsLog:
+def _open_log(
+    recipe: Recipe, run_dir: Path, engine: Engine, world: World, checkpoint: Checkpoint | None
+) -> MetricsLog:
     """Begin the run folder with its settings, and its log. On rank 0."""
     run_dir.mkdir(parents=True, exist_ok=True)
     write_flushed(run_dir / "recipe.yaml", dump(recipe))
@@ -279,9 +284,11 @@ def _open_log(recipe: Recipe, run_dir: Path, engine: Engine, world: World, start
     return MetricsLog(
         run_dir,
         tokens_per_pack=recipe.data.tokens_per_pack,
-        start_step=start_step,
+        start_step=0 if checkpoint is None else checkpoint.step,
         num_devices=world.size,
         peak_flops=device_peak(recipe.train, world),
+        # Of earlier versions without it.
+        seconds_before=0.0 if checkpoint is None else checkpoint.manifest.get("interval_seconds", 0.0),
     )
 
 
