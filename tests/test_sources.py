@@ -76,7 +76,11 @@ class TestCheckpoints:
         (folder / "manifest.json").write_text(json.dumps(manifest))
         with pytest.raises(CheckpointError, match="which the network of its recipe does not have"):
             read_source(folder)
-        manifest["recipe"]["model"]["depth"] = 3
+        manifest["recipe"]["model"] |= {"depth": 2, "mlp_ratio": 1.0}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(CheckpointError, match=r"holds blocks\.\d\.mlp\..*, which the network"):
+            read_source(folder)
+        manifest["recipe"]["model"] |= {"depth": 3, "mlp_ratio": recipe().model.mlp_ratio}
         (folder / "manifest.json").write_text(json.dumps(manifest))
         with pytest.raises(CheckpointError, match=r"not whole in its files: blocks\.2"):
             read_source(folder)

@@ -171,6 +171,13 @@ BAD_SAMPLES = {
         [("k.cls", b"1"), ("k.latent.safetensors", latent_bytes(latent=torch.zeros(1, 2, 2).int()))],
         "received torch.int32",
     ),
+    "too_tall_for_its_column": (
+        [
+            ("k.cls", b"1"),
+            ("k.latent.safetensors", latent_bytes(latent=torch.zeros(4, 1 << 16, 1).half())),
+        ],
+        "sides below 65536 cells",
+    ),
     "not_finite": (
         [("k.cls", b"1"), ("k.latent.safetensors", latent_bytes(latent=torch.full((1, 2, 2), torch.nan)))],
         "NaN or infinity",

@@ -249,9 +249,16 @@ class TestRestart:
 
 
 class TestProcesses:
-    @pytest.mark.parametrize("world", [2, 3])
+    # Three batches, of 2, 2 and 1 pictures, go round; the last process draws first.
+    @pytest.mark.parametrize(("world", "shares"), [(2, [2, 3]), (3, [1, 2, 2])])
     def test_pictures_do_not_depend_on_the_number_of_processes(
-        self, draw: Any, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int
+        self,
+        draw: Any,
+        prompts: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        world: int,
+        shares: list[int],
     ) -> None:
         words = ["--prompts-file", str(prompts), "--size", "8x16", "--tokens-per-batch", "16"]
         assert draw(*words)[0] == 0
@@ -264,7 +271,7 @@ class TestProcesses:
             counts.append(printed.count("peak memory") - 1)
             assert ("grid.png" in printed) == (rank == 0)
         assert pictures(tmp_path / "shared") == pictures(tmp_path / "out")
-        assert sum(counts) == 5 and min(counts) >= 1
+        assert counts == shares
 
 
 class TestTooMuch:

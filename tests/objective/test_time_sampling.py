@@ -131,6 +131,19 @@ def test_given_times_are_checked() -> None:
         draw_times(transport, ObjectiveConfig(), torch.zeros(3, 2), torch.zeros(3, 2))
 
 
+def test_selected_images_keep_all_that_is_known_of_their_times() -> None:
+    t, r = torch.tensor([0.9, 0.6, 0.5]), torch.tensor([0.1, 0.6, 0.0])
+    times = Times.from_tensors(TRANSPORTS["ot_fm"], t, r)
+    expected = Times.from_tensors(TRANSPORTS["ot_fm"], t[[2, 1]], r[[2, 1]])
+    chosen = times.select((2, 1), torch.tensor([2, 1]))
+    assert torch.equal(chosen.t_S, expected.t_S) and torch.equal(chosen.r_S, expected.r_S)
+    assert (chosen.is_diffusion, chosen.transition_indices, chosen.t_values) == (
+        expected.is_diffusion,
+        expected.transition_indices,
+        expected.t_values,
+    )
+
+
 def test_moving_keeps_the_host_side_decisions() -> None:
     times = Times.from_tensors(
         TRANSPORTS["ot_fm"], torch.tensor([0.5, 0.6, 0.7]), torch.tensor([0.5, 0.1, 0.7])

@@ -19,6 +19,7 @@ from tim_ds.objective.transport import EDM, OTFM, VE, VP, TiMTransport, Transpor
 
 GOLDEN = load_file(Path(__file__).parents[1] / "golden" / "golden_dev_formulas.safetensors")
 ROWS = list(TRANSPORTS)
+STORED = [name for name in ROWS if f"{name}/t" in GOLDEN]
 
 # Evaluated at 30 digits; the classes at float64, whose tangents and differences lose a few digits of 2e-16.
 ALGEBRA_TOLERANCE = 1e-10
@@ -39,7 +40,9 @@ def definitions(name: str, t: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr, sympy
         return 1 / sympy.sqrt(beta**2 + 1), beta / sympy.sqrt(beta**2 + 1), sympy.Integer(0), sympy.Integer(1)
     if name == "ve":
         return sympy.Integer(1), t, sympy.Integer(0), sympy.Integer(-1)
-    return sympy.cos(sympy.pi * t / 2), sympy.sin(sympy.pi * t / 2), sympy.Integer(-1), sympy.Integer(1)
+    if name == "tim":
+        return sympy.cos(sympy.pi * t / 2), sympy.sin(sympy.pi * t / 2), sympy.Integer(-1), sympy.Integer(1)
+    raise KeyError(f"{name}: expected its path here, from which the other coefficients follow")
 
 
 def relative_error(received: torch.Tensor, expected: torch.Tensor) -> float:
@@ -109,8 +112,9 @@ def test_every_coefficient_follows_from_the_path_by_algebra(name: str) -> None:
     assert expected["slope_of_x_r"].abs().max() < 1e-15
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", STORED)
 def test_stored_formula_values(name: str) -> None:
+    assert len(STORED) == 7  # the six rows of Table 1, EDM with two widths of the data
     transport = TRANSPORTS[name]
     t, r = GOLDEN[f"{name}/t"], GOLDEN[f"{name}/r"]
     x, z, dF, F = (GOLDEN[f"in/{k}"] for k in ("x", "z", "dF", "F"))

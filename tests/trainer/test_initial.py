@@ -12,12 +12,15 @@ import torch
 from tests.trainer.cases import ADAPTED, ALIGNED, write_base
 from tests.trainer.conftest import Groups
 from tests.trainer.ranks import recipe
+from tim_ds.config.recipe import to_dict
 from tim_ds.errors import CheckpointError, ConfigError
-from tim_ds.model.export_folder import read_export
+from tim_ds.model.export_folder import meta_network, read_export
 from tim_ds.trainer.agreement import check_same_encoders
 from tim_ds.trainer.assembly import build_root
-from tim_ds.trainer.checkpoint import find_checkpoints
+from tim_ds.trainer.checkpoint import CheckpointFolder, Piece, find_checkpoints
+from tim_ds.trainer.ema import piece_kind
 from tim_ds.trainer.initial import StoredState, check_initial, read_initial
+from tim_ds.trainer.world import World
 
 POWER = "train.ema={averages: [{sigma_rel: 0.1}], snapshots: {every_steps: 2}}"
 CLASSES = ("model.condition=class", "model.text_dim=null", "model.num_classes=10", "data.text_encoder=null")
@@ -37,6 +40,21 @@ def test_an_export_a_run_and_its_checkpoint_hold_the_same_weights(groups: Groups
     assert all(initial.model == found[0].model for initial in found)
     expected = read_export(run / "export")[1]
     assert all(torch.equal(found[2].state[name], value) for name, value in expected.items())
+
+
+def test_an_earlier_checkpoint_of_a_run_is_the_one_that_is_read(tmp_path: Path, shards: Path) -> None:
+    described = recipe(shards)
+    state = meta_network(described.model).state_dict()
+    folder = CheckpointFolder(tmp_path / "checkpoints", World(), keep=2)
+    for step in (4, 8):
+        pieces = [
+            Piece(piece_kind("ema"), f"network.{name}", 0, torch.full((value.numel(),), float(step)))
+            for name, value in state.items()
+        ]
+        folder.save(step, iter(pieces), {}, {"progress": {"step": step}, "recipe": to_dict(described)})
+    for path, value in (("checkpoints/step_000000004", 4.0), ("checkpoints/step_000000008", 8.0), ("", 8.0)):
+        initial = read_initial(str(tmp_path / path))
+        assert all((initial.state[name] == value).all() for name in state)
 
 
 def test_an_adapter_is_no_weights_to_start_from(groups: Groups) -> None:
