@@ -114,7 +114,7 @@ class TestSample:
         assert sample(["--export", str(export), "--prompts-file", str(tmp_path / "no.txt"), *out]) == 1
         assert "no.txt: cannot be read" in capsys.readouterr().err
         assert sample(["--export", str(tmp_path / "none"), "--prompt", "a", *out]) == 1
-        assert "none: no such export folder" in capsys.readouterr().err
+        assert "none: not there; expected an export folder, a run" in capsys.readouterr().err
 
     def test_a_folder_that_cannot_be_written_is_refused_before_any_picture_is_made(
         self,

@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from tqdm import tqdm
 
 from data_pipeline.batch import Latents, PackedBatch
+from data_pipeline.encoders.autoencoder import load_dc_ae
+from tests.data_pipeline.tiny_models import save_autoencoders
 from tests.fake_cuda import DEVICE, HostWaits, Seen, fake_cuda
 from tests.kernels.launches import Launch
 from tests.networks import TEXT_WIDTH, export_of
@@ -230,6 +232,31 @@ def test_launches_of_the_largest_packs_are_within_the_limits_of_a_device(monkeyp
                 assert value.shape[0] == 1 or value.stride(0) == stride, f"{launch.kernel}: {name}"
                 # What Triton would compile anew for an address that no vector of 16 bytes divides.
                 assert value.storage_offset() * value.element_size() % 16 == 0, f"{launch.kernel}: {name}"
+
+
+def test_a_run_draws_with_pretrained_encoders_on_the_device_of_its_network(monkeypatch, tmp_path):
+    """They wait on the host: the device's memory is the training's."""
+    save_autoencoders(tmp_path)
+    autoencoder = load_dc_ae(str(tmp_path / "dc_ae"))
+    model = autoencoder.model.to("meta")
+
+    def to(place: str | torch.device) -> None:
+        # torch does not move parameters that are not real.
+        for module in model.modules():
+            for name, value in list(module.named_parameters(recurse=False)):
+                setattr(module, name, torch.nn.Parameter(torch.empty(value.shape, device=place)))
+
+    monkeypatch.setattr(model, "to", to)
+    export = replace(export_of(), model=replace(MODEL, in_channels=4, text_dim=TEXT_WIDTH))
+    with device(monkeypatch, may_wait=True):
+        model.to("cpu")
+        pipe = TiMPipeline(network_on_device(export.model), export, autoencoder=autoencoder)
+        latent = torch.zeros(1, 4, 3, 5, device=DEVICE)
+        with pytest.raises(RuntimeError, match=r"cuda:0.*cpu"):
+            pipe.autoencoder.decode(latent)
+        with pipe.encoders_beside_network():
+            assert pipe.autoencoder.decode(latent).device == DEVICE
+        assert {p.device.type for p in model.parameters()} == {"cpu"}
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])

@@ -354,7 +354,7 @@ class TestFolders:
         assert output.settings["recipe_sha256"] == "f" * 64
 
     def test_a_folder_that_is_no_export_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(CheckpointError, match="no such export folder"):
+        with pytest.raises(CheckpointError, match="not there; expected an export folder, a run"):
             TiMPipeline.from_pretrained(tmp_path / "nothing")
         folder = write_tiny_export(tmp_path / "export")
         weights = folder / "tim.safetensors"

@@ -114,5 +114,5 @@ def test_a_released_file_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     write_weights(tmp_path / "model.safetensors", TiM(TINY["tiny_class"].model).state_dict())
     found = read_source(tmp_path / "model.safetensors")
     assert found.export.source.name == "tiny_class"
-    with pytest.raises(CheckpointError, match="no such export folder"):
+    with pytest.raises(CheckpointError, match="not there; expected an export folder, a run, a checkpoint"):
         read_source(tmp_path / "model.bin")

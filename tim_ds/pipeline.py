@@ -15,6 +15,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
@@ -186,6 +187,19 @@ class TiMPipeline:
                 part.to(device)  # type: ignore[union-attr]  # only encoders with weights have it
         prove_attention(self.device, self.dtype, self.export.model.head_dim)
         return self
+
+    @contextmanager
+    def encoders_beside_network(self) -> Iterator[None]:
+        """Within, encoders with weights are on the device of the network; afterwards on the host. For a run,
+        whose step needs the memory of the device."""
+        parts = [part for part in (self.autoencoder, self.text_encoder) if hasattr(part, "to")]
+        try:
+            for part in parts:
+                part.to(self.device)  # type: ignore[union-attr]  # asked above
+            yield
+        finally:
+            for part in parts:
+                part.to("cpu")  # type: ignore[union-attr]
 
     @property
     def device(self) -> torch.device:

@@ -15,6 +15,8 @@ import triton.language as tl
 
 MAX_BLOCKS = 3
 MAX_WARPS = 16
+WIDEST_IN_STAGES = 2048
+"""Columns of a row up to which the next two rows fit into shared memory beside those of other programs."""
 
 
 def column_blocks(width: int) -> tuple[tuple[int, int], ...]:
@@ -35,12 +37,25 @@ def column_blocks(width: int) -> tuple[tuple[int, int], ...]:
     return tuple(blocks)
 
 
+def stages_of(width: int) -> int:
+    """Of the pipeline along the rows: two are under way to shared memory while one is worked on.
+
+    A wide row alone is enough to keep the memory busy.
+    """
+    return 3 if width <= WIDEST_IN_STAGES else 1
+
+
 def row_options(width: int, columns_per_warp: int) -> dict[str, Any]:
     """Compile-time arguments and warps of a kernel that works on one row of `width` columns at a time."""
     warps = 1
     while warps < MAX_WARPS and width > warps * columns_per_warp:
         warps *= 2
     return {"D": width, "BLOCKS": column_blocks(width), "num_warps": warps}
+
+
+@triton.constexpr_function
+def smallest_block(blocks: Any) -> int:
+    return min(size for _, size in blocks)
 
 
 @triton.jit
@@ -78,12 +93,27 @@ def zero_row(BLOCKS: tl.constexpr):
 
 
 @triton.jit
+def fold_row(parts, BLOCKS: tl.constexpr):
+    """Sums of neighbouring columns, so that all blocks are of the size of the smallest, added up."""
+    SIZE: tl.constexpr = smallest_block(BLOCKS)
+    total = tl.sum(tl.reshape(parts[0], (SIZE, BLOCKS[0][1] // SIZE)), 1)
+    for b in tl.static_range(1, len(BLOCKS)):
+        total += tl.sum(tl.reshape(parts[b], (SIZE, BLOCKS[b][1] // SIZE)), 1)
+    return total
+
+
+@triton.jit
 def mean_of_row(parts, D: tl.constexpr, BLOCKS: tl.constexpr):
     """Mean over the D columns; lanes beyond them must hold 0."""
-    total = 0.0
-    for b in tl.static_range(len(BLOCKS)):
-        total += tl.sum(parts[b], 0)
-    return total * (1.0 / D)
+    return tl.sum(fold_row(parts, BLOCKS), 0) * (1.0 / D)
+
+
+@triton.jit
+def means_of_rows(a, b, D: tl.constexpr, BLOCKS: tl.constexpr):
+    """Both means in one exchange between the warps."""
+    both = tl.sum(tl.join(fold_row(a, BLOCKS), fold_row(b, BLOCKS)), 0)
+    mean_a, mean_b = tl.split(both * (1.0 / D))
+    return mean_a, mean_b
 
 
 @triton.jit

@@ -130,7 +130,7 @@ def _modulated_layer_norm() -> list[Variant]:
                 f"forward: {label}",
                 norm.forward_kernel,
                 pointers,
-                norm.forward_options(width),
+                norm.options(width),
                 types={"eps": "fp32"},
                 # x, shift, scale and, with a residual, branch and gate: each at least one a thread.
                 wide_loads=5 if residual else 3,
@@ -151,7 +151,7 @@ def _modulated_layer_norm() -> list[Variant]:
                 f"backward: {label}",
                 norm.backward_kernel,
                 pointers,
-                norm.backward_options(width),
+                norm.options(width),
                 # At 768 columns a thread holds four of the wider block: 64 bits of a bfloat16 row.
                 wide_loads=3 if width == 768 or not residual else 5,
             )
@@ -315,7 +315,7 @@ def _modulated_layer_norm_jvp() -> list[Variant]:
                 f"width {width}, stream {stream}, h {stored}, {'with' if residual else 'no'} residual",
                 norm_jvp.jvp_kernel,
                 pointers,
-                norm_jvp.jvp_options(width),
+                norm.options(width),
                 types={"eps": "fp32"},
                 # Two a thread for every float32 row, of tokens or of segments, and one for every bfloat16
                 # row; at 768 columns, half of that.

@@ -125,6 +125,26 @@ def test_a_folder_of_another_making_is_refused_and_untouched(
     assert sampled == [] and contents(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    "switch",
+    [
+        {"cfg_upper": "exclusive"},
+        {"schedule_dtype": "bfloat16"},
+        {"cfg_interval": (0.1, 0.9)},
+        {"stochasticity": 0.5},
+    ],
+    ids=lambda switch: next(iter(switch)),
+)
+def test_every_switch_of_the_exports_sampler_is_part_of_the_making(
+    pipeline: TiMPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, switch: dict[str, Any]
+) -> None:
+    make(pipeline, tmp_path)
+    export = pipeline.export
+    monkeypatch.setattr(pipeline, "export", replace(export, sampler=replace(export.sampler, **switch)))
+    with pytest.raises(RequestError, match=f"{next(iter(switch))} was"):
+        make(pipeline, tmp_path)
+
+
 def test_other_weights_and_prompts_are_refused(pipeline: TiMPipeline, tmp_path: Path) -> None:
     make(pipeline, tmp_path / "pictures")
     other = TiMPipeline.from_pretrained(write_tiny_export(tmp_path / "export", seed=1))

@@ -104,6 +104,12 @@ class TestJobs:
         status, _, error = draw("--prompts-file", str(path))
         assert status == 1 and message in error and not (tmp_path / "out").exists()
 
+    def test_lines_of_other_settings_are_not_summed_up_as_one(self, draw: Any, tmp_path: Path) -> None:
+        path = tmp_path / "two.jsonl"
+        path.write_text('{"prompt": "a two", "steps": 1}\n{"prompt": "a six", "steps": 3, "cfg": 2}\n')
+        _, printed, _ = draw("--prompts-file", str(path), "--size", "8x8")
+        assert "2 pictures, 1 to 6 network evaluations and" in printed
+
     def test_a_prompt_is_exact_up_to_the_end_of_its_line(self, draw: Any, tmp_path: Path) -> None:
         """Other characters that end lines somewhere, and the mark some editors put first, are none here."""
         text = "a \u2028three\x85 or\x0c é"
@@ -177,15 +183,25 @@ class TestRestart:
         paths[3].unlink()
         kept = {p: p.stat().st_mtime_ns for p in paths if p.exists()}
         status, printed, _ = draw(*self.WORDS)
-        assert status == 0 and "5 pictures are finished and kept" in printed and "1 pictures, " in printed
+        assert status == 0 and "5 pictures finished and kept" in printed and "1 picture, " in printed
         assert pictures(out) == before and len(before) == 6
         assert {p: p.stat().st_mtime_ns for p in kept} == kept
+
+    def test_the_grid_of_other_pictures_is_kept(self, draw: Any, tmp_path: Path) -> None:
+        draw(*self.WORDS)
+        first = (tmp_path / "out" / "grid.png").read_bytes()
+        words = ["--prompt", "a nine", "--size", "8x8"]
+        for _ in range(2):
+            status, printed, _ = draw(*words)
+            assert status == 0 and "grid_2.png" in printed
+        assert (tmp_path / "out" / "grid.png").read_bytes() == first
+        assert sorted(path.name for path in (tmp_path / "out").glob("grid*")) == ["grid.png", "grid_2.png"]
 
     def test_nothing_is_drawn_when_all_is_finished(self, draw: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         draw(*self.WORDS)
         monkeypatch.setattr(TiMPipeline, "run", lambda *_: pytest.fail("sampled"))
         status, printed, _ = draw(*self.WORDS)
-        assert status == 0 and "6 pictures are finished and kept" in printed
+        assert status == 0 and "6 pictures finished and kept" in printed
 
     def test_another_setting_under_the_same_name_is_refused(self, draw: Any, tmp_path: Path) -> None:
         draw(*self.WORDS)

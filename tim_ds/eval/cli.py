@@ -108,7 +108,7 @@ def _add_resolution(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cfg", type=float, help="guidance scale (default: the export's)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
     group = parser.add_argument_group("--scorer BENCHMARK", "as in `launch/evaluate.py BENCHMARK --help`")
-    for name in ("metadata", "questions", "reference", "inception"):
+    for name in ("metadata", "questions", "reference", "inception", "calibration"):
         group.add_argument(f"--{name}", type=Path)
     for name in ("detector", "clip", "vqa"):
         group.add_argument(f"--{name}")
@@ -119,7 +119,7 @@ def _add_resolution(parser: argparse.ArgumentParser) -> None:
 
 
 _OF_BENCHMARKS = (
-    *("metadata", "questions", "reference", "inception", "detector", "clip", "vqa"),
+    *("metadata", "questions", "reference", "inception", "calibration", "detector", "clip", "vqa"),
     *("num", "count", "num_classes", "limit"),
 )
 
@@ -248,7 +248,7 @@ EVALUATIONS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one evaluation; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="launch/evaluate.py", description="Score a trained network.")
+    parser = argparse.ArgumentParser(description="Score a trained network.")
     commands = parser.add_subparsers(dest="evaluation", required=True, metavar="EVALUATION")
     for name, evaluation in EVALUATIONS.items():
         summary = evaluation.run.__doc__

@@ -109,6 +109,15 @@ class Suite(Protocol):
         """Everything that decides the scores besides the pictures."""
         ...
 
+    @property
+    def title(self) -> str:
+        """What is scored, as it may be quoted."""
+        ...
+
+    def remarks(self) -> dict[str, Any]:
+        """What the details of every row say besides what scoring found."""
+        ...
+
     def check(self, pipeline: TiMPipeline) -> None:
         """Raises RequestError if the network cannot draw this suite."""
         ...
@@ -148,6 +157,7 @@ class HandwritingSuite:
         }
     )
     libraries: Sequence[str] = ("scikit-learn",)
+    title = "Handwriting, read back"
 
     def __init__(self, data: Path, *, pictures: int, longest: int, seed: int) -> None:
         if longest < 1 or pictures < 65:
@@ -180,6 +190,9 @@ class HandwritingSuite:
     def identity(self) -> dict[str, Any]:
         return {"suite": "handwriting", "scans_sha256": self._scans_sha256}
 
+    def remarks(self) -> dict[str, Any]:
+        return {}
+
     def check(self, pipeline: TiMPipeline) -> None:
         check_handwriting(pipeline)
 
@@ -201,6 +214,7 @@ class PromptSuite:
 
     plotted: Mapping[str, str] = MappingProxyType({})
     libraries: Sequence[str] = ("transformers",)
+    title = "The same prompts at every size"
 
     def __init__(
         self, prompts: Path, sizes: Sequence[str], *, seed: int, scorer: Scorer | None = None
@@ -213,6 +227,9 @@ class PromptSuite:
 
     def identity(self) -> dict[str, Any]:
         return {"suite": "prompts", "scorer": None if self._scorer is None else self._scorer.identity()}
+
+    def remarks(self) -> dict[str, Any]:
+        return {}
 
     def check(self, pipeline: TiMPipeline) -> None:
         if pipeline.export.model.condition != "text":
@@ -257,6 +274,13 @@ class BenchmarkSuite:
 
     def identity(self) -> dict[str, Any]:
         return {"suite": self.benchmark.name, "scorer": self.benchmark.scorer}
+
+    @property
+    def title(self) -> str:
+        return self.benchmark.title
+
+    def remarks(self) -> dict[str, Any]:
+        return self.benchmark.remarks()
 
     def check(self, pipeline: TiMPipeline) -> None:
         check_network(self.benchmark, pipeline)
@@ -422,7 +446,8 @@ class _Task:
         identity = json.loads(json.dumps(identity))
         count = self.draw(bar)
         row = next((row for row in finished if row.identity == identity), None)
-        if row is not None and not count:
+        remarks = json.loads(json.dumps(suite.remarks()))
+        if row is not None and not count and row.details | remarks == row.details:
             return replace(row, label=label)
         names = [picture_path(self.folder, job).name for job in self.jobs]
         scores, details = suite.score_files(group, picture_set(self.folder, names, progress=False), cache)
@@ -445,7 +470,7 @@ class _Task:
             versions={**library_versions(), **versions(suite.libraries)},
             device=device_name(pipe.device),
             seed=group.seeds[0],
-            details=details,
+            details=details | remarks,
         )
 
     def _read_cost(self) -> _Cost | None:

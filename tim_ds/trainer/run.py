@@ -58,7 +58,7 @@ from tim_ds.trainer.inputs import StepInputs
 from tim_ds.trainer.loop import Loop, Progress
 from tim_ds.trainer.lora import merged, write_adapter
 from tim_ds.trainer.metrics import MetricsLog, Sums
-from tim_ds.trainer.preview import Previews, describe_export
+from tim_ds.trainer.preview import Previews, describe_export, drawing_pipeline
 from tim_ds.trainer.signals import StopAgreement, StopSignals
 from tim_ds.trainer.snapshots import SNAPSHOTS, Snapshots
 from tim_ds.trainer.step import TransitionStep
@@ -248,13 +248,15 @@ def _viewers(
     watch: Watch,
 ) -> tuple[Callable[[int], None] | None, Callable[[int], None] | None]:
     """What looks at the averaged weights every so many steps, where the recipe asks for it."""
-    config, network = recipe.train, root.network
+    config = recipe.train
+    if not config.preview.every_steps and not config.evaluation.every_steps:
+        return None, None
     described = describe_export(recipe, progress.step, recipe_hash(recipe))
+    errors = (TimError, DataError)
+    pipeline = world.together(partial(drawing_pipeline, described, root.network), errors)
     preview = None
     if config.preview.every_steps:
-        preview = world.together(
-            partial(Previews, recipe, described, network, run_dir, world, log), (TimError,)
-        )
+        preview = world.together(partial(Previews, recipe, pipeline, run_dir, world, log), errors)
     evaluate = None
     if config.evaluation.every_steps:
         # With its libraries of scores and plots, a second or two of every rank's start.
@@ -262,9 +264,9 @@ def _viewers(
 
         evaluate = world.together(
             lambda: Evaluations(
-                recipe, described, network, run_dir, world, log, watch.enter, lambda: signals.requested
+                recipe, pipeline, run_dir, world, log, watch.enter, lambda: signals.requested
             ),
-            (TimError, DataError),
+            errors,
         )
     return preview, evaluate
 

@@ -11,8 +11,6 @@ T rows of the pack, T' rows that move, S and S' segments, D width, K chunks.
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -23,19 +21,13 @@ from tim_kernels.columns import (
     carry_gate,
     centred_row,
     load_row,
-    mean_of_row,
+    means_of_rows,
     multiply_rows,
     round_row,
-    row_options,
     store_row,
 )
+from tim_kernels.modulated_layer_norm.kernel import options
 from tim_kernels.tangent_plan import TangentPlan
-
-COLUMNS_PER_WARP = 320
-
-
-def jvp_options(width: int) -> dict[str, Any]:
-    return row_options(width, COLUMNS_PER_WARP)
 
 
 @triton.jit
@@ -74,6 +66,7 @@ def jvp_kernel(
     eps,
     D: tl.constexpr,
     BLOCKS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """x is x', with its residual added. Without a branch, what belongs to it and d_x_new_ptr are None."""
     chunk_ptr = chunks_ptr + tl.program_id(0) * 5
@@ -88,10 +81,9 @@ def jvp_kernel(
     if branch_ptr is not None:
         gate = load_row(gate_ptr + segment * gate_stride, D, BLOCKS)
         d_gate = load_row(d_gate_ptr + moving_segment * d_gate_stride, D, BLOCKS)
-    for i in range(num_rows):
+    for i in tl.range(0, num_rows, num_stages=STAGES):
         row = first_row + i
         moving = first_moving + i
-        # All loads of a row stand before its reductions, so that they are in flight together.
         x = load_row(x_ptr + row * x_stride, D, BLOCKS)
         d_x = load_row(d_x_ptr + moving * d_x_stride, D, BLOCKS)
         if branch_ptr is not None:
@@ -100,10 +92,12 @@ def jvp_kernel(
             # The norm's tangent is that of the stored one, which the next block starts from.
             d_x = round_row(carry_gate(d_x, branch, d_branch, gate, d_gate, BLOCKS), d_x_new_ptr, BLOCKS)
             store_row(d_x_new_ptr + moving * D, d_x, D, BLOCKS)
-        centred = centred_row(x, mean_of_row(x, D, BLOCKS), D, BLOCKS)
-        d_centred = centred_row(d_x, mean_of_row(d_x, D, BLOCKS), D, BLOCKS)
-        variance = mean_of_row(multiply_rows(centred, centred, BLOCKS), D, BLOCKS)
-        covariance = mean_of_row(multiply_rows(centred, d_centred, BLOCKS), D, BLOCKS)
+        mean, d_mean = means_of_rows(x, d_x, D, BLOCKS)
+        centred = centred_row(x, mean, D, BLOCKS)
+        d_centred = centred_row(d_x, d_mean, D, BLOCKS)
+        squares = multiply_rows(centred, centred, BLOCKS)
+        products = multiply_rows(centred, d_centred, BLOCKS)
+        variance, covariance = means_of_rows(squares, products, D, BLOCKS)
         rstd = tl.rsqrt(variance + eps)
         along = covariance * rstd * rstd
         d_h = modulate(centred, d_centred, rstd, along, scale, d_shift, d_scale, BLOCKS)
@@ -157,6 +151,6 @@ def launch_jvp(
             d_shift.stride(0),
             d_scale.stride(0),
             eps,
-            **jvp_options(x.shape[1]),
+            **options(x.shape[1]),
         )
     return d_x_TD if d_x_new is None else d_x_new, d_h

@@ -19,28 +19,26 @@ from tim_kernels.columns import (
     centred_row,
     load_row,
     mean_of_row,
+    means_of_rows,
     multiply_add_rows,
     multiply_rows,
     one_plus_row,
     round_row,
     row_options,
     scale_row,
+    stages_of,
     store_row,
     zero_row,
 )
 from tim_kernels.segment_sum import segment_sum
 
-FORWARD_COLUMNS_PER_WARP = 512
-# A row of the backward holds four inputs and three running sums; at 384 columns a warp sm_80 spills.
-BACKWARD_COLUMNS_PER_WARP = 320
+COLUMNS_PER_WARP = 640
+"""Two warps for 1152 columns: the last 128 of a bfloat16 row are then two a thread, and 32 bits is the least
+that an asynchronous copy to shared memory takes."""
 
 
-def forward_options(width: int) -> dict[str, Any]:
-    return row_options(width, FORWARD_COLUMNS_PER_WARP)
-
-
-def backward_options(width: int) -> dict[str, Any]:
-    return row_options(width, BACKWARD_COLUMNS_PER_WARP)
+def options(width: int) -> dict[str, Any]:
+    return {**row_options(width, COLUMNS_PER_WARP), "STAGES": stages_of(width)}
 
 
 @triton.jit
@@ -62,6 +60,7 @@ def forward_kernel(
     eps,
     D: tl.constexpr,
     BLOCKS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Without a branch, branch_ptr, gate_ptr and x_new_ptr are None."""
     chunk_ptr = chunks_ptr + tl.program_id(0) * 3
@@ -72,7 +71,7 @@ def forward_kernel(
     factor = one_plus_row(load_row(scale_ptr + segment * scale_stride, D, BLOCKS), BLOCKS)
     if branch_ptr is not None:
         gate = load_row(gate_ptr + segment * gate_stride, D, BLOCKS)
-    for i in range(num_rows):
+    for i in tl.range(0, num_rows, num_stages=STAGES):
         row = first_row + i
         x = load_row(x_ptr + row * x_stride, D, BLOCKS)
         if branch_ptr is not None:
@@ -110,6 +109,7 @@ def backward_kernel(
     scale_stride,
     D: tl.constexpr,
     BLOCKS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """partial [K, 2 or 3, D]: this chunk's sums for shift, scale and (with a branch) gate.
 
@@ -125,9 +125,8 @@ def backward_kernel(
     if branch_ptr is not None:
         gate = load_row(gate_ptr + segment * gate_stride, D, BLOCKS)
         d_gate = zero_row(BLOCKS)
-    for i in range(num_rows):
+    for i in tl.range(0, num_rows, num_stages=STAGES):
         row = first_row + i
-        # All loads of a row stand before its reductions, so that they are in flight together.
         d_h = load_row(d_h_ptr + row * d_h_stride, D, BLOCKS)
         x_new = load_row(x_new_ptr + row * x_new_stride, D, BLOCKS)
         if d_x_new_ptr is not None:
@@ -139,8 +138,9 @@ def backward_kernel(
 
         normal = scale_row(centred_row(x_new, mean, D, BLOCKS), rstd, BLOCKS)
         d_normal = multiply_rows(d_h, factor, BLOCKS)
-        projection = mean_of_row(multiply_rows(d_normal, normal, BLOCKS), D, BLOCKS)
-        centred = centred_row(d_normal, mean_of_row(d_normal, D, BLOCKS), D, BLOCKS)
+        along = multiply_rows(d_normal, normal, BLOCKS)
+        mean_of_d, projection = means_of_rows(d_normal, along, D, BLOCKS)
+        centred = centred_row(d_normal, mean_of_d, D, BLOCKS)
         d_x = add_rows(centred, scale_row(normal, -projection, BLOCKS), BLOCKS)
         d_x = scale_row(d_x, rstd, BLOCKS)
         if d_x_new_ptr is not None:
@@ -195,7 +195,7 @@ def launch_forward(
             shift_SD.stride(0),
             scale_SD.stride(0),
             eps,
-            **forward_options(x_TD.shape[1]),
+            **options(x_TD.shape[1]),
         )
     return x_TD if x_new is None else x_new, h, statistics
 
@@ -240,6 +240,6 @@ def launch_backward(
             0 if branch_TD is None else branch_TD.stride(0),
             0 if gate_SD is None else gate_SD.stride(0),
             scale_SD.stride(0),
-            **backward_options(width),
+            **options(width),
         )
     return d_x, d_branch, segment_sum(partial, plan)

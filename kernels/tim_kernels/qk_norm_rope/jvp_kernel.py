@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tim_kernels.qk_norm_rope.kernel import (
     BACKWARD_ELEMENTS,
+    STAGES,
     Layout,
     add,
     head_options,
@@ -68,7 +69,12 @@ def jvp_part(
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     if weight_ptr is not None:
         weight_even, weight_odd = load_vector(weight_ptr, H, BLOCKS)
-    for i in range(run[2]):
+    # Kept in registers: read anew for each row, they would pass through shared memory as the rows do.
+    if d_shift_ptr is not None:
+        d_shift_even, d_shift_odd = load_heads(d_shift_ptr, head, N, H, HEADS, BLOCKS)
+    if shift_ptr is not None:
+        shift_even, shift_odd = load_heads(shift_ptr, head, N, H, HEADS, BLOCKS)
+    for i in tl.range(0, run[2], num_stages=STAGES):
         moving = run[0] + i
         row = run[1] + i
         d_even, d_odd = load_heads(d_x_ptr + moving * d_x_stride, head, N, H, HEADS, BLOCKS)
@@ -80,13 +86,10 @@ def jvp_part(
             cos = load_angles(cos_ptr, a, b, H, BLOCKS)
             sin = load_angles(table[1], a, b, H, BLOCKS)
         if d_shift_ptr is not None:
-            # Read anew for each row, from the cache: kept, it would cost half of the registers.
-            d_shift_even, d_shift_odd = load_heads(d_shift_ptr, head, N, H, HEADS, BLOCKS)
             d_even = add(d_even, d_shift_even, BLOCKS)
             d_odd = add(d_odd, d_shift_odd, BLOCKS)
         if weight_ptr is not None:
             if shift_ptr is not None:
-                shift_even, shift_odd = load_heads(shift_ptr, head, N, H, HEADS, BLOCKS)
                 even = add(even, shift_even, BLOCKS)
                 odd = add(odd, shift_odd, BLOCKS)
             even, odd, rstd = normalise(even, odd, eps, H, BLOCKS)

@@ -33,6 +33,8 @@ BACKWARD_ELEMENTS = 576
 """Half of it, because the backward also keeps its sums in registers."""
 MAX_REGISTERS = 168
 """Of a thread, for three warps a scheduler; without a limit the compiler takes up to 221. No spills."""
+STAGES: tl.constexpr = tl.constexpr(3)
+"""Two tokens are under way to shared memory while one is worked on: registers have no room for them."""
 MAX_ROWS_PER_PROGRAM = 32
 MIN_ROWS_PER_PROGRAM = 4
 MIN_PROGRAMS = 2048
@@ -235,7 +237,7 @@ def forward_part(
         weight_even, weight_odd = load_vector(weight_ptr, H, BLOCKS)
     if bias_ptr is not None:
         bias_even, bias_odd = load_vector(bias_ptr, H, BLOCKS)
-    for i in range(run[1]):
+    for i in tl.range(0, run[1], num_stages=STAGES):
         token = run[0] + i
         even, odd = load_heads(x_ptr + token * x_stride, head, N, H, HEADS, BLOCKS)
         if cos_ptr is not None:
@@ -351,7 +353,7 @@ def backward_part(
     if shift_partial_ptr is not None:
         d_shift_even = zero_heads(HEADS, BLOCKS)
         d_shift_odd = zero_heads(HEADS, BLOCKS)
-    for i in range(run[1]):
+    for i in tl.range(0, run[1], num_stages=STAGES):
         token = run[0] + i
         d_even, d_odd = load_heads(d_out_ptr + token * (N * H), head, N, H, HEADS, BLOCKS)
         if weight_ptr is not None:
@@ -371,15 +373,14 @@ def backward_part(
             even, odd, rstd = normalise(even, odd, eps, H, BLOCKS)
             d_bias_even = add(d_bias_even, d_even, BLOCKS)
             d_bias_odd = add(d_bias_odd, d_odd, BLOCKS)
-            along_even = multiply(d_even, even, BLOCKS)
-            along_odd = multiply(d_odd, odd, BLOCKS)
-            d_weight_even = add(d_weight_even, along_even, BLOCKS)
-            d_weight_odd = add(d_weight_odd, along_odd, BLOCKS)
-            along_even = scale_columns(along_even, weight_even, BLOCKS)
-            along_odd = scale_columns(along_odd, weight_odd, BLOCKS)
+            # Products are taken anew where a sum wants them: one multiply-add does both.
+            d_weight_even = add(d_weight_even, multiply(d_even, even, BLOCKS), BLOCKS)
+            d_weight_odd = add(d_weight_odd, multiply(d_odd, odd, BLOCKS), BLOCKS)
             d_even = scale_columns(d_even, weight_even, BLOCKS)
             d_odd = scale_columns(d_odd, weight_odd, BLOCKS)
             mean = mean_of_heads(d_even, d_odd, H, BLOCKS)
+            along_even = multiply(d_even, even, BLOCKS)
+            along_odd = multiply(d_odd, odd, BLOCKS)
             projection = mean_of_heads(along_even, along_odd, H, BLOCKS)
             d_even = normalise_backward(d_even, even, mean, projection, rstd, BLOCKS)
             d_odd = normalise_backward(d_odd, odd, mean, projection, rstd, BLOCKS)
