@@ -60,7 +60,7 @@ class TestSample:
         )
         paths = sorted((tmp_path / "out").glob("0*.png"))
         assert len(paths) == 4
-        for path, image, caption, seed in zip(paths, expected.images, captions, range(5, 9), strict=True):
+        for path, image, caption, seed in zip(paths, expected.pixels, captions, range(5, 9), strict=True):
             np.testing.assert_array_equal(np.asarray(Image.open(path))[..., None], image)
             settings = read_settings(path)
             assert (settings["prompt"], settings["seed"], settings["nfe"]) == (caption, seed, 6)

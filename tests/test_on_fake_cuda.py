@@ -26,7 +26,7 @@ from tim_ds.model.config import ModelConfig
 from tim_ds.model.export_folder import meta_network
 from tim_ds.model.tim import TiM
 from tim_ds.objective.config import GuidedTargetConfig, ObjectiveConfig, TransportConfig, WeightConfig
-from tim_ds.pipeline import TiMPipeline
+from tim_ds.pipeline import Request, TiMPipeline
 from tim_ds.sampler import transition
 from tim_ds.trainer.inputs import Prepare, StepInputs
 from tim_ds.trainer.metrics import Sums
@@ -268,7 +268,9 @@ def test_sampling_waits_for_its_noise_and_its_check_alone(monkeypatch, scale):
         seen.waits.clear()
         config = replace(export.sampler, num_steps=4, cfg_scale=scale, stochasticity=0.5)
         grids = ((32, 32), (16, 24))
-        latents, nfe = pipe._sample(["a three", "a one"], grids, [3, 4], config, tqdm(disable=True))
+        sizes = tuple((4 * h, 4 * w) for h, w in grids)
+        request = Request(("a three", "a one"), sizes, (3, 4), config, (None, None))
+        latents, nfe = pipe._sample(request, grids, tqdm(disable=True), None)
         pictures = [pipe.autoencoder.decode(x[None])[0] for x in latents]
     assert [p.shape[1:] for p in pictures] == [(128, 128), (64, 96)] and nfe == 4 * scale
     assert {p.device for p in pictures} == {DEVICE} and len(seen.launches) > 20

@@ -66,7 +66,7 @@ class TestCheckpoints:
         assert again.sha256 == found.sha256 and same(again.state, state)
 
     def test_a_checkpoint_draws(self, run: tuple[Path, dict[str, Tensor]]) -> None:
-        [image] = TiMPipeline.from_pretrained(run[0])("a three", "8x8", num_steps=1).images
+        [image] = TiMPipeline.from_pretrained(run[0])("a three", "8x8", num_steps=1).pixels
         assert image.shape == (8, 8, 1)
 
     def test_another_network_and_lost_pieces_are_refused(self, run: tuple[Path, dict[str, Tensor]]) -> None:

@@ -64,7 +64,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_pictures_carry_their_making(pipeline: TiMPipeline, tmp_path: Path) -> None:
     make(pipeline, tmp_path)
     expected = pipeline([one.prompt for one in WANTED], "8x8", num_steps=2, seeds=[10, 11, 12, 13])
-    for one, image in zip(WANTED, expected.images, strict=True):
+    for one, image in zip(WANTED, expected.pixels, strict=True):
         stored = np.asarray(Image.open(tmp_path / one.name))[..., None].astype(int)
         # Another batch changes the order of float32 sums, which may cross a rounding edge: one level.
         assert np.abs(stored - image).max() <= 1
@@ -242,7 +242,7 @@ def test_a_mistake_leaves_no_mark_and_a_run_given_up_before_its_first_picture_ne
             make(pipeline, folder, replace(SAMPLING, **wrong))
         assert not folder.exists()
     with monkeypatch.context() as patch:
-        patch.setattr(TiMPipeline, "run", lambda *_: pytest.fail("stopped"))
+        patch.setattr(TiMPipeline, "run", lambda *_, **__: pytest.fail("stopped"))
         with pytest.raises(pytest.fail.Exception):
             make(pipeline, folder, replace(SAMPLING, seed=5))
     assert read_manifest(folder) is not None

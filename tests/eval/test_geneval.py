@@ -441,6 +441,29 @@ class TestCalibrate:
         assert together.offset_error == pytest.approx((25.6 * 10 / 9) ** 0.5 / 40)
         assert apart.offset_error == pytest.approx(((9 / 42) - (8 / 42) ** 2) ** 0.5 / 42**0.5)
 
+    def test_the_worked_example_of_the_readme(self) -> None:
+        """Verdicts drawn by a generator in the published format: the table of tim_ds/eval/README.md."""
+        rng = np.random.default_rng(0)
+        ours, theirs, n = [], {}, 0
+        for tag, count in geneval.TASKS.items():
+            for _ in range(count):
+                quality = rng.beta(2, 1)
+                for k in range(4):
+                    right = bool(rng.random() < quality)
+                    # Of those right there, one in 20 is missed here; of the others, one in 50 is let pass.
+                    seen_here = rng.random() > 0.05 if right else rng.random() < 0.02
+                    name = f"{n:05d}/samples/{k:05d}.png"
+                    ours.append({"filename": name, "tag": tag, "correct": bool(seen_here)})
+                    theirs[name] = {"tag": tag, "correct": right}
+                n += 1
+        agreements = geneval.calibrate(ours, theirs)
+        text = calibration.verdicts_table(agreements)
+        readme = (Path(geneval.__file__).parent / "README.md").read_text()
+        assert text in readme, text
+        found, _, offset, error = calibration.overall(agreements)
+        said = f"overall {100 * found:.2f}, offset {100 * offset:+.2f} +- {100 * error:.2f}"
+        assert said in readme and f"less offset {100 * (found - offset):.2f}" in readme, said
+
     def test_curves_against_the_threshold(self, tmp_path: Path, tasks: list[Task]) -> None:
         """Detections whose scores are known, against verdicts that another scale of scores would give."""
         asked = [tasks[0]] * 4

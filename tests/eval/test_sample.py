@@ -148,6 +148,22 @@ class TestJobs:
         assert pictures(tmp_path / "again") == pictures(tmp_path / "one")
         assert first.keys() == pictures(tmp_path / "again").keys()
 
+    def test_a_negative_prompt_is_drawn_stored_kept_and_repeated(self, draw: Any, tmp_path: Path) -> None:
+        words = ["--prompt", "a two", "--size", "8x8", "--cfg", "2"]
+        assert draw(*words, "--negative-prompt", "a nine")[0] == 0
+        [first] = (tmp_path / "out").glob("0*.png")
+        assert read_settings(first)["negative_prompt"] == "a nine"
+        assert "1 picture finished and kept" in draw(*words, "--negative-prompt", "a nine")[1]
+        status, _, error = draw(*words)
+        assert status == 1 and 'negative_prompt is "a nine", asked for null' in error
+        assert draw("--from", str(first), out="again")[0] == 0
+        line = json.dumps({"prompt": "a two", "negative_prompt": "a nine", "cfg": 2, "name": first.stem})
+        (tmp_path / "one.jsonl").write_text(line)
+        assert draw("--prompts-file", str(tmp_path / "one.jsonl"), "--size", "8x8", out="listed")[0] == 0
+        assert pictures(tmp_path / "again") == pictures(tmp_path / "out") == pictures(tmp_path / "listed")
+        assert draw(*words, out="plain")[0] == 0
+        assert pictures(tmp_path / "plain") != pictures(tmp_path / "out")
+
     def test_other_weights_than_those_of_the_picture_are_named(
         self, draw: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -199,7 +215,7 @@ class TestRestart:
 
     def test_nothing_is_drawn_when_all_is_finished(self, draw: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         draw(*self.WORDS)
-        monkeypatch.setattr(TiMPipeline, "run", lambda *_: pytest.fail("sampled"))
+        monkeypatch.setattr(TiMPipeline, "run", lambda *_, **__: pytest.fail("sampled"))
         status, printed, _ = draw(*self.WORDS)
         assert status == 0 and "6 pictures finished and kept" in printed
 
@@ -255,7 +271,7 @@ class TestTooMuch:
     def test_a_size_beyond_memory_is_refused_with_what_fits(
         self, draw: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(TiMPipeline, "run", lambda *_: pytest.fail("sampled"))
+        monkeypatch.setattr(TiMPipeline, "run", lambda *_, **__: pytest.fail("sampled"))
         status, _, error = draw(
             "--prompt", "a", "--size", "8x8", "--prompt", "b", "--size", "4000000x4000000"
         )
@@ -320,5 +336,5 @@ def test_output_is_what_the_pipeline_gives(export: Path, draw: Any, tmp_path: Pa
     draw("--prompt", "a three", "--size", "8x8", "--seed", "5")
     output: PipelineOutput = TiMPipeline.from_pretrained(export)("a three", "8x8", seeds=5)
     [path] = (tmp_path / "out").glob("0*.png")
-    np.testing.assert_array_equal(np.asarray(Image.open(path))[..., None], output.images[0])
+    np.testing.assert_array_equal(np.asarray(Image.open(path))[..., None], output.pixels[0])
     assert read_settings(path) == output.picture_settings(0)

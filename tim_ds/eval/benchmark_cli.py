@@ -418,7 +418,7 @@ def parse(options: argparse.Namespace, kind: type[O]) -> O:
         size=given["size"],
         num_steps=given["steps"],
         cfg_scale=given["cfg"],
-        cfg_interval=_pair(given["cfg_interval"]),
+        cfg_interval=pair(given["cfg_interval"]),
         stochasticity=given["stochasticity"],
         mode=given["mode"],
         seed=given["seed"],
@@ -463,7 +463,12 @@ def _add_common(parser: argparse.ArgumentParser, *, size: str) -> None:
     )
 
 
-def _pair(text: str | None) -> tuple[float, float] | None:
+def pair(text: str | None) -> tuple[float, float] | None:
+    """The two times of `--cfg-interval`.
+
+    Raises:
+        RequestError: if they are none.
+    """
     if text is None:
         return None
     try:

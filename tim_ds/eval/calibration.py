@@ -170,8 +170,8 @@ def curves(
     return found
 
 
-def report(agreements: Sequence[Agreement], of_tasks: Sequence[Curve]) -> str:
-    """Two tables: the verdicts at the published thresholds, and the curves."""
+def verdicts_table(agreements: Sequence[Agreement]) -> str:
+    """One line a task: verdicts at the published thresholds."""
     header = (
         "task",
         "pictures",
@@ -195,6 +195,11 @@ def report(agreements: Sequence[Agreement], of_tasks: Sequence[Curve]) -> str:
         )
         for one in agreements
     ]
+    return markdown_table(header, body)
+
+
+def report(agreements: Sequence[Agreement], of_tasks: Sequence[Curve]) -> str:
+    """Two tables: the verdicts at the published thresholds, and the curves."""
     ours, theirs, offset, error = overall(agreements)
     curve_header = ("task", "", *(f"{t:g}" for t in of_tasks[0].thresholds), "published", "agrees most at")
     curve_body = []
@@ -206,7 +211,7 @@ def report(agreements: Sequence[Agreement], of_tasks: Sequence[Curve]) -> str:
             )
     return (
         f"{geneval.TITLE} against the verdicts of the published evaluator on the same pictures\n\n"
-        f"{markdown_table(header, body)}\n"
+        f"{verdicts_table(agreements)}\n"
         f"Overall: ours {100 * ours:.2f} %, theirs {100 * theirs:.2f} %, difference {100 * offset:+.2f} "
         f"points (+- {100 * error:.2f}).\n"
         "Errors are standard errors, by whole prompts where these say more than their pictures.\n\n"

@@ -75,7 +75,7 @@ def draw(
                 if job.stem in finished:
                     continue
                 path = picture_path(out, job)
-                write_png(path, output.images[i], output.picture_settings(i))
+                write_png(path, output.pixels[i], output.picture_settings(i))
                 count, seconds = count + 1, seconds + each
                 if on_picture is not None:
                     on_picture(path, each, peak)
@@ -97,6 +97,7 @@ def form_batches(pipe: TiMPipeline, jobs: Sequence[Job]) -> list[Batch]:
             [job.prompt for job in group],
             [job.size for job in group],
             seeds=[job.seed for job in group],
+            negative_prompts=[job.negative_prompt for job in group],
             **group[0].sampler,
         )
         for numbers in pipe.batches(request):
@@ -117,13 +118,7 @@ def find_finished(pipe: TiMPipeline, batches: Sequence[Batch], out: Path) -> set
             path = picture_path(out, job)
             if not path.exists():
                 continue
-            height, width = batch.request.sizes[i]
-            wanted = {
-                **settings,
-                "prompt": batch.request.prompts[i],
-                "size": f"{height}x{width}",
-                "seed": batch.request.seeds[i],
-            }
+            wanted = settings | batch.request.own_settings(i)
             try:
                 stored = {k: v for k, v in read_settings(path).items() if k not in _NOT_COMPARED}
             except RequestError as error:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib
-from matplotlib import font_manager
-from matplotlib.ft2font import FT2Font
 from PIL import ImageFont
+
+if TYPE_CHECKING:
+    from matplotlib.ft2font import FT2Font
 
 Font = ImageFont.FreeTypeFont
 
@@ -77,11 +78,16 @@ def _code(letter: str) -> str:
 
 
 def _own_font(bold: bool) -> Path:
+    # Imported where a sheet is made: half a second that no other command should take.
+    import matplotlib
+
     return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"DejaVuSans{'-Bold' if bold else ''}.ttf"
 
 
 @lru_cache(maxsize=8)
 def _face(path: Path) -> FT2Font:
+    from matplotlib.ft2font import FT2Font
+
     return FT2Font(str(path))
 
 
@@ -92,6 +98,9 @@ def _has(path: Path, letter: str) -> bool:
 @lru_cache(maxsize=256)
 def _font_of_machine(letters: str) -> Path | None:
     """The first installed font, by name, that has all of `letters`."""
+    from matplotlib import font_manager
+    from matplotlib.ft2font import FT2Font
+
     for entry in sorted(font_manager.fontManager.ttflist, key=lambda one: (one.name, one.fname)):
         if entry.name.startswith("Last Resort"):
             # Has every letter, and draws the name of its script.

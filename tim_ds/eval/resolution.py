@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import Any, Protocol, overload
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
@@ -340,14 +341,17 @@ def run(
     out: Path,
     *,
     steps: Sequence[int],
-    cfg_scale: float | None = None,
+    sampler: Mapping[str, Any] = MappingProxyType({}),
     device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
     part: tuple[int, int] | None = None,
     progress: bool = True,
 ) -> Evaluation:
     """Draw and score every network at every step count and size.
 
     Args:
+        sampler: fields of `SamplerConfig` besides the steps; None takes what the export says.
+        dtype: of the networks' parameters.
         part: (k, n): draw every n-th batch from the k-th and score nothing, so that n processes share the
             work; None: draw what is missing, and score.
     Raises:
@@ -355,12 +359,16 @@ def run(
             is drawn), a picture is damaged or another one, or `out` holds something else.
         CheckpointError: if an export is not whole, or the disk refuses.
     """
-    pipelines = [(label, path, TiMPipeline.from_pretrained(path, device=device)) for label, path in exports]
+    pipelines = [
+        (label, path, TiMPipeline.from_pretrained(path, device=device, dtype=dtype))
+        for label, path in exports
+    ]
+    given_sampler = {name: value for name, value in sampler.items() if value is not None}
     for _, _, pipe in pipelines:
         suite.check(pipe)
         for num_steps in steps:
             for group in suite.groups:
-                pipe.request(group.captions[0], group.size, num_steps=num_steps, cfg_scale=cfg_scale)
+                pipe.request(group.captions[0], group.size, num_steps=num_steps, **given_sampler)
     finished = _read_rows(out / RESULTS_NAME)
     evaluation = Evaluation(suite, [])
     pictures = sum(len(group.captions) for group in suite.groups)
@@ -373,7 +381,7 @@ def run(
                     bar.set_postfix_str(f"{label}, {num_steps} steps, {group.size}")
                     place = f"{pipe.weights_sha256[:12]}_steps{num_steps:04d}"
                     task = _Task(
-                        pipe, group, num_steps, cfg_scale, out / PICTURES_FOLDER / place / group.name
+                        pipe, group, num_steps, given_sampler, out / PICTURES_FOLDER / place / group.name
                     )
                     if part is not None:
                         task.draw(bar, part)
@@ -398,10 +406,14 @@ class _Task:
     """The pictures of one network, step count and size."""
 
     def __init__(
-        self, pipe: TiMPipeline, group: Group, num_steps: int, cfg_scale: float | None, folder: Path
+        self,
+        pipe: TiMPipeline,
+        group: Group,
+        num_steps: int,
+        given_sampler: Mapping[str, Any],
+        folder: Path,
     ) -> None:
-        sampler = {"num_steps": num_steps, "cfg_scale": cfg_scale}
-        sampler = {name: value for name, value in sampler.items() if value is not None}
+        sampler = {"num_steps": num_steps, **given_sampler}
         self.pipe, self.group, self.folder = pipe, group, folder
         self.jobs = [
             Job(stem=f"{i:05d}", prompt=text, size=group.size, seed=seed, sampler=sampler)

@@ -59,6 +59,9 @@ def _parser() -> argparse.ArgumentParser:
         "--prompt", action="append", default=[], help="caption or class label; may be repeated"
     )
     parser.add_argument(
+        "--negative-prompt", help="what guidance leads the pictures of --prompt away from (--cfg beyond 1)"
+    )
+    parser.add_argument(
         "--prompts-file", type=Path, help="one prompt a line, or .jsonl with sizes, seeds and settings a line"
     )
     parser.add_argument(
@@ -112,7 +115,10 @@ def _parser() -> argparse.ArgumentParser:
 def _sample(options: argparse.Namespace) -> None:
     rank, world = place_of_process()
     lines = [
-        *(Line(prompt=prompt, where=f"prompt {prompt!r}") for prompt in options.prompt),
+        *(
+            Line(prompt=prompt, where=f"prompt {prompt!r}", negative_prompt=options.negative_prompt)
+            for prompt in options.prompt
+        ),
         *(read_lines(options.prompts_file) if options.prompts_file is not None else []),
         *(read_drawn(path) for path in options.drawn),
     ]
@@ -232,8 +238,7 @@ def _tokens(text: str, pipe: TiMPipeline) -> int:
 
 
 def _set_tile(pipe: TiMPipeline, tile: int) -> None:
-    if not hasattr(pipe.autoencoder, "tile_px"):
-        raise RequestError("--tile: this network's autoencoder has no weights and is not decoded in tiles")
-    if tile < pipe.autoencoder.stride:
-        raise RequestError(f"--tile: expected at least {pipe.autoencoder.stride}, received {tile}")
-    pipe.autoencoder.tile_px = tile  # type: ignore[attr-defined]  # only those with weights have it
+    try:
+        pipe.enable_vae_tiling(tile)
+    except RequestError as error:
+        raise RequestError(f"--tile: {error}") from error

@@ -101,9 +101,9 @@ class Evaluations:
                 if output is None or self._log is None:
                     continue
                 try:
-                    scores = one.score(output.images)
+                    scores = one.score(output.pixels)
                     captions = [str(text) for text in one.captions[:_SHOWN]]
-                    sheet = gallery([Section("", output.images[:_SHOWN], captions)])
+                    sheet = gallery([Section("", output.pixels[:_SHOWN], captions)])
                 except Exception as error:
                     failures[name] = f"{type(error).__name__}: {error}"
                     continue

@@ -91,7 +91,7 @@ class Previews:
                 if self._world.is_main:
                     logger.warning("step %d: no preview at %d steps: %s", step, num_steps, problem)
                 continue
-            rows.append(SheetRow(f"{num_steps} steps" if num_steps > 1 else "1 step", output.images))
+            rows.append(SheetRow(f"{num_steps} steps" if num_steps > 1 else "1 step", output.pixels))
         if not rows or not self._world.is_main:
             return
         sheet = contact_sheet(config.prompts, [SheetBlock("", rows)], footnote=f"EMA weights of step {step}")
