@@ -96,7 +96,8 @@ fi
 trap - EXIT
 
 # The rows of the baseline are read back from $RESULTS.
-export OMP_NUM_THREADS=$SAMPLING_THREADS
+# Threads that wait sleep: spinning, they would take the time of the others on a machine that has more to do.
+export OMP_NUM_THREADS=$SAMPLING_THREADS OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 stage "quality against the number of steps" \
     python launch/evaluate.py nfe "$TIM/export" --baseline "$FLOW/export" \
     --label "TiM" --baseline-label "flow matching" --data "$DATA" --out "$RESULTS"
