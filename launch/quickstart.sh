@@ -20,7 +20,8 @@ ENGINE=${ENGINE:-ds_configs/cpu_smoke.json}
 PORT=${PORT:-29500}
 # In a training step the matrices are small: a second thread costs more in waiting than it computes. Sampling's have
 # thousands of rows, and in the end it has the machine for itself.
-SAMPLING_THREADS=${OMP_NUM_THREADS:-$(getconf _NPROCESSORS_ONLN)}
+CORES=$(getconf _NPROCESSORS_ONLN)
+SAMPLING_THREADS=${OMP_NUM_THREADS:-$((CORES < 4 ? CORES : 4))}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 DATA=$RUNS/handwriting
@@ -95,7 +96,8 @@ fi
 trap - EXIT
 
 # The rows of the baseline are read back from $RESULTS.
-export OMP_NUM_THREADS=$SAMPLING_THREADS
+# Threads that wait sleep: spinning, they would take the time of the others on a machine that has more to do.
+export OMP_NUM_THREADS=$SAMPLING_THREADS OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 stage "quality against the number of steps" \
     python launch/evaluate.py nfe "$TIM/export" --baseline "$FLOW/export" \
     --label "TiM" --baseline-label "flow matching" --data "$DATA" --out "$RESULTS"

@@ -65,13 +65,12 @@ class Segments:
             if h < 1 or w < 1:
                 raise ShapeError(f"segment {i}: grid must be at least 1x1 tokens, received {h}x{w}")
         base = cls.from_lengths([h * w for h, w in grids])
-        index = [torch.arange(h * w, dtype=torch.int32) for h, w in grids]
-        rows = [n // w for n, (_, w) in zip(index, grids, strict=True)]
-        cols = [n % w for n, (_, w) in zip(index, grids, strict=True)]
-        empty = [torch.empty(0, dtype=torch.int32)]
-        return replace(
-            base, grids=grids, token_rows=torch.cat(rows or empty), token_cols=torch.cat(cols or empty)
-        )
+        # All images at once: a pack may hold hundreds, and a step makes such segments several times.
+        width_T = torch.tensor([w for _, w in grids], dtype=torch.int32).index_select(0, base.segment_ids)
+        index_T = torch.arange(base.num_tokens, dtype=torch.int32)
+        index_T = index_T - base.cu_seqlens.index_select(0, base.segment_ids)
+        rows_T = torch.div(index_T, width_T, rounding_mode="floor")
+        return replace(base, grids=grids, token_rows=rows_T, token_cols=index_T - rows_T * width_T)
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int]) -> Segments:

@@ -31,6 +31,7 @@ from tim_kernels.varlen_attention import (
     varlen_attention_with_lse,
 )
 from tim_kernels.varlen_attention.backends import BACKENDS, Backend, Situation
+from tim_kernels.varlen_attention.dense import dense_attention
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
@@ -231,6 +232,22 @@ def test_a_plan_for_full_segments_moves_no_token():
     assert plan.padded_groups.index_q is plan.padded_groups.index_k is plan.padded_groups.inverse_q is None
     assert [g.mask for g in plan.padded_groups.groups] == [None]
     assert (plan.max_q, plan.max_k, plan.cu_seqlens_q.tolist()) == (3, 2, [0, 3, 6])
+
+
+def test_short_segments_of_all_lengths_are_one_batch_and_see_their_own_keys_alone():
+    plan = AttentionPlan.from_lengths((4, 1, 3), (2, 5, 1))
+    assert [(g.num, g.length_q, g.max_k) for g in plan.merged_groups.groups] == [(3, 4, 5)]
+    q, k, v = (normal(8, 2, 8, seed=seed).double() for seed in range(3))
+    k[2:7] = v[2:7] = math.nan
+    merged, exact = (dense_attention(q, k, v, g, 0.3) for g in (plan.merged_groups, plan.exact_groups))
+    # float64 sums in another order; the second segment is NaN in both, and no other.
+    torch.testing.assert_close(merged, exact, rtol=1e-12, atol=1e-12, equal_nan=True)
+    assert merged.isnan().any((1, 2)).tolist() == [n == 4 for n in range(8)]
+
+
+def test_long_segments_stay_batches_of_one_length():
+    plan = AttentionPlan.from_lengths((400, 1, 400), (400, 5, 300))
+    assert plan.merged_groups is plan.padded_groups
 
 
 def test_given_cumulative_lengths_are_kept():
