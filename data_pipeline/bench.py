@@ -30,7 +30,6 @@ from data_pipeline.batch import Latents
 from data_pipeline.config import AutoencoderConfig, DataConfig
 from data_pipeline.draws import generator
 from data_pipeline.index import (
-    COLUMNS,
     FORMAT,
     INDEX_NAME,
     build_index,
@@ -41,6 +40,7 @@ from data_pipeline.index import (
 from data_pipeline.loader import build_loader
 from data_pipeline.packing import ATTENTION_COST, Plan
 from data_pipeline.schema import Sample
+from data_pipeline.shard_rows import COLUMNS
 from data_pipeline.shards import stream_latents, write_shards
 
 CHANNELS = 32
@@ -497,7 +497,7 @@ def reading_lines(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: measure the pipeline on this machine."""
+    """Measure the pipeline on this machine."""
     parser = argparse.ArgumentParser(prog="python -m data_pipeline.bench", description=main.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     plan = commands.add_parser("plan", help="quality of packs, speed of planning, cost of a resume")

@@ -50,7 +50,7 @@ class DirectReader:
         sizes = heights * widths * (self._index.channels * self._dtype.itemsize)
         ends = np.cumsum(sizes)
         values = self._latents.take(int(ends[-1]))
-        # A checksum starts from the size: `index.latent_checksum`.
+        # A checksum starts from the size: `shard_rows.latent_checksum`.
         seeds = heights << 16 | widths
         begins = ends - sizes
         if not self._read(

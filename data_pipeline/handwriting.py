@@ -336,7 +336,7 @@ def _check_finished(out: Path, wanted: dict[str, Any]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: build the embedded data set, or say that it is there."""
+    """Build the embedded data set, or say that it is there."""
     default = Settings()
     parser = argparse.ArgumentParser(prog="python -m data_pipeline.handwriting", description=main.__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to create")

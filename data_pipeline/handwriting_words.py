@@ -91,7 +91,7 @@ def write_pictures(out: Path, name: NewName, count: int, *, seed: int = 0) -> No
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: write captioned pictures in which a digit has a new name."""
+    """Write captioned pictures in which a digit has a new name."""
     parser = argparse.ArgumentParser(
         prog="python -m data_pipeline.handwriting_words", description=main.__doc__
     )

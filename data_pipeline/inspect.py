@@ -217,7 +217,7 @@ def manifest_autoencoder(folder: Path | str, *, kept_in: str | None = None) -> A
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: describe a folder of shards."""
+    """Describe a folder of shards."""
     parser = argparse.ArgumentParser(prog="python -m data_pipeline.inspect", description=main.__doc__)
     parser.add_argument("folder", help="of shards, or its URL")
     parser.add_argument("--index", metavar="FOLDER", help="of the index, where it is not beside the shards")

@@ -8,7 +8,7 @@ neither transformers nor diffusers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -20,7 +20,13 @@ from torch import Tensor
 from data_pipeline import schema
 from data_pipeline.config import DataConfig
 from data_pipeline.encoders.autoencoder import Autoencoder, build_autoencoder
-from data_pipeline.encoders.identity import latent_shape, revision, text_width
+from data_pipeline.encoders.footprint import (
+    Footprint,
+    autoencoder_footprint,
+    image_footprint,
+    text_footprint,
+)
+from data_pipeline.encoders.identity import check_here, latent_shape, revision, text_width
 from data_pipeline.encoders.image import ImageEncoder, build_image_encoder, feature_width
 from data_pipeline.encoders.text import TextEncoder, build_text_encoder
 from data_pipeline.errors import DataError
@@ -295,6 +301,42 @@ class FrozenEncoders:
             states.update(zip(batch, encode([flat[n] for n in batch]), strict=True))
         numbers = iter(range(len(flat)))
         return {place: tuple(states[next(numbers)] for _ in captions) for place, captions in texts.items()}
+
+
+def encoder_footprints(
+    config: DataConfig,
+    pictures: int,
+    grid: tuple[int, int],
+    *,
+    patch_size: int,
+    online: Collection[str] | None,
+) -> dict[str, Footprint]:
+    """What each encoder that runs while training takes of the device, for packs of equal pictures.
+
+    Args:
+        pictures: of a pack.
+        grid: (height, width) of each in tokens.
+        online: what the shards leave to encode, as their index says; None: all that the config allows.
+    Raises:
+        DataError: if there is no config of an encoder at its path.
+    """
+    if online is None:
+        online = ("picture", "caption") if config.encode_online else ()
+    if not online and config.image_encoder is None:
+        return {}
+    check_here(config.autoencoder.path, "data.autoencoder.path")
+    unit = patch_size * latent_shape(config.autoencoder).stride
+    height, width = (side * unit for side in grid)
+    batch = min(pictures, max(1, BATCH_PIXELS // (height * width)))
+    found = {}
+    if "picture" in online:
+        found["autoencoder"] = autoencoder_footprint(config.autoencoder, batch, height, width)
+    if ("ids" in online or "caption" in online) and config.text_encoder is not None:
+        # A sample may have several captions, all of which are encoded.
+        found["text_encoder"] = text_footprint(config.text_encoder, CAPTION_BATCH)
+    if config.image_encoder is not None:
+        found["image_encoder"] = image_footprint(config.image_encoder, batch, height, width, grid)
+    return found
 
 
 def decode_picture(data: bytes, meta: dict[str, Any], where: str) -> Image.Image:

@@ -239,7 +239,8 @@ class Plan:
             sample = int(self.groups.members[self.groups.starts[-1]])
             raise DataError(
                 f"data.tokens_per_pack: sample {sample}, the largest, has {lengths[-1]} "
-                f"tokens, the budget is {self.tokens_per_pack}; raise it, to twice that for good balance"
+                f"tokens, the budget is {self.tokens_per_pack}; raise it to {lengths[-1]}, for good balance "
+                f"to {2 * lengths[-1]} or more"
             )
         if total < self.packs_per_step:
             raise DataError(

@@ -256,7 +256,6 @@ class Encoders:
         self._tokenizer: Any = None
         self.text_width = 0
         self._max_tokens = 0
-        self._outline = outline
         if config is None:
             return
         self.text_width = text_width(config)

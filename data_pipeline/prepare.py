@@ -59,6 +59,13 @@ WORK_NAME = ".prepare"
 EARLY_ITEMS = 1000
 """Items after which a run stops for its drops before it has seen the whole source."""
 
+_OPTION_OF_KEY = {
+    "data.autoencoder.path": "--autoencoder-path",
+    "data.text_encoder.path": "--text-encoder-path",
+    "data.text_encoder.width": "--text-width",
+    "data.text_encoder.max_tokens": "--max-tokens",
+}
+
 
 @dataclass(frozen=True)
 class Job:
@@ -703,14 +710,21 @@ def prepare(options: argparse.Namespace) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: turn pictures and captions (or labels) into shards."""
+    """Turn pictures and captions (or labels) into shards."""
     options = _parser().parse_args(arguments)
     try:
         print(prepare(options))
     except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_by_option(str(error))}", file=sys.stderr)
         return 1
     return 0
+
+
+def _by_option(message: str) -> str:
+    """A message of the encoders, which know the keys of a recipe, with the options of this command."""
+    for key, option in _OPTION_OF_KEY.items():
+        message = message.replace(key, option)
+    return message
 
 
 if __name__ == "__main__":

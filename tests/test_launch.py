@@ -8,6 +8,7 @@ import runpy
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ class TestSample:
         )
         paths = sorted((tmp_path / "out").glob("0*.png"))
         assert len(paths) == 4
-        for path, image, caption, seed in zip(paths, expected.images, captions, range(5, 9), strict=True):
+        for path, image, caption, seed in zip(paths, expected.pixels, captions, range(5, 9), strict=True):
             np.testing.assert_array_equal(np.asarray(Image.open(path))[..., None], image)
             settings = read_settings(path)
             assert (settings["prompt"], settings["seed"], settings["nfe"]) == (caption, seed, 6)
@@ -113,7 +114,7 @@ class TestSample:
         assert sample(["--export", str(export), "--prompts-file", str(tmp_path / "no.txt"), *out]) == 1
         assert "no.txt: cannot be read" in capsys.readouterr().err
         assert sample(["--export", str(tmp_path / "none"), "--prompt", "a", *out]) == 1
-        assert "none: no such export folder" in capsys.readouterr().err
+        assert "none: not there; expected an export folder, a run" in capsys.readouterr().err
 
     def test_a_folder_that_cannot_be_written_is_refused_before_any_picture_is_made(
         self,
@@ -218,15 +219,19 @@ class TestQuickstart:
             "python -m data_pipeline.handwriting --out runs/handwriting",
             train(flow_port, "handwriting_flow"),
             train(tim_port, "handwriting_tim"),
+            "python launch/evaluate.py nfe runs/handwriting_flow/export --label flow matching"
+            " --data runs/handwriting --out runs/handwriting_nfe",
             "python launch/evaluate.py nfe runs/handwriting_tim/export"
             " --baseline runs/handwriting_flow/export"
             " --label TiM --baseline-label flow matching --data runs/handwriting"
             " --out runs/handwriting_nfe",
         ]
         record = (tmp_path / "record").read_text().splitlines()
-        # The two trainings run side by side.
+        # The two trainings run side by side, and the baseline is scored beside the longer one.
         assert sorted(record) == sorted(f"{root}: {command}" for command in commands)
         assert record[0].endswith(commands[0]) and record[-1].endswith(commands[-1])
+        places = [record.index(f"{root}: {commands[i]}") for i in (1, 3)]
+        assert places == sorted(places)
         # Each is printed as it would be typed, and the end says where to look.
         for command in commands:
             typed = command.replace("flow matching", "flow\\ matching")
@@ -251,7 +256,7 @@ class TestQuickstart:
     def test_stops_at_the_first_failure(self, start: Any, tmp_path: Path, failing: str) -> None:
         done = start(FAIL=failing)
         assert done.returncode == 3
-        assert "launch/evaluate.py" not in (tmp_path / "record").read_text()
+        assert "--baseline" not in (tmp_path / "record").read_text()
         assert "== done" not in done.stdout
 
     def test_says_why_the_baseline_failed(self, start: Any, tmp_path: Path) -> None:
@@ -259,6 +264,23 @@ class TestQuickstart:
         assert done.returncode == 1
         assert "its whole output is in runs/handwriting_flow.log" in done.stderr
         assert "launch/evaluate.py" not in (tmp_path / "record").read_text()
+
+    def test_a_failure_ends_the_baseline(self, start: Any, tmp_path: Path) -> None:
+        begun, ended = tmp_path / "begun", tmp_path / "ended"
+        (tmp_path / "programs" / "deepspeed").write_text(
+            "#!/bin/sh\n"
+            'case "$*" in *handwriting_tim.yaml*)\n'
+            f"    while [ ! -f {begun} ]; do sleep 0.02; done; exit 3;;\n"
+            "esac\n"
+            "sleep 30 & sleeper=$!\n"
+            f"trap 'kill $sleeper; touch {ended}; exit' TERM\n"
+            f"touch {begun}; wait\n"
+        )
+        assert start().returncode == 3
+        deadline = time.monotonic() + 10
+        while not ended.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert ended.exists()
 
     def test_says_what_to_install(self, start: Any) -> None:
         done = start(path="/usr/bin:/bin")

@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from tqdm import tqdm
 
 from data_pipeline.batch import Latents, PackedBatch
+from data_pipeline.encoders.autoencoder import load_dc_ae
+from tests.data_pipeline.tiny_models import save_autoencoders
 from tests.fake_cuda import DEVICE, HostWaits, Seen, fake_cuda
 from tests.kernels.launches import Launch
 from tests.networks import TEXT_WIDTH, export_of
@@ -24,7 +26,7 @@ from tim_ds.model.config import ModelConfig
 from tim_ds.model.export_folder import meta_network
 from tim_ds.model.tim import TiM
 from tim_ds.objective.config import GuidedTargetConfig, ObjectiveConfig, TransportConfig, WeightConfig
-from tim_ds.pipeline import TiMPipeline
+from tim_ds.pipeline import Request, TiMPipeline
 from tim_ds.sampler import transition
 from tim_ds.trainer.inputs import Prepare, StepInputs
 from tim_ds.trainer.metrics import Sums
@@ -232,6 +234,31 @@ def test_launches_of_the_largest_packs_are_within_the_limits_of_a_device(monkeyp
                 assert value.storage_offset() * value.element_size() % 16 == 0, f"{launch.kernel}: {name}"
 
 
+def test_a_run_draws_with_pretrained_encoders_on_the_device_of_its_network(monkeypatch, tmp_path):
+    """They wait on the host: the device's memory is the training's."""
+    save_autoencoders(tmp_path)
+    autoencoder = load_dc_ae(str(tmp_path / "dc_ae"))
+    model = autoencoder.model.to("meta")
+
+    def to(place: str | torch.device) -> None:
+        # torch does not move parameters that are not real.
+        for module in model.modules():
+            for name, value in list(module.named_parameters(recurse=False)):
+                setattr(module, name, torch.nn.Parameter(torch.empty(value.shape, device=place)))
+
+    monkeypatch.setattr(model, "to", to)
+    export = replace(export_of(), model=replace(MODEL, in_channels=4, text_dim=TEXT_WIDTH))
+    with device(monkeypatch, may_wait=True):
+        model.to("cpu")
+        pipe = TiMPipeline(network_on_device(export.model), export, autoencoder=autoencoder)
+        latent = torch.zeros(1, 4, 3, 5, device=DEVICE)
+        with pytest.raises(RuntimeError, match=r"cuda:0.*cpu"):
+            pipe.autoencoder.decode(latent)
+        with pipe.encoders_beside_network():
+            assert pipe.autoencoder.decode(latent).device == DEVICE
+        assert {p.device.type for p in model.parameters()} == {"cpu"}
+
+
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_sampling_waits_for_its_noise_and_its_check_alone(monkeypatch, scale):
     monkeypatch.setattr(transition, "_check_finite", lambda *_: None)
@@ -241,7 +268,9 @@ def test_sampling_waits_for_its_noise_and_its_check_alone(monkeypatch, scale):
         seen.waits.clear()
         config = replace(export.sampler, num_steps=4, cfg_scale=scale, stochasticity=0.5)
         grids = ((32, 32), (16, 24))
-        latents, nfe = pipe._sample(["a three", "a one"], grids, [3, 4], config, tqdm(disable=True))
+        sizes = tuple((4 * h, 4 * w) for h, w in grids)
+        request = Request(("a three", "a one"), sizes, (3, 4), config, (None, None))
+        latents, nfe = pipe._sample(request, grids, tqdm(disable=True), None)
         pictures = [pipe.autoencoder.decode(x[None])[0] for x in latents]
     assert [p.shape[1:] for p in pictures] == [(128, 128), (64, 96)] and nfe == 4 * scale
     assert {p.device for p in pictures} == {DEVICE} and len(seen.launches) > 20

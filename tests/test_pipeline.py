@@ -67,12 +67,12 @@ def spy() -> Spy:
 def test_a_picture_does_not_depend_on_its_batch(pipe: TiMPipeline) -> None:
     """In float64, where the order of a sum moves a pixel by 1e-15 and never across a rounding edge."""
     pipe.to("cpu", torch.float64)
-    together = pipe(PROMPTS, SIZES, num_steps=3, seeds=SEEDS).images
+    together = pipe(PROMPTS, SIZES, num_steps=3, seeds=SEEDS).pixels
     pipe.tokens_per_batch = 1
     alone = [
-        pipe(p, s, num_steps=3, seeds=[k]).images[0] for p, s, k in zip(PROMPTS, SIZES, SEEDS, strict=True)
+        pipe(p, s, num_steps=3, seeds=[k]).pixels[0] for p, s, k in zip(PROMPTS, SIZES, SEEDS, strict=True)
     ]
-    backwards = pipe(PROMPTS[::-1], SIZES[::-1], num_steps=3, seeds=SEEDS[::-1]).images[::-1]
+    backwards = pipe(PROMPTS[::-1], SIZES[::-1], num_steps=3, seeds=SEEDS[::-1]).pixels[::-1]
     for a, b, c in zip(together, alone, backwards, strict=True):
         np.testing.assert_array_equal(a, b)
         np.testing.assert_array_equal(a, c)
@@ -109,7 +109,7 @@ def test_prompts_and_empty_captions_are_filled_up_to_the_longest_of_their_batch(
 
 
 def test_pictures_have_their_own_sizes_and_are_not_all_alike(pipe: TiMPipeline) -> None:
-    images = pipe(PROMPTS, SIZES, num_steps=2, seeds=SEEDS).images
+    images = pipe(PROMPTS, SIZES, num_steps=2, seeds=SEEDS).pixels
     assert [image.shape for image in images] == [(*size, 1) for size in SIZES]
     assert all(image.dtype == np.uint8 for image in images)
     # Prompts 0 and 3 differ in their seed alone.
@@ -120,7 +120,7 @@ def test_pictures_have_their_own_sizes_and_are_not_all_alike(pipe: TiMPipeline) 
 
 def test_seed_and_prompt_both_matter(pipe: TiMPipeline) -> None:
     first, again, other_prompt, other_seed = (
-        pipe(prompt, "8x8", seeds=[seed]).images[0]
+        pipe(prompt, "8x8", seeds=[seed]).pixels[0]
         for prompt, seed in (("a six", 5), ("a six", 5), ("a nine", 5), ("a six", 6))
     )
     np.testing.assert_array_equal(first, again)
@@ -132,7 +132,7 @@ def test_one_seed_is_the_first_of_consecutive_ones(pipe: TiMPipeline) -> None:
     consecutive = pipe(["a six"] * 3, "8x8", seeds=5)
     listed = pipe(["a six"] * 3, "8x8", seeds=[5, 6, 7])
     assert consecutive.seeds == listed.seeds == (5, 6, 7)
-    for a, b in zip(consecutive.images, listed.images, strict=True):
+    for a, b in zip(consecutive.pixels, listed.pixels, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -141,7 +141,7 @@ def test_one_seed_is_the_first_of_consecutive_ones(pipe: TiMPipeline) -> None:
     ["16x8", (16, 8), ["16x8", "16x8"], [(16, 8), "16x8"], np.array([[16, 8], [16, 8]]), (np.int64(16), 8)],
 )
 def test_sizes_are_read_in_every_form(pipe: TiMPipeline, sizes: Any) -> None:
-    assert [image.shape for image in pipe(["a", "b"], sizes).images] == [(16, 8, 1)] * 2
+    assert [image.shape for image in pipe(["a", "b"], sizes).pixels] == [(16, 8, 1)] * 2
 
 
 @pytest.mark.parametrize(("cfg_scale", "factor"), [(1.0, 1), (2.0, 2)])
@@ -176,9 +176,9 @@ def test_nfe_counts_evaluations_a_picture(spy: Spy) -> None:
 def test_guidance_moves_away_from_the_empty_caption(pipe: TiMPipeline) -> None:
     """Scale 0 is the empty caption's own picture."""
     pipe.to("cpu", torch.float64)
-    guided = pipe("a six", "8x8", cfg_scale=0.0, seeds=1).images[0]
-    empty = pipe("", "8x8", seeds=1).images[0]
-    plain = pipe("a six", "8x8", seeds=1).images[0]
+    guided = pipe("a six", "8x8", cfg_scale=0.0, seeds=1).pixels[0]
+    empty = pipe("", "8x8", seeds=1).pixels[0]
+    plain = pipe("a six", "8x8", seeds=1).pixels[0]
     np.testing.assert_array_equal(guided, empty)
     assert (plain != empty).any()
 
@@ -187,7 +187,7 @@ def test_the_names_of_diffusers_mean_the_same(pipe: TiMPipeline) -> None:
     known = pipe("a six", "16x8", num_steps=3, cfg_scale=2.0, seeds=11)
     generator = torch.Generator().manual_seed(11)
     other = pipe("a six", height=16, width=8, num_inference_steps=3, guidance_scale=2.0, generator=generator)
-    np.testing.assert_array_equal(known.images[0], other.images[0])
+    np.testing.assert_array_equal(known.pixels[0], other.pixels[0])
     assert known.settings == other.settings and known.seeds == other.seeds == (11,)
     several = [torch.Generator().manual_seed(seed) for seed in (11, 3)]
     assert pipe(["a six"] * 2, (16, 8), generator=several).seeds == (11, 3)
@@ -197,6 +197,7 @@ def test_the_names_of_diffusers_mean_the_same(pipe: TiMPipeline) -> None:
     ("arguments", "message"),
     [
         ({}, "sizes: expected either sizes, or both height and width"),
+        ({"sizes": "8x8", "prompt": "b"}, "prompt: the same as prompts"),
         ({"height": 8}, "sizes: expected either sizes, or both height and width"),
         ({"sizes": "8x8", "width": 8}, "sizes: expected either sizes, or both height and width"),
         (
@@ -212,6 +213,152 @@ def test_one_thing_under_two_names_is_refused(arguments: dict[str, Any], message
         TiMPipeline(Forbidden(), export_of())("a", **arguments)
 
 
+class TestAsDiffusersHasIt:
+    """What users of diffusers try first: it works, or says what does."""
+
+    def test_images_are_what_output_type_says(self, pipe: TiMPipeline) -> None:
+        words: dict[str, Any] = {"prompt": ["a three", "a six"], "height": 8, "width": 16, "generator": None}
+        pil = pipe(**words)
+        assert all(image.size == (16, 8) and image.mode == "L" for image in pil.images)
+        expected = np.stack(pil.pixels).astype(np.float32) / 255
+        np.testing.assert_array_equal(pipe(**words, output_type="np").images, expected)
+        tensor = pipe(**words, output_type="pt").images
+        np.testing.assert_array_equal(tensor.permute(0, 2, 3, 1).numpy(), expected)
+        [images] = pipe(**words, return_dict=False)
+        assert np.asarray(images[1]).tobytes() == np.asarray(pil[0][1]).tobytes() == pil.pixels[1].tobytes()
+
+    def test_latents_decode_to_the_pictures_and_are_not_saved(
+        self, pipe: TiMPipeline, tmp_path: Path
+    ) -> None:
+        output = pipe(["a three", "a six"], "8x16", output_type="latent")
+        assert output.images.shape == (2, 16, 2, 4) and output.pixels == []
+        decoded = [pipe._decode(latent) for latent in output.images]
+        np.testing.assert_array_equal(decoded, pipe(["a three", "a six"], "8x16").pixels)
+        with pytest.raises(RequestError, match='output_type "latent" leaves no pictures'):
+            output.save(tmp_path)
+
+    def test_pictures_of_many_sizes_are_a_list(self, pipe: TiMPipeline) -> None:
+        for kind, shape in (("np", (8, 24, 1)), ("pt", (1, 8, 24)), ("latent", (16, 2, 6))):
+            images = pipe(PROMPTS, SIZES, output_type=kind).images  # type: ignore[arg-type]
+            assert isinstance(images, list) and images[2].shape == shape
+        with pytest.raises(RequestError, match="output_type: expected one of pil, np, pt, latent, received"):
+            pipe("a", "8x8", output_type="png")  # type: ignore[arg-type]
+
+    def test_several_pictures_of_each_prompt(self, pipe: TiMPipeline) -> None:
+        output = pipe(["a three", "a six"], ["8x8", "8x16"], num_images_per_prompt=2, seeds=5)
+        assert output.prompts == ("a three", "a three", "a six", "a six") and output.seeds == (5, 6, 7, 8)
+        assert [image.size for image in output.images] == [(8, 8), (8, 8), (16, 8), (16, 8)]
+        generators = [torch.Generator().manual_seed(n) for n in (4, 3)]
+        again = pipe("a three", "8x8", num_images_per_prompt=2, generator=generators)
+        assert again.seeds == (4, 3)
+        with pytest.raises(RequestError, match="num_images_per_prompt: expected at least 1, received 0"):
+            pipe("a", "8x8", num_images_per_prompt=0)
+        with pytest.raises(RequestError, match="seeds: expected 1 or 4, one a prompt, received 2"):
+            pipe(["a", "b"], "8x8", num_images_per_prompt=2, generator=generators)
+
+    def test_a_generator_that_was_seeded_by_chance_is_taken(self, pipe: TiMPipeline) -> None:
+        generator = torch.Generator().manual_seed(2**64 - 1)
+        assert pipe("a three", "8x8", generator=generator).seeds == (2**63 - 1,)
+
+    def test_a_negative_prompt_takes_the_place_of_the_empty_caption(
+        self, pipe: TiMPipeline, tmp_path: Path
+    ) -> None:
+        words: dict[str, Any] = {"sizes": "8x8", "guidance_scale": 0.0, "seeds": [1, 1]}
+        away = pipe(["a three", "a six"], negative_prompt=["a nine", "a two"], **words)
+        # At scale 0 nothing but what guidance leads away from is left.
+        drawn = pipe(["a nine", "a two"], "8x8", seeds=[1, 1])
+        for a, b in zip(away.pixels, drawn.pixels, strict=True):
+            np.testing.assert_array_equal(a, b)
+        mixed = pipe.run(
+            pipe.request(
+                ["a three"] * 2, "8x8", seeds=[1, 1], negative_prompts=["a nine", None], cfg_scale=0.0
+            )
+        )
+        np.testing.assert_array_equal(mixed.pixels[0], away.pixels[0])
+        np.testing.assert_array_equal(mixed.pixels[1], pipe("", "8x8", seeds=1).pixels[0])
+        [path, other] = mixed.save(tmp_path)
+        assert read_settings(path)["negative_prompt"] == "a nine"
+        assert "negative_prompt" not in read_settings(other)
+
+    @pytest.mark.parametrize(
+        ("negative", "options", "message"),
+        [
+            ("blurred", {}, "has no effect without guidance; set cfg_scale"),
+            (["a", "b"], {"cfg_scale": 2.0}, "negative_prompt: expected 1, one a prompt, received 2"),
+            ([3], {"cfg_scale": 2.0}, "negative_prompt: expected a caption, received 3"),
+        ],
+    )
+    def test_negative_prompts_that_cannot_be_are_refused(
+        self, negative: Any, options: dict[str, Any], message: str
+    ) -> None:
+        with pytest.raises(RequestError, match=message):
+            TiMPipeline(Forbidden(), export_of())("a", "8x8", negative_prompt=negative, **options)
+
+    def test_class_labels_have_no_negative_prompt(self) -> None:
+        pipe = TiMPipeline(Forbidden(), export_of(condition="class"))
+        with pytest.raises(RequestError, match="this network draws from class labels"):
+            pipe(1, "8x8", negative_prompt="a", cfg_scale=2.0)
+
+    def test_a_callback_sees_every_step_and_may_stop_but_not_change(self, pipe: TiMPipeline) -> None:
+        told: list[tuple[int, float]] = []
+        shapes: list[list[tuple[int, ...]]] = []
+
+        def look(where: TiMPipeline, step: int, time: float, given: dict[str, Any]) -> dict[str, Any]:
+            assert where is pipe
+            told.append((step, time))
+            shapes.append([tuple(latent.shape) for latent in given["latents"]])
+            return given
+
+        output = pipe(["a", "b"], ["8x8", "8x16"], num_steps=4, callback_on_step_end=look)
+        assert told == [(0, 0.75), (1, 0.5), (2, 0.25), (3, 0.0)]
+        assert shapes == [[(16, 2, 2), (16, 2, 4)]] * 4
+        plain = pipe(["a", "b"], ["8x8", "8x16"], num_steps=4)
+        np.testing.assert_array_equal(output.pixels[1], plain.pixels[1])
+
+        class Enough(Exception): ...
+
+        def stop(*_: Any) -> None:
+            raise Enough
+
+        with pytest.raises(Enough):
+            pipe("a", "8x8", callback_on_step_end=stop)
+        with pytest.raises(RequestError, match="returned other latents; a callback may look and stop"):
+            pipe("a", "8x8", callback_on_step_end=lambda *_: {"latents": []})
+
+    def test_it_moves_by_device_by_type_and_by_both(self, pipe: TiMPipeline, tmp_path: Path) -> None:
+        assert pipe.to(torch.bfloat16).dtype == torch.bfloat16 and pipe.to("cpu").dtype == torch.bfloat16
+        assert pipe.to("cpu", torch.float32).dtype == torch.float32
+        assert pipe.to(dtype=torch.bfloat16) is pipe
+        folder = write_tiny_export(tmp_path / "export")
+        loaded = TiMPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
+        assert loaded.dtype == torch.bfloat16
+        with pytest.raises(RequestError, match="torch_dtype: the same as dtype"):
+            TiMPipeline.from_pretrained(folder, torch_dtype=torch.float32, dtype=torch.float32)
+
+    def test_what_it_has_not_says_where_it_is(self, pipe: TiMPipeline) -> None:
+        anything: Any = pipe
+        for name, hint in (
+            ("enable_model_cpu_offload", "its parts stay where .to"),
+            ("enable_xformers_memory_efficient_attention", "never holds the whole matrix"),
+            ("scheduler", "num_steps, mode, stochasticity"),
+            ("transformer", "it is .network"),
+            ("vae", "it is .autoencoder"),
+            ("load_lora_weights", "load its export"),
+            ("set_progress_bar_config", "progress=True"),
+        ):
+            assert not hasattr(pipe, name)
+            with pytest.raises(AttributeError, match=f"TiMPipeline has no {name}: .*{hint}"):
+                getattr(anything, name)
+        with pytest.raises(AttributeError, match=r"TiMPipeline has no colour$"):
+            _ = anything.colour
+
+    def test_decoding_one_at_a_time_and_in_tiles_is_what_it_does(self, pipe: TiMPipeline) -> None:
+        pipe.enable_vae_slicing()
+        pipe.enable_vae_tiling()
+        with pytest.raises(RequestError, match="has no weights and is not decoded in tiles"):
+            pipe.enable_vae_tiling(64)
+
+
 def test_defaults_are_the_exports(pipe: TiMPipeline) -> None:
     export = export_of(mode="diffusion", num_steps=5)
     diffusion = TiMPipeline(network_of(export), export)
@@ -219,8 +366,8 @@ def test_defaults_are_the_exports(pipe: TiMPipeline) -> None:
     assert output.settings["mode"] == "diffusion" and output.nfe == 5
     same = pipe("a six", "8x8", seeds=2, num_steps=5, mode="diffusion")
     other = pipe("a six", "8x8", seeds=2, num_steps=5)
-    np.testing.assert_array_equal(output.images[0], same.images[0])
-    assert (output.images[0] != other.images[0]).any()
+    np.testing.assert_array_equal(output.pixels[0], same.pixels[0])
+    assert (output.pixels[0] != other.pixels[0]).any()
 
 
 def test_levels_are_rounded_to_the_nearest(pipe: TiMPipeline) -> None:
@@ -236,12 +383,12 @@ def test_patches_of_several_cells_make_the_multiple(pipe: TiMPipeline) -> None:
     export = export_of(patch_size=2, channels=3)
     colour = TiMPipeline(network_of(export), export)
     assert (pipe.size_multiple, colour.size_multiple) == (4, 8)
-    assert colour("a", "16x8").images[0].shape == (16, 8, 3)
+    assert colour("a", "16x8").pixels[0].shape == (16, 8, 3)
 
 
 def test_bfloat16_weights_draw_nearly_the_same(pipe: TiMPipeline) -> None:
-    exact = pipe(PROMPTS, SIZES, seeds=SEEDS).images
-    coarse = pipe.to("cpu", torch.bfloat16)(PROMPTS, SIZES, seeds=SEEDS).images
+    exact = pipe(PROMPTS, SIZES, seeds=SEEDS).pixels
+    coarse = pipe.to("cpu", torch.bfloat16)(PROMPTS, SIZES, seeds=SEEDS).pixels
     difference = np.mean(
         [np.abs(a.astype(int) - b.astype(int)).mean() for a, b in zip(exact, coarse, strict=True)]
     )
@@ -266,15 +413,15 @@ class TestClassLabels:
         as_numbers = pipe([0, 4], "8x8", seeds=1)
         as_text = pipe(["0", "4"], "8x8", seeds=1)
         assert as_numbers.prompts == as_text.prompts == (0, 4)
-        for a, b in zip(as_numbers.images, as_text.images, strict=True):
+        for a, b in zip(as_numbers.pixels, as_text.pixels, strict=True):
             np.testing.assert_array_equal(a, b)
-        same_seed = pipe([0, 4], "8x8", seeds=[1, 1]).images
+        same_seed = pipe([0, 4], "8x8", seeds=[1, 1]).pixels
         assert (same_seed[0] != same_seed[1]).any()
 
     def test_guidance_uses_the_null_label(self, pipe: TiMPipeline) -> None:
         plain, guided = (pipe(2, "8x8", cfg_scale=s, seeds=1) for s in (1.0, 2.0))
         assert guided.nfe == 2 * plain.nfe
-        assert (plain.images[0] != guided.images[0]).any()
+        assert (plain.pixels[0] != guided.pixels[0]).any()
 
     @pytest.mark.parametrize("label", [5, -1, "five", "5", 1.5, True])
     def test_labels_out_of_range_are_refused(self, pipe: TiMPipeline, label: Any) -> None:
@@ -347,14 +494,14 @@ class TestFolders:
         folder = write_tiny_export(tmp_path / "export")
         loaded = TiMPipeline.from_pretrained(folder)
         output = loaded(PROMPTS, SIZES, seeds=SEEDS)
-        for a, b in zip(output.images, pipe(PROMPTS, SIZES, seeds=SEEDS).images, strict=True):
+        for a, b in zip(output.pixels, pipe(PROMPTS, SIZES, seeds=SEEDS).pixels, strict=True):
             np.testing.assert_array_equal(a, b)
         weights = (folder / "tim.safetensors").read_bytes()
         assert output.settings["weights_sha256"] == hashlib.sha256(weights).hexdigest()
         assert output.settings["recipe_sha256"] == "f" * 64
 
     def test_a_folder_that_is_no_export_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(CheckpointError, match="no such export folder"):
+        with pytest.raises(CheckpointError, match="not there; expected an export folder, a run"):
             TiMPipeline.from_pretrained(tmp_path / "nothing")
         folder = write_tiny_export(tmp_path / "export")
         weights = folder / "tim.safetensors"
@@ -370,7 +517,7 @@ class TestFolders:
         )
         paths = output.save(tmp_path / "pictures")
         assert [path.name for path in paths] == ["0000_a-three_seed4.png", "0001_日本-é_seed5.png"]
-        for path, image in zip(paths, output.images, strict=True):
+        for path, image in zip(paths, output.pixels, strict=True):
             np.testing.assert_array_equal(np.asarray(Image.open(path)).reshape(image.shape), image)
         settings = read_settings(paths[1])
         assert settings == output.picture_settings(1)
@@ -381,7 +528,7 @@ class TestFolders:
         [path] = pipe("a two", "8x16", num_steps=3, seeds=11).save(tmp_path)
         s = read_settings(path)
         again = pipe(s["prompt"], s["size"], num_steps=s["num_steps"], mode=s["mode"], seeds=[s["seed"]])
-        np.testing.assert_array_equal(np.asarray(Image.open(path))[..., None], again.images[0])
+        np.testing.assert_array_equal(np.asarray(Image.open(path))[..., None], again.pixels[0])
 
     def test_nothing_is_overwritten(self, pipe: TiMPipeline, tmp_path: Path) -> None:
         output = pipe(["a", "b"], "8x8")

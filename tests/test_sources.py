@@ -66,7 +66,7 @@ class TestCheckpoints:
         assert again.sha256 == found.sha256 and same(again.state, state)
 
     def test_a_checkpoint_draws(self, run: tuple[Path, dict[str, Tensor]]) -> None:
-        [image] = TiMPipeline.from_pretrained(run[0])("a three", "8x8", num_steps=1).images
+        [image] = TiMPipeline.from_pretrained(run[0])("a three", "8x8", num_steps=1).pixels
         assert image.shape == (8, 8, 1)
 
     def test_another_network_and_lost_pieces_are_refused(self, run: tuple[Path, dict[str, Tensor]]) -> None:
@@ -114,5 +114,5 @@ def test_a_released_file_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     write_weights(tmp_path / "model.safetensors", TiM(TINY["tiny_class"].model).state_dict())
     found = read_source(tmp_path / "model.safetensors")
     assert found.export.source.name == "tiny_class"
-    with pytest.raises(CheckpointError, match="no such export folder"):
+    with pytest.raises(CheckpointError, match="not there; expected an export folder, a run, a checkpoint"):
         read_source(tmp_path / "model.bin")

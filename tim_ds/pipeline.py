@@ -2,6 +2,7 @@
 
 pipe = TiMPipeline.from_pretrained("runs/handwriting_tim").to("cpu")
 output = pipe("a three above a seven", height=16, width=8, num_inference_steps=4, seeds=7)
+output.images[0].save("three_above_seven.png")
 output.save("pictures")
 """
 
@@ -14,11 +15,12 @@ import operator
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -53,34 +55,83 @@ PNG_KEY = "tim_ds"
 
 _MODES = ("transition", "diffusion")
 
+OutputType = Literal["pil", "np", "pt", "latent"]
+"""What `PipelineOutput.images` are, as diffusers calls it."""
+_OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+OnStepEnd = Callable[["TiMPipeline", int, float, dict[str, Any]], dict[str, Any] | None]
+"""(pipeline, number of the step from 0, time it reached, {"latents": ...})."""
+
+_OFFLOAD = "its parts stay where .to(device) puts them; bfloat16, smaller sizes or tiles take less memory"
+_ATTENTION = "attention never holds the whole matrix"
+_ADAPTERS = "adapters are merged when a run ends: load its export"
+_ELSEWHERE = {
+    "enable_model_cpu_offload": _OFFLOAD,
+    "enable_sequential_cpu_offload": _OFFLOAD,
+    "enable_group_offload": _OFFLOAD,
+    "enable_attention_slicing": _ATTENTION,
+    "enable_xformers_memory_efficient_attention": _ATTENTION,
+    "load_lora_weights": _ADAPTERS,
+    "load_textual_inversion": _ADAPTERS,
+    "scheduler": "a transition model has none; a call takes num_steps, mode, stochasticity and cfg_interval",
+    "unet": "it is .network",
+    "transformer": "it is .network",
+    "vae": "it is .autoencoder",
+    "tokenizer": "it is part of .text_encoder",
+    "save_pretrained": "what it was loaded from can be copied; released weights: python -m tim_ds.compat",
+    "set_progress_bar_config": "there is no bar unless a call says progress=True",
+}
+"""What users of diffusers look for, and where it is."""
+
 
 @dataclass(frozen=True, eq=False)
 class PipelineOutput:
     """Sampled pictures, in the order of the prompts.
 
     Shapes:
-        images: uint8 [H, W, C] each, C = 1 (grey) or 3.
+        pixels: uint8 [H, W, C] each, C = 1 (grey) or 3; none of output type `latent`.
+        latents: float32 [C, h, w] each, before they are decoded.
     """
 
-    images: list[NDArray[np.uint8]]
+    pixels: list[NDArray[np.uint8]]
+    latents: list[Tensor]
     prompts: tuple[PromptLike, ...]
+    sizes: tuple[Size, ...]
     seeds: tuple[int, ...]
+    negative_prompts: tuple[str | None, ...]
     nfe: int
     """Network evaluations a picture; a guided step counts 2."""
     seconds: float
     """Wall time of the whole call."""
     settings: dict[str, Any]
     """Everything else that decided the pictures: weights, recipe, steps, mode, guidance."""
+    output_type: OutputType = "pil"
+
+    @property
+    def images(self) -> Any:
+        """The pictures in the type asked for, as diffusers has it.
+
+        `pil`: a list of `PIL.Image.Image`. `np`: float32 [N, H, W, C] of 0 to 1; `pt`: the same as
+        [N, C, H, W]; `latent`: [N, C, h, w]; each a list where sizes differ.
+        """
+        if self.output_type == "pil":
+            return [_picture(pixels) for pixels in self.pixels]
+        if self.output_type == "latent":
+            return _stacked(self.latents, torch.stack)
+        values = [pixels.astype(np.float32) / 255 for pixels in self.pixels]
+        if self.output_type == "np":
+            return _stacked(values, np.stack)
+        return _stacked([torch.from_numpy(v).permute(2, 0, 1) for v in values], torch.stack)
+
+    def __getitem__(self, i: int) -> Any:
+        """`output[0]` is `output.images`, as of an output of diffusers."""
+        return (self.images,)[i]
 
     def picture_settings(self, i: int) -> dict[str, Any]:
         """The settings of picture `i` with its prompt, size and seed: what its PNG carries."""
-        height, width = self.images[i].shape[:2]
-        return {
-            "prompt": self.prompts[i],
-            "size": f"{height}x{width}",
-            "seed": self.seeds[i],
-            **self.settings,
-        }
+        return own_settings(self.prompts[i], self.sizes[i], self.seeds[i], self.negative_prompts[i]) | (
+            self.settings
+        )
 
     def save(self, folder: str | Path) -> list[Path]:
         """Write one PNG a picture, with its settings as metadata (`read_settings`). Nothing is overwritten.
@@ -88,9 +139,11 @@ class PipelineOutput:
         Returns:
             The paths: number, prompt and seed make the name.
         Raises:
-            RequestError: if one of the files exists; then none is written.
+            RequestError: if one of the files exists, or there are latents alone; then none is written.
             CheckpointError: if the disk refuses.
         """
+        if self.output_type == "latent":
+            raise RequestError('save: output_type "latent" leaves no pictures; take another')
         folder = Path(folder)
         paths = [
             folder / f"{file_stem(i, prompt, seed)}.png"
@@ -98,7 +151,7 @@ class PipelineOutput:
         ]
         refuse_existing(paths)
         for i, path in enumerate(paths):
-            write_png(path, self.images[i], self.picture_settings(i))
+            write_png(path, self.pixels[i], self.picture_settings(i))
         return paths
 
 
@@ -110,6 +163,8 @@ class Request:
     sizes: tuple[Size, ...]
     seeds: tuple[int, ...]
     config: SamplerConfig
+    negative_prompts: tuple[str | None, ...]
+    """What guidance leads away from; None: the empty caption, or the null label."""
 
     def part(self, numbers: Sequence[int]) -> Request:
         """The pictures of these numbers alone."""
@@ -118,7 +173,12 @@ class Request:
             tuple(self.sizes[i] for i in numbers),
             tuple(self.seeds[i] for i in numbers),
             self.config,
+            tuple(self.negative_prompts[i] for i in numbers),
         )
+
+    def own_settings(self, i: int) -> dict[str, Any]:
+        """What picture `i` alone is asked for."""
+        return own_settings(self.prompts[i], self.sizes[i], self.seeds[i], self.negative_prompts[i])
 
 
 class TiMPipeline:
@@ -159,7 +219,12 @@ class TiMPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        source: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
     ) -> TiMPipeline:
         """The pipeline of trained weights, in evaluation mode.
 
@@ -167,25 +232,74 @@ class TiMPipeline:
             source: an export folder, the folder of a run (its export, or while it trains its newest
                 checkpoint), a checkpoint folder (its averaged weights), or a weight file that the authors
                 released. See `tim_ds.sources`.
+            dtype: of the network; float32 by default. Also called torch_dtype.
         Raises:
             CheckpointError: if the source is incomplete or holds weights of another network.
             RequestError: for a device that is not there, and as `TiMPipeline`.
         """
         check_device(device)
+        chosen = _only_one("torch_dtype", "dtype", torch_dtype, dtype)
         found = read_source(source)
-        network = meta_network(found.export.model).to(dtype).to_empty(device=device)
+        network = meta_network(found.export.model)
+        network = network.to(torch.float32 if chosen is None else chosen).to_empty(device=device)
         load_weights_into(network, found.state, source=str(source))
         return cls(network.eval(), found.export, weights_sha256=found.sha256).to(device)
 
-    def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> TiMPipeline:
-        """Move the network (and encoders with weights, which keep their precision); returns self."""
-        check_device(device)
+    def to(
+        self, device: str | torch.device | torch.dtype | None = None, dtype: torch.dtype | None = None
+    ) -> TiMPipeline:
+        """Move the network (and encoders with weights, which keep their precision); returns self.
+
+        Args:
+            device: where to; a dtype may stand in its place.
+            dtype: of the network's parameters.
+        """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, _only_one("to", "dtype", device, dtype)
+        if device is not None:
+            check_device(device)
         self.network.to(device=device, dtype=dtype)
         for part in (self.autoencoder, self.text_encoder):
-            if hasattr(part, "to"):
+            if device is not None and hasattr(part, "to"):
                 part.to(device)  # type: ignore[union-attr]  # only encoders with weights have it
         prove_attention(self.device, self.dtype, self.export.model.head_dim)
         return self
+
+    def enable_vae_slicing(self) -> None:
+        """Does nothing: pictures are decoded one at a time."""
+
+    def enable_vae_tiling(self, tile_px: int | None = None) -> None:
+        """Decode pictures beyond `tile_px` in tiles, as is done beyond the encoder's own side without this.
+
+        Raises:
+            RequestError: if the autoencoder has no weights, or a tile is smaller than its stride.
+        """
+        if tile_px is None:
+            return
+        if not hasattr(self.autoencoder, "tile_px"):
+            raise RequestError("this network's autoencoder has no weights and is not decoded in tiles")
+        if tile_px < self.autoencoder.stride:
+            raise RequestError(f"tile: expected at least {self.autoencoder.stride}, received {tile_px}")
+        self.autoencoder.tile_px = tile_px  # type: ignore[attr-defined]  # only those with weights have it
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            hint = f": {_ELSEWHERE[name]}" if name in _ELSEWHERE else ""
+            raise AttributeError(f"TiMPipeline has no {name}{hint}", name=name, obj=self)
+
+    @contextmanager
+    def encoders_beside_network(self) -> Iterator[None]:
+        """Within, encoders with weights are on the device of the network; afterwards on the host. For a run,
+        whose step needs the memory of the device."""
+        parts = [part for part in (self.autoencoder, self.text_encoder) if hasattr(part, "to")]
+        try:
+            for part in parts:
+                part.to(self.device)  # type: ignore[union-attr]  # asked above
+            yield
+        finally:
+            for part in parts:
+                part.to("cpu")  # type: ignore[union-attr]
 
     @property
     def device(self) -> torch.device:
@@ -202,9 +316,12 @@ class TiMPipeline:
 
     def __call__(
         self,
-        prompts: PromptLike | Sequence[PromptLike],
+        prompts: PromptLike | Sequence[PromptLike] | None = None,
         sizes: str | Size | Sequence[str | Size] | None = None,
         *,
+        prompt: PromptLike | Sequence[PromptLike] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        num_images_per_prompt: int = 1,
         height: int | None = None,
         width: int | None = None,
         num_steps: int | None = None,
@@ -216,37 +333,60 @@ class TiMPipeline:
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        output_type: OutputType = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: OnStepEnd | None = None,
         progress: bool | tqdm = False,
     ) -> PipelineOutput:
-        """Sample one picture a prompt. Everything is checked before any work is done.
+        """Sample one picture a prompt, or several. Everything is checked before any work is done.
 
         A picture depends on its prompt, size, seed and the settings, not on what is sampled beside it.
 
         Args:
-            prompts: captions, or class labels for a class-conditional network.
+            prompts: captions, or class labels for a class-conditional network. Also called prompt.
+            negative_prompt: what guidance leads away from, instead of the empty caption; one for all, or one
+                each.
+            num_images_per_prompt: pictures of each prompt, one after the other, with seeds of their own.
             sizes: (height, width) or "HEIGHTxWIDTH" in pixels; one for all prompts, or one each.
             height, width: one size for all prompts, instead of `sizes`.
             num_steps, cfg_scale, cfg_interval, stochasticity, mode: None takes that of `export.sampler`.
             seeds: one each, or the first of consecutive ones; 0 by default.
             num_inference_steps, guidance_scale: other names of `num_steps` and `cfg_scale`.
             generator: instead of `seeds`; of each, the seed that it was given is used, not its state.
+            output_type: what `images` of the output are (`PipelineOutput.images`).
+            return_dict: False gives (images,) alone.
+            callback_on_step_end: called after every step of every batch of pictures, with the latents
+                [C, h, w] that the step reached. It may look and may raise, which ends the call; what it
+                returns must be None or what it was given.
             progress: show a bar, one tick a picture and step; or a bar that is counted up.
+        Returns:
+            The output; for return_dict=False a tuple of its images.
         Raises:
             RequestError: no prompts, a size that does not fit or is too large for the device, counts that
-                differ, a label out of range, the same thing given under two names.
+                differ, a label out of range, the same thing given under two names, a negative prompt without
+                guidance.
             ConfigError: a sampler setting out of its range.
             NonFiniteError: if a picture stops being finite on the way.
         """
+        if output_type not in _OUTPUT_TYPES:
+            raise RequestError(
+                f"output_type: expected one of {', '.join(_OUTPUT_TYPES)}, received {output_type!r}"
+            )
         if sizes is None and height is not None and width is not None:
             sizes = (height, width)
         elif sizes is None or height is not None or width is not None:
             raise RequestError("sizes: expected either sizes, or both height and width")
         if generator is not None:
             seeds = _only_one("generator", "seeds", _seeds_of(generator), seeds)
-        return self.run(
+        asked = _only_one("prompt", "prompts", prompt, prompts)
+        if asked is None:
+            raise RequestError("prompts: expected at least one, received none")
+        asked, all_sizes, negatives = _repeated(num_images_per_prompt, asked, sizes, negative_prompt)
+        output = self.run(
             self.request(
-                prompts,
-                sizes,
+                asked,
+                all_sizes,
+                negative_prompts=negatives,
                 num_steps=_only_one("num_inference_steps", "num_steps", num_inference_steps, num_steps),
                 cfg_scale=_only_one("guidance_scale", "cfg_scale", guidance_scale, cfg_scale),
                 cfg_interval=cfg_interval,
@@ -255,7 +395,11 @@ class TiMPipeline:
                 seeds=0 if seeds is None else seeds,
             ),
             progress,
+            output_type=output_type,
+            on_step_end=callback_on_step_end,
         )
+        # Typed as what nearly all callers get.
+        return output if return_dict else (output.images,)  # type: ignore[return-value]
 
     def request(
         self,
@@ -263,11 +407,13 @@ class TiMPipeline:
         sizes: str | Size | Sequence[str | Size],
         *,
         seeds: int | Sequence[int] = 0,
+        negative_prompts: str | Sequence[str | None] | None = None,
         **sampler: Any,
     ) -> Request:
         """Check a call, memory included, without doing any of its work.
 
         Args:
+            negative_prompts: one for all, or one each; None: the empty caption, or the null label.
             sampler: fields of `SamplerConfig`; None and what is left out take those of `export.sampler`.
         Raises:
             RequestError, ConfigError: as `__call__`.
@@ -276,19 +422,29 @@ class TiMPipeline:
         size_list = self._check_sizes(sizes, len(prompt_list))
         seed_list = _check_seeds(seeds, len(prompt_list))
         config = self._check_sampler({name: value for name, value in sampler.items() if value is not None})
+        negatives = self._check_negative(negative_prompts, len(prompt_list), config)
         if self.checks_memory:
             self._check_memory(size_list, config)
-        return Request(tuple(prompt_list), tuple(size_list), tuple(seed_list), config)
+        return Request(tuple(prompt_list), tuple(size_list), tuple(seed_list), config, negatives)
 
-    def run(self, request: Request, progress: bool | tqdm = False) -> PipelineOutput:
+    def run(
+        self,
+        request: Request,
+        progress: bool | tqdm = False,
+        *,
+        output_type: OutputType = "pil",
+        on_step_end: OnStepEnd | None = None,
+    ) -> PipelineOutput:
         """Draw the pictures of a request.
 
         Raises:
             NonFiniteError: if a picture stops being finite on the way.
+            RequestError: if `on_step_end` returns other latents.
         """
         start = time.perf_counter()
         grids = self._grids(request.sizes)
-        images: list[NDArray[np.uint8]] = []
+        pixels: list[NDArray[np.uint8]] = []
+        kept: list[Tensor] = []
         nfe = 0
         total = len(request.prompts) * request.config.num_steps
         own_bar = tqdm(total=total, unit="step", desc="sample", leave=False, disable=progress is not True)
@@ -296,17 +452,22 @@ class TiMPipeline:
         with own_bar:
             for numbers in self.batches(request):
                 part = request.part(numbers)
-                latents, nfe = self._sample(
-                    part.prompts, [grids[i] for i in numbers], part.seeds, part.config, bar
-                )
-                images.extend(self._decode(latent) for latent in latents)
+                latents, nfe = self._sample(part, [grids[i] for i in numbers], bar, on_step_end)
+                if output_type == "latent":
+                    kept.extend(latents)
+                else:
+                    pixels.extend(self._decode(latent) for latent in latents)
         return PipelineOutput(
-            images=images,
+            pixels=pixels,
+            latents=kept,
             prompts=request.prompts,
+            sizes=request.sizes,
             seeds=request.seeds,
+            negative_prompts=request.negative_prompts,
             nfe=nfe,
             seconds=time.perf_counter() - start,
             settings={**self.settings(request.config), "nfe": nfe, "version": __version__},
+            output_type=output_type,
         )
 
     def settings(self, config: SamplerConfig) -> dict[str, Any]:
@@ -441,6 +602,27 @@ class TiMPipeline:
             )
         return config
 
+    def _check_negative(
+        self, given: str | Sequence[str | None] | None, count: int, config: SamplerConfig
+    ) -> tuple[str | None, ...]:
+        found = [given] * count if given is None or isinstance(given, str) else list(given)
+        if len(found) != count:
+            raise RequestError(
+                f"negative_prompt: expected {_one_or(count)}, one a prompt, received {len(found)}"
+            )
+        for one in found:
+            if one is None:
+                continue
+            if self.export.model.condition != "text":
+                raise RequestError("negative_prompt: this network draws from class labels; leave it away")
+            if not isinstance(one, str):
+                raise RequestError(f"negative_prompt: expected a caption, received {one!r}")
+            if config.cfg_scale == 1.0:
+                raise RequestError(
+                    "negative_prompt: has no effect without guidance; set cfg_scale (guidance_scale) beyond 1"
+                )
+        return tuple(found)
+
     def _check_memory(self, sizes: Sequence[Size], config: SamplerConfig) -> None:
         """Raises RequestError if the estimate for the largest picture is beyond what the device has left."""
         i, largest = max(enumerate(sizes), key=lambda entry: entry[1][0] * entry[1][1])
@@ -474,20 +656,31 @@ class TiMPipeline:
 
     def _sample(
         self,
-        prompts: Sequence[PromptLike],
+        part: Request,
         grids: Sequence[tuple[int, int]],
-        seeds: Sequence[int],
-        config: SamplerConfig,
         bar: tqdm,
+        on_step_end: OnStepEnd | None,
     ) -> tuple[list[Tensor], int]:
         """Latents [C, h, w] of one batch, and the evaluations a picture."""
-
-        def count(*_: Any) -> None:
-            bar.update(len(grids))
-
+        config, seeds, patch = part.config, part.seeds, self.export.model.patch_size
         z_TC = initial_noise(grids, self.export.model.token_channels, seeds).to(self.device, self.dtype)
         segments = Segments.from_grids(grids).to(self.device)
-        condition, null = self._conditions(prompts)
+        condition, null = self._conditions(part.prompts, part.negative_prompts)
+
+        def latents_of(x_TC: Tensor) -> list[Tensor]:
+            return [unpatchify(x, grid, patch) for x, grid in zip(segments.split(x_TC), grids, strict=True)]
+
+        def after(step: int, time: float, x_TC: Tensor) -> None:
+            bar.update(len(grids))
+            if on_step_end is None:
+                return
+            latents = latents_of(x_TC.float())
+            answer = on_step_end(self, step - 1, time, {"latents": latents})
+            if answer and answer.get("latents", latents) is not latents:
+                raise RequestError(
+                    "callback_on_step_end: returned other latents; a callback may look and stop, not change"
+                )
+
         result = sample(
             self.network,
             self.transport,
@@ -497,21 +690,24 @@ class TiMPipeline:
             config,
             null_condition=null if config.cfg_scale != 1.0 else None,
             seeds=seeds,
-            on_step=count,
+            on_step=after,
         )
-        patch = self.export.model.patch_size
-        tokens = segments.split(result.x_TC)
-        return [unpatchify(x, grid, patch) for x, grid in zip(tokens, grids, strict=True)], result.nfe
+        return latents_of(result.x_TC), result.nfe
 
-    def _conditions(self, prompts: Sequence[PromptLike]) -> tuple[Condition, Condition]:
-        """What the pictures of a batch show, and the null condition of each."""
+    def _conditions(
+        self, prompts: Sequence[PromptLike], negatives: Sequence[str | None]
+    ) -> tuple[Condition, Condition]:
+        """What the pictures of a batch show, and what guidance leads each away from."""
         count = len(prompts)
         if self.text_encoder is None:
             null = torch.full((count,), self.export.model.num_classes or 0)
             labels = torch.tensor(prompts, dtype=torch.int64)
             return ClassCondition(labels).to(self.device), ClassCondition(null).to(self.device)
         encoder = self.text_encoder
-        states = encoder.encode([str(prompt) for prompt in prompts]) + encoder.encode([""]) * count
+        others = [one or "" for one in negatives]
+        # The empty caption once, however many pictures: it is what nearly all of them have.
+        away = encoder.encode(others) if any(others) else encoder.encode([""]) * count
+        states = encoder.encode([str(prompt) for prompt in prompts]) + away
         states = fill_up(states, encoder.padding_state)
         return self._captions(states[:count]), self._captions(states[count:])
 
@@ -547,9 +743,7 @@ def write_png(path: Path, image: NDArray[np.uint8], settings: dict[str, Any]) ->
         info.add_itxt("Description", str(settings["prompt"]))
     info.add_itxt(PNG_KEY, json.dumps(settings, ensure_ascii=False))
     content = io.BytesIO()
-    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(
-        content, format="PNG", pnginfo=info
-    )
+    _picture(image).save(content, format="PNG", pnginfo=info)
     data = content.getvalue()
 
     def write(aside: Path) -> None:
@@ -573,6 +767,23 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     if text is None:
         raise RequestError(f"{path}: carries no settings of tim_ds")
     return json.loads(str(text))
+
+
+def own_settings(
+    prompt: PromptLike, size: Size, seed: int, negative_prompt: str | None = None
+) -> dict[str, Any]:
+    """What a picture says of itself alone; a negative prompt only where it has one."""
+    found = {"prompt": prompt, "size": f"{size[0]}x{size[1]}", "seed": seed}
+    return found if negative_prompt is None else found | {"negative_prompt": negative_prompt}
+
+
+def _picture(pixels: NDArray[np.uint8]) -> Image.Image:
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+
+
+def _stacked(parts: list[Any], stack: Callable[[list[Any]], Any]) -> Any:
+    """One array of all, or the list where their sizes differ."""
+    return stack(parts) if len({tuple(part.shape) for part in parts}) == 1 else parts
 
 
 def refuse_existing(paths: Sequence[Path]) -> None:
@@ -638,9 +849,31 @@ def _only_one(alias: str, name: str, first: Any, second: Any) -> Any:
 
 
 def _seeds_of(generator: torch.Generator | Sequence[torch.Generator]) -> int | list[int]:
+    # `Generator.seed()` draws 64 bits; ours have 63.
     if isinstance(generator, torch.Generator):
-        return generator.initial_seed()
-    return [one.initial_seed() for one in generator]
+        return generator.initial_seed() % 2**63
+    return [one.initial_seed() % 2**63 for one in generator]
+
+
+def _repeated(
+    times: int, prompts: Any, sizes: Any, negatives: str | Sequence[str] | None
+) -> tuple[list[PromptLike], Any, Any]:
+    """What is given one a prompt, so many times each."""
+    if not isinstance(times, Integral) or times < 1:
+        raise RequestError(f"num_images_per_prompt: expected at least 1, received {times!r}")
+    found = [prompts] if isinstance(prompts, str | int) else list(prompts)
+
+    def each(parts: Any) -> Any:
+        """A list with one entry a prompt; what holds for all stays."""
+        return [part for part in parts for _ in range(times)]
+
+    is_one_size = isinstance(sizes, str) or (len(sizes) == 2 and all(isinstance(s, Integral) for s in sizes))
+    is_one_negative = negatives is None or isinstance(negatives, str)
+    return (
+        each(found),
+        sizes if is_one_size else each(sizes),
+        negatives if is_one_negative else each(negatives),
+    )
 
 
 def _check_seeds(seeds: int | Sequence[int], count: int) -> list[int]:

@@ -54,6 +54,11 @@ def read_source(path: str | os.PathLike[str]) -> Source:
         CheckpointError: if it is none of these, is not whole, or holds weights of another network.
     """
     path = Path(path)
+    if not path.exists():
+        raise CheckpointError(
+            f"{path}: not there; expected an export folder, a run, a checkpoint in one, or a weight file "
+            "that the authors released"
+        )
     if path.name == WEIGHTS_FILE and (path.parent / EXPORT_FILE).exists():
         path = path.parent
     if path.is_file():

@@ -184,27 +184,30 @@ def decode_bytes(autoencoder: Autoencoder, height: int, width: int) -> int:
     return picture + tiling.TENSORS_ALIVE * 4 * channels * area + tiling.SLACK_BYTES
 
 
-def load_dc_ae(path: str) -> PretrainedAutoencoder:
+def load_dc_ae(path: str, *, weights: bool = True) -> PretrainedAutoencoder:
     """A DC-AE (diffusers' AutoencoderDC) from a folder or hub name."""
     from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
 
-    model = _from_pretrained(AutoencoderDC, path)
+    model = _from_pretrained(AutoencoderDC, path, weights)
     return PretrainedAutoencoder(
         model, stride=model.spatial_compression_ratio, channels=model.config.latent_channels
     )
 
 
-def load_sd_vae(path: str) -> PretrainedAutoencoder:
+def load_sd_vae(path: str, *, weights: bool = True) -> PretrainedAutoencoder:
     """A Stable Diffusion VAE (diffusers' AutoencoderKL) from a folder or hub name."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    model = _from_pretrained(AutoencoderKL, path)
+    model = _from_pretrained(AutoencoderKL, path, weights)
     stride = 2 ** (len(model.config.block_out_channels) - 1)
     return PretrainedAutoencoder(model, stride=stride, channels=model.config.latent_channels)
 
 
-def _from_pretrained(kind: Any, path: str) -> Any:
+def _from_pretrained(kind: Any, path: str, weights: bool) -> Any:
     try:
+        if not weights:
+            with torch.device("meta"):
+                return kind.from_config(kind.load_config(path))
         return kind.from_pretrained(path, torch_dtype=torch.float32, low_cpu_mem_usage=False)
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
@@ -213,9 +216,11 @@ def _from_pretrained(kind: Any, path: str) -> Any:
         ) from error
 
 
-def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
-    """The autoencoder that `config` names; weights are on the CPU, in float32."""
+def build_autoencoder(config: AutoencoderConfig, *, weights: bool = True) -> Autoencoder:
+    """The autoencoder that `config` names; weights are on the CPU, in float32, or without values on the meta
+    device."""
     if config.kind == "pixels":
         return PixelAutoencoder(config.factor, config.channels)
     path = config.path or ""
-    return load_dc_ae(path) if config.kind == "dc_ae" else load_sd_vae(path)
+    load = load_dc_ae if config.kind == "dc_ae" else load_sd_vae
+    return load(path, weights=weights)

@@ -85,6 +85,27 @@ def text_width(config: TextEncoderConfig) -> int:
     return int(found.d_model if config.kind == "t5" else found.hidden_size)
 
 
+def check_here(path: str | None, where: str) -> None:
+    """Look for a config without asking the hub, which an estimate must not wait for.
+
+    Args:
+        where: the setting that named it.
+    Raises:
+        DataError: if `path` is neither a folder nor a name in the hub's cache.
+    """
+    if path is None or Path(path).is_dir():
+        return
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(path, "config.json")
+    except HFValidationError:
+        cached = None
+    if not isinstance(cached, str):
+        raise DataError(f"{where}: {path!r} is neither a folder nor in the hub's cache")
+
+
 def revision(path: str | None) -> str | None:
     """What the weights at `path` are: the commit of a hub snapshot, or a hash of the files of a folder."""
     if path is None:

@@ -107,8 +107,8 @@ class PretrainedFeatures:
         return hidden[:, -h * w :].float()
 
 
-def build_image_encoder(config: ImageEncoderConfig) -> ImageEncoder:
-    """The encoder that `config` names; weights are on the CPU.
+def build_image_encoder(config: ImageEncoderConfig, *, weights: bool = True) -> ImageEncoder:
+    """The encoder that `config` names; weights are on the CPU, or without values on the meta device.
 
     Raises:
         DataError: if weights cannot be loaded, or are of a model that is not supported.
@@ -118,8 +118,13 @@ def build_image_encoder(config: ImageEncoderConfig) -> ImageEncoder:
     from transformers import AutoModel
 
     kind = model_type(config)
+    model: Any
     try:
-        model: Any = AutoModel.from_pretrained(config.path or "", dtype=DTYPES[config.dtype])
+        if weights:
+            model = AutoModel.from_pretrained(config.path or "", dtype=DTYPES[config.dtype])
+        else:
+            with torch.device("meta"):
+                model = AutoModel.from_config(_config(config), dtype=DTYPES[config.dtype])
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise DataError(f"data.image_encoder.path: cannot load {config.path!r} ({error})") from error
     return PretrainedFeatures(model, normalise=kind != "radio")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from data_pipeline.config import TextEncoderConfig
 from data_pipeline.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -113,10 +114,30 @@ class LanguageModelEncoder:
         )
         mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
         device = next(self.model.parameters()).device
-        hidden = self.model(
-            input_ids=input_ids.to(device), attention_mask=mask.long().to(device)
-        ).last_hidden_state
+        hidden = self.hidden(input_ids.to(device), mask.long().to(device))
         return [row[:n].float().cpu() for row, n in zip(hidden, lengths, strict=True)]
+
+    @torch.no_grad()
+    def hidden(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """Final-normed last hidden states [B, n, width] of ids [B, n], of which those under a mask of 1 are
+        real."""
+        return self.model(input_ids=input_ids, attention_mask=mask).last_hidden_state
+
+
+def empty_model(config: TextEncoderConfig, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """The model of a text encoder on the meta device, without values.
+
+    Raises:
+        DataError: if there is no config at the path.
+    """
+    from transformers import AutoConfig, AutoModel
+    from transformers.models.t5 import T5EncoderModel
+
+    found = _from_pretrained(AutoConfig, config.path or "")
+    with torch.device("meta"):
+        if config.kind == "t5":
+            return T5EncoderModel._from_config(found, dtype=dtype)
+        return AutoModel.from_config(found, dtype=dtype)
 
 
 def load_gemma(

@@ -263,8 +263,12 @@ def _run(*command: object) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tim_kernels.aot", description=__doc__)
-    parser.add_argument("--write", action="store_true", help=f"record the table in {RECORD}")
+    parser = argparse.ArgumentParser(
+        prog="python -m tim_kernels.aot",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--write", action="store_true", help="record the table in kernels/results")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
         "--limits", action="store_true", help="print static bounds instead, for sm_90 or sm_80"
@@ -280,6 +284,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.write and arguments.architectures != list(ARCHITECTURES):
         parser.error("--write records all architectures")
+    if arguments.write and not RECORD.parent.is_dir():
+        parser.error("--write: the record is kernels/results of a checkout, and this is an installed copy")
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         print("TRITON_INTERPRET is set: unset it to compile kernels", file=sys.stderr)
         return 2
@@ -293,10 +299,10 @@ def main() -> int:
         return 0
     table = compile_all(arguments.architectures)
     if arguments.write:
-        RECORD.parent.mkdir(exist_ok=True)
         RECORD.write_text(json.dumps(table, indent=1) + "\n")
     print(json.dumps(table) if arguments.json else format_table(table))
-    wrong = all_faults(table, read_record())
+    # An installed copy has no record; compared with itself, a table still shows what is wrong in it.
+    wrong = all_faults(table, read_record() if RECORD.exists() else table)
     print("\n".join(wrong), end="\n" if wrong else "", file=sys.stderr)
     return 1 if wrong else 0
 

@@ -48,10 +48,11 @@ def modulated_layer_norm_tangent(
 ) -> Tensor:
     """d(LayerNorm(x) * (1 + scale[s]) + shift[s]); the norm without affine, x with its residual added."""
     normal_TD, d_normal_TD = _layer_norm(x_TD, d_x_TD, eps)
-    scale_TD, d_shift_TD, d_scale_TD = (
-        x.to(normal_TD.dtype).index_select(0, segment_ids) for x in (scale_SD, d_shift_SD, d_scale_SD)
+    scale_SD, d_shift_SD, d_scale_SD = (x.to(normal_TD.dtype) for x in (scale_SD, d_shift_SD, d_scale_SD))
+    factor_TD, d_shift_TD, d_scale_TD = (
+        x.index_select(0, segment_ids) for x in (1 + scale_SD, d_shift_SD, d_scale_SD)
     )
-    return (d_normal_TD * (1 + scale_TD) + normal_TD * d_scale_TD + d_shift_TD).to(h_dtype)
+    return (d_normal_TD * factor_TD + normal_TD * d_scale_TD + d_shift_TD).to(h_dtype)
 
 
 @torch.no_grad()
@@ -66,8 +67,8 @@ def swiglu_tangent(gate: Tensor, up: Tensor, d_gate: Tensor, d_up: Tensor) -> Te
 @torch.no_grad()
 def silu_tangent(x: Tensor, d_x: Tensor) -> Tensor:
     """d(x * sigmoid(x))."""
-    sigmoid = torch.sigmoid(x)
-    return sigmoid * (1 + x * (1 - sigmoid)) * d_x
+    # The derivative of an elementwise function times a direction is that times a gradient.
+    return torch.ops.aten.silu_backward(d_x, x)
 
 
 @torch.no_grad()
@@ -118,7 +119,7 @@ def dense_attention_tangent(
             moved = weights * d_logits
             d_out = (moved - weights * moved.sum(-1, keepdim=True)) @ v
             pieces.append(d_out if d_v is None else d_out + weights @ d_v)
-    return torch.cat(pieces, 2).to(q_BNTH.dtype)
+    return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)).to(q_BNTH.dtype)
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -127,9 +128,12 @@ def _wide(x: Tensor) -> torch.dtype:
 
 def _layer_norm(x: Tensor, d_x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """LayerNorm over the last axis without affine, and its tangent."""
-    wide = _wide(x)
+    wide, axis = _wide(x), x.shape[-1:]
     x, d_x = x.to(wide), d_x.to(wide)
-    centred, d_centred = x - x.mean(-1, keepdim=True), d_x - d_x.mean(-1, keepdim=True)
-    inverse = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
-    normal = centred * inverse
-    return normal, inverse * (d_centred - normal * (normal * d_centred).mean(-1, keepdim=True))
+    normal, mean, inverse = torch.native_layer_norm(x, axis, None, None, eps)
+    # The Jacobian of a row's norm is symmetric, inverse (1 - 1/H - normal normal' / H): its product with a
+    # direction is that with a gradient.
+    d_normal, _, _ = torch.ops.aten.native_layer_norm_backward(
+        d_x, x, axis, mean, inverse, None, None, [True, False, False]
+    )
+    return normal, d_normal

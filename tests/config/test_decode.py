@@ -147,7 +147,7 @@ def test_whole_number_for_a_float_field_becomes_a_float():
         ("names: [a, 3]", ["names[1]: expected text, received the number 3"]),
         ("names: word", ["names: expected a list, received 'word'"]),
         ("inner: 3", ["inner: expected a section of keys, received the number 3"]),
-        ("inner:", ["inner: expected a section of keys, received nothing"]),
+        ("inner:", ["inner: expected a section of keys, received nothing (null); {} is one of defaults"]),
         ("extra: [1]", ["extra: expected a section of keys, received a list of 1"]),
     ],
 )

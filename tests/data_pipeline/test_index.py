@@ -281,8 +281,10 @@ def test_the_index_is_plain_safetensors(text_folder):
 
 
 def test_a_folder_without_shards_is_refused(tmp_path):
-    with pytest.raises(DataError, match="expected webdataset shards"):
+    with pytest.raises(DataError, match=r"expected a folder of webdataset shards .* a folder without any"):
         build_index(tmp_path, progress=False)
+    with pytest.raises(DataError, match="received no such folder"):
+        build_index(tmp_path / "absent", progress=False)
 
 
 def test_the_patch_size_must_divide_every_latent(text_folder):

@@ -665,7 +665,7 @@ def test_inspect_shows_stored_pictures_and_what_was_dropped(tmp_path, capsys):
         ([*PIXELS], "--text-encoder: captions need one"),
         ([*PIXELS, *WORDS, "--condition", "class"], "class labels need none"),
         ([*PIXELS, *WORDS, "--text", "ids"], "the words encoder has no token ids"),
-        (["--autoencoder", "dc_ae", *WORDS], "data.autoencoder.path: required for kind dc_ae"),
+        (["--autoencoder", "dc_ae", *WORDS], "error: --autoencoder-path: required for kind dc_ae"),
         (["--autoencoder", "dc_ae", "--autoencoder-path", "/nowhere", *WORDS], "no config of kind dc_ae"),
         ([*PIXELS, *WORDS, "--per-shard", "0"], "--per-shard: expected at least 1"),
         ([*PIXELS, *WORDS, "--max-area", "big"], "--max-area: expected a number of pixels or HEIGHTxWIDTH"),

@@ -88,7 +88,8 @@ def test_geneval_in_two_halves_from_the_command_line(
 
     assert cli.main([*common, *scorers, "--only", "score"]) == 0
     printed = capsys.readouterr().out
-    assert "GenEval (rebuilt with Mask2Former of transformers)" in printed
+    assert "GenEval (rebuilt with Mask2Former of transformers); not calibrated" in printed
+    assert "no numbers to stand beside published ones" in printed and "less offset" not in printed
     assert "not the published 553" in printed
     [row] = stored(out)
     assert (row["label"], row["num_pictures"]) == ("tiny", 6)
@@ -99,6 +100,8 @@ def test_geneval_in_two_halves_from_the_command_line(
     assert row["scorer"]["rules"]["counting_threshold"] == 0.9
     verdicts = [json.loads(line) for line in (out / "verdicts.jsonl").read_text().splitlines()]
     assert [one["tag"] for one in verdicts] == [line["tag"] for line in LINES]
+    assert {one["evaluator"] for one in verdicts} == {row["title"]} and "not calibrated" in row["title"]
+    assert row["details"]["calibration"] == "not calibrated"
     for name in ("table.md", "scores.png", "samples.png"):
         assert (out / name).stat().st_size > 0
 
@@ -119,7 +122,36 @@ def test_geneval_in_two_halves_from_the_command_line(
     theirs.write_text("".join(json.dumps(one) + "\n" for one in verdicts))
     monkeypatch.setattr(Detector, "__call__", lambda *_, **__: pytest.fail("looked"))
     assert cli.main([*common, *scorers, "--only", "score", "--calibrate", str(theirs)]) == 0
-    assert "| single_object | 1 | 0.00" in re.sub(" +", " ", capsys.readouterr().out)
+    printed = re.sub(" +", " ", capsys.readouterr().out)
+    assert "| single_object | 1 | 0.00" in printed
+    # The row of the same pictures carries what was found, and so does any later one with this evaluator.
+    [row] = stored(out)
+    found = row["details"]["calibration"]
+    ours = row["scores"]["overall"]
+    flip = 1 / 6 if verdicts[0]["correct"] is False else -1 / 6
+    assert found["offset"] == pytest.approx(flip) and found["num_pictures"] == 6
+    assert row["scores"]["overall_less_offset"] == pytest.approx(ours - flip)
+    assert row["title"].endswith("; calibrated on 6 pictures") and row["title"] in printed
+    kept = json.loads((out / "calibration.json").read_text())["calibration"]
+    assert kept["offset_error"] == found["offset_error"] > 0 and "less offset" in printed
+
+    elsewhere = ["geneval", "--metadata", str(metadata), "--pictures", str(out / "pictures"), *scorers]
+    elsewhere += ["--num", "1", "--only", "score", "--calibration", str(out / "calibration.json")]
+    monkeypatch.undo()
+    monkeypatch.setitem(Detector.__init__.__kwdefaults__ or {}, "shorter_px", 64)
+    capsys.readouterr()
+    assert cli.main([*elsewhere, "--out", str(tmp_path / "later")]) == 0
+    [later] = stored(tmp_path / "later")
+    assert later["details"]["calibration"] == found and later["scores"] == row["scores"]
+    other = save_clip(tmp_path / "another_clip", seed=1)
+    capsys.readouterr()
+    assert cli.main([*elsewhere, "--clip", str(other), "--out", str(tmp_path / "other")]) == 1
+    assert "of another evaluator: clip.weights_sha256 was" in capsys.readouterr().err
+    assert cli.main([*elsewhere, "--calibrate", str(theirs), "--out", str(tmp_path / "other")]) == 1
+    assert "makes no sense beside --calibrate" in capsys.readouterr().err
+    (tmp_path / "no.json").write_text("{}")
+    assert cli.main([*elsewhere, "--calibration", str(tmp_path / "no.json"), "--out", str(out)]) == 1
+    assert "expected the calibration.json of a run with --calibrate" in capsys.readouterr().err
 
 
 def test_geneval_is_refused_before_any_picture_is_made(
@@ -257,7 +289,7 @@ def test_imagenet_scores_and_leaves_a_file_for_adms_evaluator(class_export: Path
     assert samples.shape == (10, 8, 8, 3)
     pipeline = TiMPipeline.from_pretrained(class_export)
     label = imagenet.wanted_pictures(10, 5, seed=0)[8].prompt
-    expected = pipeline(label, "8x8", num_steps=2, cfg_scale=1.5, cfg_interval=(0.0, 0.6), seeds=8).images[0]
+    expected = pipeline(label, "8x8", num_steps=2, cfg_scale=1.5, cfg_interval=(0.0, 0.6), seeds=8).pixels[0]
     # Another batch may move a value across a rounding edge.
     assert np.abs(samples[8].astype(int) - expected).max() <= 1
     assert "another benchmark" not in (tmp_path / "out" / "table.md").read_text()

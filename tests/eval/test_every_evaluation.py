@@ -150,7 +150,7 @@ def test_a_second_run_draws_nothing_and_says_the_same(
 ) -> None:
     out = undisturbed(name)
     before = rows_of(out)
-    monkeypatch.setattr(TiMPipeline, "run", lambda *_: pytest.fail("sampled"))
+    monkeypatch.setattr(TiMPipeline, "run", lambda *_, **__: pytest.fail("sampled"))
     assert cli.main([name, *words[name], "--out", str(out)]) == 0
     assert rows_of(out) == before
 

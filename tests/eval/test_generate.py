@@ -64,7 +64,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_pictures_carry_their_making(pipeline: TiMPipeline, tmp_path: Path) -> None:
     make(pipeline, tmp_path)
     expected = pipeline([one.prompt for one in WANTED], "8x8", num_steps=2, seeds=[10, 11, 12, 13])
-    for one, image in zip(WANTED, expected.images, strict=True):
+    for one, image in zip(WANTED, expected.pixels, strict=True):
         stored = np.asarray(Image.open(tmp_path / one.name))[..., None].astype(int)
         # Another batch changes the order of float32 sums, which may cross a rounding edge: one level.
         assert np.abs(stored - image).max() <= 1
@@ -123,6 +123,26 @@ def test_a_folder_of_another_making_is_refused_and_untouched(
     with pytest.raises(RequestError, match=message):
         make(pipeline, tmp_path, replace(SAMPLING, **change))
     assert sampled == [] and contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [
+        {"cfg_upper": "exclusive"},
+        {"schedule_dtype": "bfloat16"},
+        {"cfg_interval": (0.1, 0.9)},
+        {"stochasticity": 0.5},
+    ],
+    ids=lambda switch: next(iter(switch)),
+)
+def test_every_switch_of_the_exports_sampler_is_part_of_the_making(
+    pipeline: TiMPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, switch: dict[str, Any]
+) -> None:
+    make(pipeline, tmp_path)
+    export = pipeline.export
+    monkeypatch.setattr(pipeline, "export", replace(export, sampler=replace(export.sampler, **switch)))
+    with pytest.raises(RequestError, match=f"{next(iter(switch))} was"):
+        make(pipeline, tmp_path)
 
 
 def test_other_weights_and_prompts_are_refused(pipeline: TiMPipeline, tmp_path: Path) -> None:
@@ -222,7 +242,7 @@ def test_a_mistake_leaves_no_mark_and_a_run_given_up_before_its_first_picture_ne
             make(pipeline, folder, replace(SAMPLING, **wrong))
         assert not folder.exists()
     with monkeypatch.context() as patch:
-        patch.setattr(TiMPipeline, "run", lambda *_: pytest.fail("stopped"))
+        patch.setattr(TiMPipeline, "run", lambda *_, **__: pytest.fail("stopped"))
         with pytest.raises(pytest.fail.Exception):
             make(pipeline, folder, replace(SAMPLING, seed=5))
     assert read_manifest(folder) is not None

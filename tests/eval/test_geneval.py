@@ -409,13 +409,60 @@ class TestCalibrate:
         # Of 100 pictures 60 right in both, 5 here alone, 1 there alone: 4 points, of which 6 pictures decide.
         one = geneval.Agreement("colors", both_right=60, both_wrong=34, only_ours=5, only_theirs=1)
         assert one.offset == pytest.approx(0.04) and one.agreement == 0.94
-        # Variance of +1, -1 and 0 with shares 0.05, 0.01 and 0.94: 0.06 - 0.04^2.
-        assert one.offset_error == pytest.approx((0.0584 / 100) ** 0.5)
+        # With half a picture more in each of four counts: variance of +1, -1 and 0 with shares of
+        # 5.5, 1.5 and 95 of 102.
+        variance = (7 / 102 - (4 / 102) ** 2) / 102
+        assert one.offset_error == pytest.approx(variance**0.5)
         other = geneval.Agreement("counting", both_right=5, both_wrong=5, only_ours=0, only_theirs=0)
         # Tasks weigh alike, whatever their pictures.
+        of_other = (1 / 12) / 12
         assert calibration.overall([one, other]) == pytest.approx(
-            ((0.65 + 0.5) / 2, (0.61 + 0.5) / 2, 0.02, (0.0584 / 100) ** 0.5 / 2)
+            ((0.65 + 0.5) / 2, (0.61 + 0.5) / 2, 0.02, (variance + of_other) ** 0.5 / 2)
         )
+
+    def test_pictures_of_a_prompt_that_fail_together_count_as_one(self) -> None:
+        """Ten prompts of four: two where all differ, or eight pictures that differ spread over eight."""
+        results = {
+            name: [
+                {
+                    "filename": f"{n:05d}/samples/{k:05d}.png",
+                    "tag": "colors",
+                    "correct": n < 2 if name == "together" else (k == 0 and n < 8),
+                }
+                for n in range(10)
+                for k in range(4)
+            ]
+            for name in ("together", "apart")
+        }
+        theirs = {r["filename"]: {"tag": "colors", "correct": False} for r in results["apart"]}
+        [together], [apart] = (geneval.calibrate(results[name], theirs) for name in ("together", "apart"))
+        assert together.offset == apart.offset == 0.2 and together.only_ours == apart.only_ours == 8
+        # Sums of prompts 4, 4, 0, ... about 0.8: 2 x 3.2^2 + 8 x 0.8^2.
+        assert together.offset_error == pytest.approx((25.6 * 10 / 9) ** 0.5 / 40)
+        assert apart.offset_error == pytest.approx(((9 / 42) - (8 / 42) ** 2) ** 0.5 / 42**0.5)
+
+    def test_the_worked_example_of_the_readme(self) -> None:
+        """Verdicts drawn by a generator in the published format: the table of tim_ds/eval/README.md."""
+        rng = np.random.default_rng(0)
+        ours, theirs, n = [], {}, 0
+        for tag, count in geneval.TASKS.items():
+            for _ in range(count):
+                quality = rng.beta(2, 1)
+                for k in range(4):
+                    right = bool(rng.random() < quality)
+                    # Of those right there, one in 20 is missed here; of the others, one in 50 is let pass.
+                    seen_here = rng.random() > 0.05 if right else rng.random() < 0.02
+                    name = f"{n:05d}/samples/{k:05d}.png"
+                    ours.append({"filename": name, "tag": tag, "correct": bool(seen_here)})
+                    theirs[name] = {"tag": tag, "correct": right}
+                n += 1
+        agreements = geneval.calibrate(ours, theirs)
+        text = calibration.verdicts_table(agreements)
+        readme = (Path(geneval.__file__).parent / "README.md").read_text()
+        assert text in readme, text
+        found, _, offset, error = calibration.overall(agreements)
+        said = f"overall {100 * found:.2f}, offset {100 * offset:+.2f} +- {100 * error:.2f}"
+        assert said in readme and f"less offset {100 * (found - offset):.2f}" in readme, said
 
     def test_curves_against_the_threshold(self, tmp_path: Path, tasks: list[Task]) -> None:
         """Detections whose scores are known, against verdicts that another scale of scores would give."""
@@ -451,8 +498,8 @@ class TestCalibrate:
         assert curve.ours == (0.75, 0.5, 0.25, 0.0) and curve.agreement == (0.5, 0.75, 1.0, 0.75)
         assert (curve.theirs, curve.published, curve.thresholds[curve.best]) == (0.25, 0.3, 0.5)
         text = calibration.report(geneval.calibrate(results, theirs), [curve])
-        # One of four differs: 0.25, and (0.25 - 0.25^2) / 4 of variance.
-        assert "+25.00 +- 21.65" in text and "difference +25.00 points" in text
+        # One of four differs, of four prompts: 0.25, and (3 x 0.25^2 + 0.75^2) x 4 / 3 / 4^2 of variance.
+        assert "+25.00 +- 25.00" in text and "difference +25.00 points" in text
         line = "agree % | 50.0 | 75.0 | 100.0 | 75.0 | 0.3 | 0.5"
         assert line in re.sub(" +", " ", text)
 

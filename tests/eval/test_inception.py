@@ -66,6 +66,22 @@ def test_features_are_the_librarys_and_those_of_adm(network: Inception, pictures
     torch.testing.assert_close(found["logits"], bias_free, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("side", [256, 640])
+def test_pictures_are_resized_by_the_rule_of_tensorflow_1(fidelity: ModuleType, side: int) -> None:
+    """Written out in float64: the value at i x side / 299, no filter and no half pixel."""
+    from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+
+    picture = torch.randint(0, 256, (1, 3, side, side), generator=torch.Generator().manual_seed(0)).double()
+    at = torch.arange(299, dtype=torch.float64) * side / 299
+    low = at.floor().long()
+    high, share = (low + 1).clamp_max(side - 1), at - low
+    rows = picture[..., low, :] * (1 - share)[:, None] + picture[..., high, :] * share[:, None]
+    expected = rows[..., low] * (1 - share) + rows[..., high] * share
+    found = interpolate_bilinear_2d_like_tensorflow1x(picture.float(), size=(299, 299), align_corners=False)
+    # Places up to 640 in float32 are off by up to 6e-5 along both sides, beside steps of up to 255 levels.
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=0.04)
+
+
 def test_resized_by_somebody_else_gives_the_same_for_pictures_that_need_no_resizing(
     network: Inception, pictures: Tensor
 ) -> None:

@@ -93,11 +93,11 @@ class TestHandwriting:
         settings = read_settings(folder / "00003.png")
         [again] = TiMPipeline.from_pretrained(export)(
             settings["prompt"], "8x16", num_steps=2, seeds=[3]
-        ).images
+        ).pixels
         assert np.abs(np.asarray(Image.open(folder / "00003.png"))[..., None].astype(int) - again).max() <= 1
         # Nothing is drawn a second time; a lost picture is drawn again, and the scores are the same.
         with monkeypatch.context() as patch:
-            patch.setattr(TiMPipeline, "run", lambda *_: pytest.fail("sampled"))
+            patch.setattr(TiMPipeline, "run", lambda *_, **__: pytest.fail("sampled"))
             assert cli.main([*words, "--label", "other name"]) == 0
             assert "| other name" in capsys.readouterr().out
         before = (folder / "00003.png").read_bytes()
@@ -157,6 +157,17 @@ class TestPrompts:
         ]
         assert cli.main(words) == 0
         assert "peak memory" in (out / "table.md").read_text() and not (out / "resolution.png").exists()
+
+    def test_the_network_is_asked_as_the_command_says(
+        self, export: Path, prompts: Path, tmp_path: Path
+    ) -> None:
+        words = ["resolution", str(export), "--prompts-file", str(prompts), "--out", str(tmp_path / "out")]
+        words += ["--sizes", "8x16", "--cfg", "2", "--cfg-interval", "0,0.6", "--stochasticity", "0.2"]
+        assert cli.main([*words, "--dtype", "bfloat16", "--device", "cpu"]) == 0
+        [row] = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+        settings = row["identity"]["settings"]
+        assert settings["dtype"] == "bfloat16" and settings["stochasticity"] == 0.2
+        assert settings["cfg_interval"] == [0.0, 0.6] and row["nfe"] == 4 + 2
 
     @pytest.mark.parametrize(
         ("extra", "message"),
@@ -244,7 +255,7 @@ class TestBenchmarks:
         assert [row["size"] for row in json.loads((out / "results.json").read_text())["rows"]] == ["8x16"]
         stops_at = None
         with monkeypatch.context() as patch:
-            patch.setattr(TiMPipeline, "run", lambda *_: pytest.fail("sampled"))
+            patch.setattr(TiMPipeline, "run", lambda *_, **__: pytest.fail("sampled"))
             assert cli.main(words) == 0
         assert seen == [(16, 8)] * 12 + [(16, 16)] * 12
         rows = json.loads((out / "results.json").read_text())["rows"]
@@ -293,7 +304,7 @@ class TestBenchmarks:
                 assert cli.main([*words, "--only", "generate"]) == 0
                 assert len(list((out / "pictures").rglob("*.png"))) == count
         assert not (out / "results.json").exists()
-        monkeypatch.setattr(TiMPipeline, "run", lambda *_: pytest.fail("sampled"))
+        monkeypatch.setattr(TiMPipeline, "run", lambda *_, **__: pytest.fail("sampled"))
         assert cli.main([*words, *scorers]) == 0
         [row] = json.loads((out / "results.json").read_text())["rows"]
         # Three of the six prompts, spread over the file.

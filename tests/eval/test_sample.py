@@ -104,6 +104,12 @@ class TestJobs:
         status, _, error = draw("--prompts-file", str(path))
         assert status == 1 and message in error and not (tmp_path / "out").exists()
 
+    def test_lines_of_other_settings_are_not_summed_up_as_one(self, draw: Any, tmp_path: Path) -> None:
+        path = tmp_path / "two.jsonl"
+        path.write_text('{"prompt": "a two", "steps": 1}\n{"prompt": "a six", "steps": 3, "cfg": 2}\n')
+        _, printed, _ = draw("--prompts-file", str(path), "--size", "8x8")
+        assert "2 pictures, 1 to 6 network evaluations and" in printed
+
     def test_a_prompt_is_exact_up_to_the_end_of_its_line(self, draw: Any, tmp_path: Path) -> None:
         """Other characters that end lines somewhere, and the mark some editors put first, are none here."""
         text = "a \u2028three\x85 or\x0c é"
@@ -142,6 +148,22 @@ class TestJobs:
         assert pictures(tmp_path / "again") == pictures(tmp_path / "one")
         assert first.keys() == pictures(tmp_path / "again").keys()
 
+    def test_a_negative_prompt_is_drawn_stored_kept_and_repeated(self, draw: Any, tmp_path: Path) -> None:
+        words = ["--prompt", "a two", "--size", "8x8", "--cfg", "2"]
+        assert draw(*words, "--negative-prompt", "a nine")[0] == 0
+        [first] = (tmp_path / "out").glob("0*.png")
+        assert read_settings(first)["negative_prompt"] == "a nine"
+        assert "1 picture finished and kept" in draw(*words, "--negative-prompt", "a nine")[1]
+        status, _, error = draw(*words)
+        assert status == 1 and 'negative_prompt is "a nine", asked for null' in error
+        assert draw("--from", str(first), out="again")[0] == 0
+        line = json.dumps({"prompt": "a two", "negative_prompt": "a nine", "cfg": 2, "name": first.stem})
+        (tmp_path / "one.jsonl").write_text(line)
+        assert draw("--prompts-file", str(tmp_path / "one.jsonl"), "--size", "8x8", out="listed")[0] == 0
+        assert pictures(tmp_path / "again") == pictures(tmp_path / "out") == pictures(tmp_path / "listed")
+        assert draw(*words, out="plain")[0] == 0
+        assert pictures(tmp_path / "plain") != pictures(tmp_path / "out")
+
     def test_other_weights_than_those_of_the_picture_are_named(
         self, draw: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -177,15 +199,25 @@ class TestRestart:
         paths[3].unlink()
         kept = {p: p.stat().st_mtime_ns for p in paths if p.exists()}
         status, printed, _ = draw(*self.WORDS)
-        assert status == 0 and "5 pictures are finished and kept" in printed and "1 pictures, " in printed
+        assert status == 0 and "5 pictures finished and kept" in printed and "1 picture, " in printed
         assert pictures(out) == before and len(before) == 6
         assert {p: p.stat().st_mtime_ns for p in kept} == kept
 
+    def test_the_grid_of_other_pictures_is_kept(self, draw: Any, tmp_path: Path) -> None:
+        draw(*self.WORDS)
+        first = (tmp_path / "out" / "grid.png").read_bytes()
+        words = ["--prompt", "a nine", "--size", "8x8"]
+        for _ in range(2):
+            status, printed, _ = draw(*words)
+            assert status == 0 and "grid_2.png" in printed
+        assert (tmp_path / "out" / "grid.png").read_bytes() == first
+        assert sorted(path.name for path in (tmp_path / "out").glob("grid*")) == ["grid.png", "grid_2.png"]
+
     def test_nothing_is_drawn_when_all_is_finished(self, draw: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         draw(*self.WORDS)
-        monkeypatch.setattr(TiMPipeline, "run", lambda *_: pytest.fail("sampled"))
+        monkeypatch.setattr(TiMPipeline, "run", lambda *_, **__: pytest.fail("sampled"))
         status, printed, _ = draw(*self.WORDS)
-        assert status == 0 and "6 pictures are finished and kept" in printed
+        assert status == 0 and "6 pictures finished and kept" in printed
 
     def test_another_setting_under_the_same_name_is_refused(self, draw: Any, tmp_path: Path) -> None:
         draw(*self.WORDS)
@@ -239,7 +271,7 @@ class TestTooMuch:
     def test_a_size_beyond_memory_is_refused_with_what_fits(
         self, draw: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(TiMPipeline, "run", lambda *_: pytest.fail("sampled"))
+        monkeypatch.setattr(TiMPipeline, "run", lambda *_, **__: pytest.fail("sampled"))
         status, _, error = draw(
             "--prompt", "a", "--size", "8x8", "--prompt", "b", "--size", "4000000x4000000"
         )
@@ -304,5 +336,5 @@ def test_output_is_what_the_pipeline_gives(export: Path, draw: Any, tmp_path: Pa
     draw("--prompt", "a three", "--size", "8x8", "--seed", "5")
     output: PipelineOutput = TiMPipeline.from_pretrained(export)("a three", "8x8", seeds=5)
     [path] = (tmp_path / "out").glob("0*.png")
-    np.testing.assert_array_equal(np.asarray(Image.open(path))[..., None], output.images[0])
+    np.testing.assert_array_equal(np.asarray(Image.open(path))[..., None], output.pixels[0])
     assert read_settings(path) == output.picture_settings(0)

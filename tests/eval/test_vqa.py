@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,3 +72,17 @@ def test_a_chat_model_is_asked_for_yes_or_no(tmp_path: Path, picture: Image.Imag
 def test_a_missing_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"--vqa .*none: no such folder of a model"):
         load_answerer(str(tmp_path / "none"))
+
+
+def test_a_library_that_cannot_be_imported_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as transformers beside a torchvision of another build than torch."""
+
+    class Broken:
+        def __getattr__(self, name: str) -> Any:
+            raise ImportError(f"no {name}: operator torchvision::nms does not exist")
+
+    monkeypatch.setitem(sys.modules, "transformers", Broken())  # type: ignore[arg-type]  # a module that fails
+    with pytest.raises(
+        RequestError, match=r"AutoConfig and AutoProcessor cannot be imported .*remove torchvision"
+    ):
+        load_answerer("somebody/a-model")

@@ -27,7 +27,7 @@ class _Scribe:
     def __call__(self, captions: list[str], sizes: Any, **_: Any) -> Any:
         images = [self._draw(text) for text in captions]
         assert [image.shape[:2] for image in images] == list(sizes)
-        return type("Output", (), {"images": images})()
+        return type("Output", (), {"pixels": images})()
 
     def _draw(self, text: str) -> np.ndarray:
         known = NUMERALS[5] if self._knows_new else NUMERALS[6]

@@ -17,11 +17,11 @@ from tim_ds.eval.detector import COCO_CLASSES
 _WORDS = "a photo of the and is there yes no red orange yellow green blue object dog cat car answer with only"
 
 
-def save_clip(folder: Path) -> Path:
+def save_clip(folder: Path, *, seed: int = 0) -> Path:
     """A CLIP of width 16 for pictures of 16 x 16, with a byte-level vocabulary."""
     from transformers import CLIPConfig, CLIPModel
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     common = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     vocabulary = _write_clip_tokenizer(folder)
     config = CLIPConfig(

@@ -377,7 +377,9 @@ def test_a_compiled_model_holds_the_twin_in_one_graph():
     torch._dynamo.reset()
     compiled = torch.compile(run, backend="eager", fullgraph=True)
     arguments = inputs["packed"], inputs["shift"]
-    assert all(torch.equal(a, b) for a, b in zip(compiled(*arguments), run(*arguments), strict=True))
+    for received, expected in zip(compiled(*arguments), run(*arguments), strict=True):
+        # Compiled, the rotation is written out in real numbers: a fused multiply-add less or more.
+        torch.testing.assert_close(received, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_an_op_with_nothing_to_do_hands_out_its_input():

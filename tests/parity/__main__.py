@@ -35,7 +35,8 @@ def compare_file(path: Path) -> Report:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.parity", description=__doc__)
+    """Compare this project with stored results of the authors' code."""
+    parser = argparse.ArgumentParser(prog="python -m tests.parity", description=main.__doc__)
     parser.add_argument("--goldens", required=True, type=Path, metavar="DIR", help="holds golden_*.json")
     folder = parser.parse_args(arguments).goldens
     paths = golden_files(folder)

@@ -11,15 +11,20 @@ import os
 import resource
 import shutil
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from data_pipeline.storage import Folder
 from tests.trainer.plain import steps_of
 from tests.trainer.ranks import UNEVEN_SIZES, engine_file, recipe, write_data
 from tim_ds.config.recipe import Recipe, recipe_hash
@@ -27,6 +32,7 @@ from tim_ds.errors import CheckpointError, NonFiniteError, RequestError
 from tim_ds.model.export_folder import open_export, write_export
 from tim_ds.model.init import initial_values
 from tim_ds.model.tim import TiM
+from tim_ds.pipeline import TiMPipeline
 from tim_ds.trainer import assembly
 from tim_ds.trainer.assembly import UNITS, build_root, teacher_parameters
 from tim_ds.trainer.checkpoint import CheckpointFolder, Piece, find_checkpoints
@@ -40,6 +46,7 @@ from tim_ds.trainer.engine import (
     stop_world,
 )
 from tim_ds.trainer.host_copy import HostCopy
+from tim_ds.trainer.in_step import InStep
 from tim_ds.trainer.loop import Loop
 from tim_ds.trainer.memory import Ranks, estimate
 from tim_ds.trainer.preview import describe_export
@@ -392,15 +399,14 @@ def train_with_evaluations(world: World, folder: Path, shards: Path, poisoned: P
             refused.append(str(error))
     only = f"train.evaluation={{every_steps: 1, kinds: [], num_steps: [1], {benchmarks}}}"
     train_through_failures(world, recipe(shards, only), folder)
+    previews = "train.preview={every_steps: 1, prompts: [a cat], sizes: [8x8], num_steps: [1]}"
+    train_in_step(world, recipe(shards, only, previews, "train.steps=2"), folder)
     return {"data": str(data), "refused": refused[0], "unscored": refused[1]}
 
 
 def train_through_failures(world: World, settings: Recipe, folder: Path) -> None:
     """At ZeRO-1, where the ranks share the drawing: drawing fails at step 1, scoring at 2, writing at 3."""
-    from unittest.mock import patch
-
     from tim_ds.eval import dpg
-    from tim_ds.pipeline import TiMPipeline
     from tim_ds.trainer import benchmarks
 
     draw, score, write = TiMPipeline.__call__, dpg.score_pictures, benchmarks.write
@@ -447,6 +453,91 @@ def train_through_failures(world: World, settings: Recipe, folder: Path) -> None
         with suppress(RunStopped):
             train(settings, folder / "stopping", shared_engine_file(world, folder, 1), world, signals=signals)
         ended.set()
+
+
+def train_in_step(world: World, settings: Recipe, folder: Path) -> None:
+    """At ZeRO-3, where all ranks draw together: at step 1 the second rank fails within a block."""
+    from tim_ds.model.blocks import TransitionBlock
+
+    evaluate, run = TransitionBlock._evaluate, TiMPipeline.run
+    drawing: list[int] = []
+
+    def counted(self: TiMPipeline, *arguments: Any) -> Any:
+        drawing.append(len(drawing))
+        try:
+            return run(self, *arguments)
+        finally:
+            drawing[-1] = -1
+
+    def failing(self: TransitionBlock, *arguments: Any) -> Any:
+        # A preview and the first pictures of a benchmark; the copies of a training step pass here too.
+        if world.rank == 1 and drawing[-1:] in ([0], [1]):
+            raise RuntimeError("out of memory")
+        return evaluate(self, *arguments)
+
+    file = shared_engine_file(world, folder, 3)
+    with patch.object(TransitionBlock, "_evaluate", failing), patch.object(TiMPipeline, "run", counted):
+        train(settings, folder / "in_step", file, world)
+    train(settings, folder / "untroubled", file, world)
+
+
+class RaiseAt(TorchDispatchMode):
+    """Raises at the n-th operation on tensors, or the next that is not ZeRO's; n = 0 only counts."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.n, self.count = n, 0
+
+    def around(self, action: Callable[[], Any]) -> Any:
+        with self:
+            return action()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        # While ZeRO gathers, or the ranks ask each other, they cannot leave.
+        if self.count == self.n and any(
+            "deepspeed" in frame.filename or frame.name == "_one_failed"
+            for frame in traceback.extract_stack()
+        ):
+            self.n += 1
+        if self.count == self.n:
+            raise RuntimeError(f"at operation {self.n}")
+        return func(*args, **(kwargs or {}))
+
+
+def leave_drawings(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[str, Any]:
+    """At ZeRO-3, drawing that fails on one rank, at moments from the first operation to the last."""
+    # Some parameters whole on every rank, some split.
+    zero = {"stage3_param_persistence_threshold": 100}
+    settings = recipe(shards)
+    batches = micro_batches(settings, world, 3)
+    found: dict[str, Any] = {"told": []}
+    ends = []
+    for failing in (False, True):
+        engine, ema = build(world, settings, folder, 3, None, **zero)
+        network: Any = engine.module.network
+        pipeline = TiMPipeline(network, describe_export(settings, 0, ""))
+        in_step = InStep(network, world)
+        draw = partial(pipeline, ["a cat", "a dog"], ["8x8", "4x8"], num_steps=2, cfg_scale=2.0)
+        for step, micro in enumerate(batches, start=1):
+            assert take_step(engine, micro).applied
+            ema.update(step)
+            with ema.applied(), torch.no_grad():
+                whole: Any = in_step.attempt(draw)[0]
+                counted = RaiseAt(0)
+                in_step.attempt(partial(counted.around, draw))
+                moments = range(1, counted.count, counted.count // 15) if failing and step == 2 else ()
+                for number, n in enumerate(moments):
+                    one = RaiseAt(n if world.rank == number % world.size else 0)
+                    found["told"].append(in_step.attempt(partial(one.around, draw)))
+                again: Any = in_step.attempt(draw)[0]
+            found["equal"] = all(
+                (a == b).all() for a, b in zip(whole.images, again.images, strict=True)
+            ) and found.get("equal", True)
+        ends.append(masters(engine))
+    found["masters_equal"] = all(torch.equal(ends[0][name], value) for name, value in ends[1].items())
+    found["hooks"] = sum("forward" in module.__dict__ for module in network.modules())
+    return found
 
 
 def write_questions(folder: Path, world: World) -> Path:
@@ -781,6 +872,14 @@ def save_first(world: World, folder: Path, shards: Path, poisoned: Path) -> dict
     return {"made": made, "saved": sorted(checkpoint.step for checkpoint in saved)}
 
 
+def ask_again(world: World, folder: Path, shards: Path, poisoned: Path) -> str:
+    """A run whose requests for data fail: for every pack, one on rank 0 and two on rank 1."""
+    asked = itertools.count(1)
+    with patch.object(Folder, "num_retries", property(lambda _: next(asked) * (1 + world.rank))):
+        train(recipe(shards), folder / "run", shared_engine_file(world, folder, 1), world)
+    return str(folder / "run")
+
+
 def refuse_other_runs(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[str, str]:
     """The same folder, asked to continue with something else."""
     file = shared_engine_file(world, folder, 1)
@@ -825,6 +924,7 @@ CASES: dict[str, Callable[[World, Path, Path, Path], Any]] = {
         hold_little,
         weigh,
         train_with_evaluations,
+        leave_drawings,
         average_by_hand,
         borrow_average,
         watch_trace,
@@ -835,6 +935,7 @@ CASES: dict[str, Callable[[World, Path, Path, Path], Any]] = {
         give_up,
         fill_the_disk,
         save_first,
+        ask_again,
         refuse_other_runs,
         continue_elsewhere,
         start_from_weights,

@@ -13,8 +13,9 @@ from tests.trainer.ranks import recipe
 from tim_ds.errors import RequestError
 from tim_ds.eval.inception import Inception
 from tim_ds.eval.results import read_rows
-from tim_ds.pipeline import TiMPipeline
+from tim_ds.pipeline import PipelineOutput, TiMPipeline
 from tim_ds.trainer.benchmarks import Benchmarks
+from tim_ds.trainer.preview import Previews
 from tim_ds.trainer.world import World
 
 REFERENCE_PICTURES = 9
@@ -72,6 +73,34 @@ def test_the_reference_is_looked_at_once_and_the_pictures_of_the_last_step_stay(
     assert all(row.made_by and row.made_by["recipe_sha256"] == "f" * 64 for row in rows)
     assert len(list(place.rglob("0*.png"))) == 20 and not list(place.rglob("features_*"))
     assert len(list((place / "references").iterdir())) == 1
+
+
+def test_pictures_are_drawn_while_the_encoders_are_beside_the_network(
+    network: TinyFeatures, pipeline: TiMPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a benchmark and of a preview; between them the encoders wait on the host."""
+    moved: list[str] = []
+    drawn: list[str] = []
+
+    def to(device: object) -> None:
+        moved.append(str(device))
+
+    run = TiMPipeline.run
+
+    def watched(self: TiMPipeline, *arguments: object) -> PipelineOutput:
+        drawn.append("beside" if len(moved) % 2 else "alone")
+        return run(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(pipeline.autoencoder, "to", to, raising=False)
+    monkeypatch.setattr(TiMPipeline, "run", watched)
+    imagenet(pipeline, tmp_path, [], batch=5)(1)
+    preview = "train.preview={every_steps: 1, prompts: [a, b], sizes: [8x8, 8x8], num_steps: [1, 2]}"
+    previews = Previews(recipe(Path("shards"), preview), pipeline, tmp_path / "run", World(), None)
+    monkeypatch.setattr(pipeline, "_check_prompts", lambda prompts: [0] * len(prompts))
+    previews(1)
+    assert (tmp_path / "run" / "previews" / "step_000000001.png").stat().st_size > 0
+    # Two calls at each of two step counts, and two sheets' rows.
+    assert drawn == ["beside"] * 6 and moved == ["cpu"] * 12
 
 
 def test_another_count_than_of_whole_classes_ends_the_run_before_its_first_step(

@@ -112,6 +112,24 @@ def test_a_failing_evaluation_does_not_end_the_run(found: tuple[Path, dict[str, 
     assert [event.value for event in board.Scalars("evaluation/failures")] == [1, 1, 1, 0]
 
 
+def test_ranks_that_draw_together_leave_together_and_train_on(found: tuple[Path, dict[str, str]]) -> None:
+    """ZeRO-3; what rank 1 raised in the middle of a forward costs pictures and scores, no bit of the run."""
+    folder, _ = found
+    lines = [line for line in lines_without_clock(folder / "in_step") if "evaluation" in line]
+    assert [line.get("failed") for line in lines] == [
+        {"dpg/8x8/1_steps": "RuntimeError: out of memory"},
+        None,
+    ]
+    assert "dpg/8x8/1_steps/overall" in lines[1]["evaluation"]
+    runs = [folder / "in_step", folder / "untroubled"]
+    sheets = [sorted(path.name for path in (run / "previews").iterdir()) for run in runs]
+    assert sheets[0] == sheets[1][1:] and len(sheets[1]) == 2
+    troubled, untroubled = (
+        [line for line in lines_without_clock(run) if "evaluation" not in line] for run in runs
+    )
+    assert troubled == untroubled and len(troubled) == 2
+
+
 def test_an_evaluation_is_given_up_where_the_run_must_stop(found: tuple[Path, dict[str, str]]) -> None:
     """Scoring that would never end, and a signal to rank 0 meanwhile: the run saves."""
     folder, _ = found

@@ -132,3 +132,5 @@ def test_peaks_are_known_by_name_and_never_guessed() -> None:
     assert peak_flops("NVIDIA L40S", "bf16") == 362e12
     assert peak_flops("NVIDIA A100-SXM4-80GB", "fp32") is None
     assert peak_flops("cpu", "bf16") is None
+    # Cards whose name begins like that of another.
+    assert [peak_flops(f"NVIDIA RTX {name}", "bf16") for name in ("A1000", "A3000", "A4000")] == [None] * 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,19 +14,26 @@ import pytest
 import torch
 
 import tim_kernels
+from data_pipeline.encoders.autoencoder import build_autoencoder, decode_bytes
+from data_pipeline.online import encoder_footprints
+from tests.data_pipeline.tiny_models import save_autoencoders, save_t5, save_vision
 from tests.memory import LiveBytes
 from tests.model.networks import class_config, random_pack, text_config
 from tests.trainer.conftest import Groups
 from tim_ds.config.load import load_recipe
 from tim_ds.model.blocks import TransitionBlock
 from tim_ds.model.config import ModelConfig
+from tim_ds.model.memory import sampling_bytes
 from tim_ds.model.tim import TiM
 from tim_ds.packed import Copies
+from tim_ds.trainer.encoder_memory import encoder_memory
 from tim_ds.trainer.engine import read_engine_file
 from tim_ds.trainer.memory import (
     GIB,
     IMAGE_SIDE_PIXELS,
     Ranks,
+    _activations,
+    _Pack,
     estimate,
     kept_around_blocks,
     kept_by_block,
@@ -164,6 +172,63 @@ def test_recomputed_activations_guidance_and_encoders_are_counted() -> None:
     half = load_recipe(XL, ["data.tokens_per_pack=16384"])
     smaller = estimate(half, zero2, ranks).part("block inputs").device
     assert 2 * smaller == estimate(recipe, zero2, ranks).part("block inputs").device
+
+
+def test_frozen_encoders_are_counted_from_their_configs(tmp_path: Path) -> None:
+    """Weights beside everything, a batch and a drawing where they take more than the step that follows."""
+    save_autoencoders(tmp_path)
+    save_t5(tmp_path / "t5")
+    save_vision(tmp_path)
+    changes = [
+        f"data.autoencoder.path={tmp_path / 'dc_ae'}",
+        f"data.text_encoder={{kind: t5, path: {tmp_path / 't5'}, max_tokens: 12}}",
+        "data.encode_online=true",
+        "data.tokens_per_pack=16",
+        f"data.image_encoder={{kind: dino, path: {tmp_path / 'dinov2'}}}",
+        "objective.repa_weight=0.5",
+        "model.z_dim=16",
+        "train.preview={every_steps: 10, prompts: [a], sizes: [64x256], num_steps: [1]}",
+    ]
+    recipe, zero2 = load_recipe(XL, changes), engine("zero2")
+    found = estimate(recipe, zero2, Ranks(8, 8), image_tokens=4)
+    # Four pictures of 2 x 2 tokens, of the tiny autoencoder's two pixels each, and of four patches.
+    running = encoder_footprints(recipe.data, 4, (2, 2), patch_size=1, online=None)
+    assert len(running) == 3 and found.unknown == ()
+    assert found.part("frozen encoders").device == sum(one.weights for one in running.values()) > 50_000
+    assert found.part("encoders of previews").host == sum(
+        running[name].weights for name in ("autoencoder", "text_encoder")
+    )
+    names = [part.name for part in found.parts]
+    # So small a batch takes less than a step of this network, so large a picture more than of its packs.
+    assert "encoding" not in names
+    step = sum(part.device for part in _activations(recipe, _Pack.of(recipe, 4)))
+    drawn = load_recipe(XL, [*changes[:-1], changes[-1].replace("64x256", "4096x4096")])
+    larger = estimate(drawn, zero2, Ranks(8, 8), image_tokens=4).part("drawing").device
+    # Guidance doubles the tokens of 32 x 32 pixels.
+    work = sampling_bytes(recipe.model, 2 * (4096 // 32) ** 2)
+    assert work > decode_bytes(build_autoencoder(recipe.data.autoencoder), 4096, 4096)
+    assert larger == work + found.part("encoders of previews").host - step
+    stored = estimate(recipe, zero2, Ranks(8, 8), image_tokens=4, online=())
+    image_encoder = running["image_encoder"].weights
+    assert stored.part("frozen encoders").device == image_encoder < found.part("frozen encoders").device
+    # Many large pictures: the batch exceeds what a step of so many tokens keeps.
+    wide = encoder_memory(recipe, 4, 2**16, ("picture",))
+    assert wide.encoding == max(
+        one.peak
+        for one in encoder_footprints(recipe.data, 4, (256, 256), patch_size=1, online=("picture",)).values()
+    )
+
+
+def test_encoders_whose_configs_are_not_here_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(XL), "data.encode_online=true", "data.autoencoder.path=nowhere"]
+    arguments += ["--ds", str(ROOT / "ds_configs" / "zero2.json"), "--gpus", "8", "--card-gib", "80"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "not counted          data.autoencoder.path: 'nowhere' is neither a folder" in printed
+    assert "a card of 80 GiB    fits, what is not counted aside" in printed
+    assert main([*arguments, "--encoders-gib", "12"]) == 0
+    printed = capsys.readouterr().out
+    assert "not counted" not in printed and re.search(r"frozen encoders +12\.00 +-  as given", printed)
 
 
 def test_adapters_are_what_trains_and_the_network_beneath_stands_still() -> None:

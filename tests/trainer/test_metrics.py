@@ -10,6 +10,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.trainer.conftest import Groups
 from tests.trainer.plain import steps_of
 from tests.trainer.ranks import recipe
 from tim_ds.errors import CheckpointError
@@ -93,6 +94,12 @@ def test_utilisation_is_of_all_devices_and_left_out_where_the_peak_is_unknown(tm
     board = EventAccumulator(str(tmp_path / "known" / "tensorboard"))
     board.Reload()
     assert {"speed/mfu", "speed/phases/data_wait/mean"} <= set(board.Tags()["scalars"])
+
+
+def test_requests_for_data_that_were_made_again_are_counted_over_the_ranks(groups: Groups) -> None:
+    lines = read_metrics(Path(groups.results(2, "ask_again")[0]))
+    # Two packs a rank and step.
+    assert [line["speed"]["retries"] for line in lines] == [2 * 1 + 2 * 2] * 4
 
 
 def test_a_refused_step_enters_no_mean(shards: Path) -> None:

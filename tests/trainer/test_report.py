@@ -85,6 +85,7 @@ def write_run(folder: Path, *, steps: int = 20, finished: bool = False, phases: 
             applied_steps=step,
             skipped_steps=int(step > 5),
             phases={name: {"mean": t, "max": t} for name, t in times.items()},
+            retries=int(phases and step == 7),
         )
     log.close()
     (folder / "recipe.yaml").write_text(dump(settings))
@@ -121,6 +122,7 @@ def test_a_page_is_whole_in_itself_and_can_be_read_aloud(tmp_path: Path) -> None
     assert any("columns: a <b>cat" in (image["alt"] or "") for image in page.all("img"))
     charts = page.all("svg")
     assert len(charts) >= 12 and all(len(chart["aria-label"] or "") > 20 for chart in charts)
+    assert any((chart["aria-label"] or "").startswith("Requests made again") for chart in charts)
     assert all(a["href"] == "#main" or a["href"][1:] in text for a in page.all("a") if a["href"])
     assert all("tabindex" in d for d in page.all("div") if d.get("class") == "scroll")
     for part in (

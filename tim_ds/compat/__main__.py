@@ -1,4 +1,4 @@
-"""Command line of tim_ds.compat: `import` the authors' weight files, `export` ours under their names."""
+"""`import` the authors' weight files, `export` ours under their names."""
 
 from __future__ import annotations
 

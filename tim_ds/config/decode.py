@@ -137,7 +137,11 @@ class _Decoder:
 
     def dataclass(self, cls: type, node: Node, path: str) -> Any:
         if not isinstance(node, Section):
-            return self.problem(path, f"expected a section of keys, received {node.describe()}", node.where)
+            empty = isinstance(node, Scalar) and node.value is None
+            advice = "; {} is one of defaults" if path and empty else ""
+            return self.problem(
+                path, f"expected a section of keys, received {node.describe()}{advice}", node.where
+            )
         hints = get_type_hints(cls)
         known = {f.name: f for f in fields(cls) if f.init}
         values: dict[str, Any] = {}

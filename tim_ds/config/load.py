@@ -36,7 +36,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             f"{path}: expected UTF-8 text, received the byte {error.object[error.start]:#x}"
         ) from error
     except OSError as error:
-        raise ConfigError(f"{path}: the recipe cannot be read: {error.strerror}") from error
+        reason = f"the recipe cannot be read: {error.strerror}; expected a YAML file"
+        raise ConfigError(f"{path}: {reason}") from error
     return parse_recipe(text, overrides, source=str(path))
 
 

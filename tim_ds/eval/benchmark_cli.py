@@ -125,6 +125,8 @@ class GenevalOptions(BenchmarkOptions):
     clip: str = DEFAULT_CLIP
     calibrate: Path | None = None
     """Results of the published evaluator on the same pictures."""
+    calibration: Path | None = None
+    """What an earlier `calibrate` found (`calibration.json`)."""
     rules: geneval.Rules = field(default_factory=geneval.Rules)
 
     def __post_init__(self) -> None:
@@ -201,16 +203,17 @@ def run_geneval(options: GenevalOptions) -> list[ResultRow]:
         num=options.num,
         detector=options.detector,
         clip=options.clip,
+        calibration=options.calibration,
+        published=options.calibrate,
         rules=options.rules,
     )
-    reference = None if options.calibrate is None else geneval.read_results(options.calibrate)
     done = _run(options, benchmark)
     if done is None:
         return []
-    geneval.write_results(options.out / VERDICTS_NAME, benchmark.results)
+    geneval.write_results(options.out / VERDICTS_NAME, benchmark.results, evaluator=benchmark.title)
     print(f"written: {options.out / VERDICTS_NAME}")
-    if reference is not None:
-        _calibrate(benchmark, reference, options)
+    if benchmark.reference is not None:
+        _calibrate(benchmark, benchmark.reference, options)
     return done
 
 
@@ -339,7 +342,8 @@ def _calibrate(benchmark: Geneval, reference: dict[str, dict[str, Any]], options
     )
     of_tasks = calibration.curves(benchmark.results, verdicts, reference, options.rules)
     print(f"\n{calibration.report(agreements, of_tasks)}")
-    for path in calibration.write(agreements, of_tasks, options.out):
+    assert benchmark.calibrated is not None, "scored against the same reference"
+    for path in calibration.write(agreements, of_tasks, benchmark.calibrated, options.out):
         print(f"written: {path}")
 
 
@@ -362,6 +366,12 @@ def add_geneval(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="RESULTS",
         help="results (JSON lines) of the published evaluator on these pictures: agreement, offset, curves",
+    )
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="JSON",
+        help="calibration.json of an earlier --calibrate with this detector and CLIP: rows carry its offset",
     )
 
 
@@ -408,7 +418,7 @@ def parse(options: argparse.Namespace, kind: type[O]) -> O:
         size=given["size"],
         num_steps=given["steps"],
         cfg_scale=given["cfg"],
-        cfg_interval=_pair(given["cfg_interval"]),
+        cfg_interval=pair(given["cfg_interval"]),
         stochasticity=given["stochasticity"],
         mode=given["mode"],
         seed=given["seed"],
@@ -453,7 +463,12 @@ def _add_common(parser: argparse.ArgumentParser, *, size: str) -> None:
     )
 
 
-def _pair(text: str | None) -> tuple[float, float] | None:
+def pair(text: str | None) -> tuple[float, float] | None:
+    """The two times of `--cfg-interval`.
+
+    Raises:
+        RequestError: if they are none.
+    """
     if text is None:
         return None
     try:

@@ -15,7 +15,8 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Literal, TypeVar
 
 from tim_ds.errors import RequestError
-from tim_ds.eval import adm_npz, dpg, geneval, imagenet, mjhq
+from tim_ds.eval import adm_npz, calibration, dpg, geneval, imagenet, mjhq
+from tim_ds.eval.calibration import Calibration
 from tim_ds.eval.clip import DEFAULT_CLIP, Clip
 from tim_ds.eval.detector import DEFAULT_DETECTOR, Detector
 from tim_ds.eval.generate import PictureSet, Wanted, load_picture, picture_set
@@ -29,6 +30,8 @@ from tim_ds.pipeline import PromptLike, TiMPipeline, sha256
 T = TypeVar("T")
 
 _SHEET_COLUMNS = 6
+_SHEET_SINGLES = 24
+"""Of benchmarks with one picture a prompt."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -103,6 +106,10 @@ class Benchmark(ABC):
     @abstractmethod
     def _scorer(self) -> dict[str, Any]: ...
 
+    def remarks(self) -> dict[str, Any]:
+        """What the details of every row say besides what scoring found."""
+        return {}
+
     @abstractmethod
     def score(
         self,
@@ -172,6 +179,8 @@ class Geneval(Benchmark):
     Args:
         num: pictures a prompt.
         limit: prompts, spread over the file; None: all.
+        calibration: what an earlier comparison with the published evaluator found (`calibration.json`).
+        published: verdicts of the published evaluator on the pictures to be scored; makes a calibration.
     """
 
     metadata: Path
@@ -179,6 +188,8 @@ class Geneval(Benchmark):
     limit: int | None = None
     detector: str = DEFAULT_DETECTOR
     clip: str = DEFAULT_CLIP
+    calibration: Path | None = None
+    published: Path | None = None
     rules: geneval.Rules = field(default_factory=geneval.Rules)
     name: ClassVar[str] = "geneval"
     plotted: ClassVar[Mapping[str, str]] = MappingProxyType({"overall": "GenEval (rebuilt), overall"})
@@ -191,10 +202,23 @@ class Geneval(Benchmark):
         self.results: list[dict[str, Any]] = []
         """Verdicts of the pictures scored last, in the published format."""
         self._scored: PictureSet | None = None
+        if self.calibration is not None and self.published is not None:
+            raise RequestError("--calibration: makes no sense beside --calibrate, which makes one")
+        self.calibrated: Calibration | None = None
+        if self.calibration is not None:
+            self.calibrated = Calibration.read(self.calibration)
+        self.reference = None if self.published is None else geneval.read_results(self.published)
+        """Verdicts of the published evaluator, by picture."""
 
     @property
     def title(self) -> str:
-        return geneval.TITLE
+        if self.calibrated is None:
+            return f"{geneval.TITLE}; {calibration.NOT_CALIBRATED}"
+        return f"{geneval.TITLE}; calibrated on {self.calibrated.num_pictures:,} pictures"
+
+    def remarks(self) -> dict[str, Any]:
+        found = self.calibrated
+        return {"calibration": calibration.NOT_CALIBRATED if found is None else found.remark()}
 
     @property
     def prompts(self) -> list[PromptLike]:
@@ -207,6 +231,8 @@ class Geneval(Benchmark):
         return geneval.pictures_of_layout(folder, self.tasks)
 
     def load(self) -> None:
+        if self.calibrated is not None and self.calibration is not None:
+            self.calibrated.refuse_other(self.scorer, self.calibration)
         self.networks = Detector.from_pretrained(self.detector), Clip.from_pretrained(self.clip)
 
     def to(self, device: str) -> None:
@@ -245,7 +271,17 @@ class Geneval(Benchmark):
         self.results = geneval.score_pictures(
             pictures, self.tasks, detector, colours, self.rules, log, progress=progress
         )
+        if self.published is not None and self.reference is not None:
+            self.calibrated = Calibration.of(
+                geneval.calibrate(self.results, self.reference),
+                self.scorer,
+                pictures_sha256=pictures.sha256,
+                results_sha256=sha256(self.published),
+            )
         scores, details = geneval.summarise(self.results)
+        found = self.calibrated
+        if found is not None:
+            scores["overall_less_offset"] = (scores["overall"] or 0.0) - found.offset
         per_prompt = len(pictures.names) // len(self.tasks)
         firsts = [
             next(n for n, task in enumerate(self.tasks) if task.tag == tag) for tag in details["by_task"]
@@ -253,9 +289,10 @@ class Geneval(Benchmark):
         whole = geneval.is_published_suite(self.tasks)
         return Scored(
             scores=scores,
-            details=details,
+            details=details | self.remarks(),
             columns=[
                 Column("overall", "overall", percent=True, plotted=True),
+                Column("overall_less_offset", "less offset", percent=True),
                 *(Column(tag, tag, percent=True) for tag in geneval.TASKS),
                 Column("prompts", "any right", percent=True),
             ],
@@ -269,9 +306,8 @@ class Geneval(Benchmark):
             ],
             notes=(
                 "Shares of right pictures in %, by task; overall is their plain mean; any right: prompts\n"
-                "with a right picture among theirs. The detector is not that of the published evaluator:\n"
-                "compare with --calibrate before quoting a number beside published ones. A red frame in the\n"
-                "sheet: judged wrong.\n"
+                "with a right picture among theirs. The detector is not that of the published evaluator.\n"
+                + _calibration_note(found)
                 + ("" if whole else "The prompts are not the published 553: a part or others.\n")
             ),
         )
@@ -519,7 +555,7 @@ class Mjhq(Benchmark):
             ],
             items=[
                 SheetItem(_shortened(self.entries[n].prompt), (n,))
-                for n in spread(len(self.entries), _SHEET_COLUMNS)
+                for n in spread(len(self.entries), _SHEET_SINGLES)
             ],
             notes=(
                 "FID: pictures at their own size into torch-fidelity's Inception, which resizes without "
@@ -622,7 +658,7 @@ class Imagenet(Benchmark):
                 Column("precision", "precision"),
                 Column("recall", "recall"),
             ],
-            items=[SheetItem(f"class {labels[n]}", (n,)) for n in spread(len(labels), _SHEET_COLUMNS)],
+            items=[SheetItem(f"class {labels[n]}", (n,)) for n in spread(len(labels), _SHEET_SINGLES)],
             notes=(
                 f"Against {self._file.path.name}: {details['reference_pictures']} pictures, statistics\n"
                 f"{details['reference_statistics']}. Published tables use 50,000 pictures and ADM's own "
@@ -674,6 +710,20 @@ def build(name: str, given: Mapping[str, Any], *, called: Callable[[str], str]) 
 def fingerprint_name(name: str) -> str:
     """What a model is called in titles: its hub id, or the last part of its folder."""
     return Path(name).name if Path(name).is_dir() else name
+
+
+def _calibration_note(found: Calibration | None) -> str:
+    if found is None:
+        return (
+            "Not calibrated: these are no numbers to stand beside published ones (--calibrate measures how\n"
+            "far off this evaluator is, --calibration applies it).\n"
+        )
+    return (
+        f"Calibrated on {found.num_pictures:,} pictures: there this evaluator scored "
+        f"{100 * found.offset:+.2f} +- {100 * found.offset_error:.2f} points against the\n"
+        "published one. Less offset: overall without them, an estimate of what that one would say, as far\n"
+        "as these pictures are like those.\n"
+    )
 
 
 def _part(count: int, published: int, what: str) -> str:

@@ -12,7 +12,8 @@ from data_pipeline.errors import DataError
 from data_pipeline.handwriting_words import NewName
 from tim_ds.errors import RequestError, TimError
 from tim_ds.eval import benchmarks, nfe, report, resolution, resolution_report, words
-from tim_ds.eval.benchmark_cli import BENCHMARKS
+from tim_ds.eval.benchmark_cli import BENCHMARKS, pair
+from tim_ds.eval.generate import choose_dtype
 from tim_ds.eval.sample import device_of_process, place_of_process
 from tim_ds.pipeline import refuse_unwritable
 
@@ -106,9 +107,17 @@ def _add_resolution(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", default="4", help="step counts with commas between (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and noise (default: %(default)s)")
     parser.add_argument("--cfg", type=float, help="guidance scale (default: the export's)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
+    parser.add_argument("--cfg-interval", metavar="LOW,HIGH", help="guided times (default: the export's)")
+    parser.add_argument("--stochasticity", type=float, help="share of fresh noise (default: the export's)")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: CUDA where there is some)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the sampled networks' parameters (default: %(default)s)",
+    )
     group = parser.add_argument_group("--scorer BENCHMARK", "as in `launch/evaluate.py BENCHMARK --help`")
-    for name in ("metadata", "questions", "reference", "inception"):
+    for name in ("metadata", "questions", "reference", "inception", "calibration"):
         group.add_argument(f"--{name}", type=Path)
     for name in ("detector", "clip", "vqa"):
         group.add_argument(f"--{name}")
@@ -119,7 +128,7 @@ def _add_resolution(parser: argparse.ArgumentParser) -> None:
 
 
 _OF_BENCHMARKS = (
-    *("metadata", "questions", "reference", "inception", "detector", "clip", "vqa"),
+    *("metadata", "questions", "reference", "inception", "calibration", "detector", "clip", "vqa"),
     *("num", "count", "num_classes", "limit"),
 )
 
@@ -172,8 +181,13 @@ def _resolution(options: argparse.Namespace) -> None:
         suite,
         options.out,
         steps=steps,
-        cfg_scale=options.cfg,
+        sampler={
+            "cfg_scale": options.cfg,
+            "cfg_interval": pair(options.cfg_interval),
+            "stochasticity": options.stochasticity,
+        },
         device=device,
+        dtype=choose_dtype(options.dtype),
         part=None if options.only is None else part,
     )
     if options.only is not None:
@@ -248,7 +262,7 @@ EVALUATIONS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one evaluation; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="launch/evaluate.py", description="Score a trained network.")
+    parser = argparse.ArgumentParser(description="Score a trained network.")
     commands = parser.add_subparsers(dest="evaluation", required=True, metavar="EVALUATION")
     for name, evaluation in EVALUATIONS.items():
         summary = evaluation.run.__doc__

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from tim_ds.eval.pretrained import load_pretrained
+from tim_ds.eval.pretrained import load_pretrained, of_transformers
 
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"
 """The weights that GenEval and the CLIP score of MJHQ-30K name as ViT-L/14 of OpenAI."""
@@ -45,10 +45,9 @@ class Clip:
         Raises:
             RequestError: if it is not there or is not CLIP.
         """
-        from transformers import CLIPModel, CLIPTokenizer
-
-        model = load_pretrained("--clip", name, CLIPModel.from_pretrained)
-        tokenizer = load_pretrained("--clip", name, CLIPTokenizer.from_pretrained)
+        of_model, of_tokenizer = of_transformers("CLIPModel", "CLIPTokenizer")
+        model = load_pretrained("--clip", name, of_model.from_pretrained)
+        tokenizer = load_pretrained("--clip", name, of_tokenizer.from_pretrained)
         return cls(model, tokenizer, device=device)
 
     def to(self, device: torch.device | str) -> Clip:

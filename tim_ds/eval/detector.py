@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from tim_ds.errors import RequestError
-from tim_ds.eval.pretrained import load_pretrained
+from tim_ds.eval.pretrained import load_pretrained, of_transformers
 
 DEFAULT_DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 
@@ -100,12 +100,8 @@ class Detector:
         Raises:
             RequestError: if it is not there, or is another model.
         """
-        from transformers import Mask2FormerForUniversalSegmentation
-
-        return cls(
-            load_pretrained("--detector", name, Mask2FormerForUniversalSegmentation.from_pretrained),
-            device=device,
-        )
+        kind = of_transformers("Mask2FormerForUniversalSegmentation")
+        return cls(load_pretrained("--detector", name, kind.from_pretrained), device=device)
 
     @torch.inference_mode()
     def __call__(self, picture: Image.Image, *, threshold: float) -> list[Detection]:

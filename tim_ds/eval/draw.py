@@ -32,8 +32,8 @@ class Drawn:
 
     count: int = 0
     """Pictures that were written."""
-    nfe: int = 0
-    """Network evaluations a picture, of the last batch."""
+    nfe: frozenset[int] = frozenset()
+    """Network evaluations a picture: one number for each setting that was drawn."""
     seconds: float = 0.0
     """Time of sampling and decoding."""
     peak_bytes: int = 0
@@ -60,7 +60,7 @@ def draw(
         CheckpointError: if the disk refuses; nothing half-written is left.
     """
     missing = [batch for batch in batches if any(job.stem not in finished for job in batch.jobs)]
-    count, nfe, seconds, highest = 0, 0, 0.0, 0
+    count, nfe, seconds, highest = 0, set[int](), 0.0, 0
     total = sum(len(batch.jobs) * batch.request.config.num_steps for batch in missing)
     own_bar = tqdm(total=total, unit="step", desc="sample", leave=False, disable=bar is not True)
     with own_bar:
@@ -68,17 +68,18 @@ def draw(
             reset_peak(pipe.device)
             output = pipe.run(batch.request, bar if isinstance(bar, tqdm) else own_bar)
             peak = peak_bytes(pipe.device) or 0
-            highest, nfe = max(highest, peak), output.nfe
+            highest = max(highest, peak)
+            nfe.add(output.nfe)
             each = output.seconds / len(batch.jobs)
             for i, job in enumerate(batch.jobs):
                 if job.stem in finished:
                     continue
                 path = picture_path(out, job)
-                write_png(path, output.images[i], output.picture_settings(i))
+                write_png(path, output.pixels[i], output.picture_settings(i))
                 count, seconds = count + 1, seconds + each
                 if on_picture is not None:
                     on_picture(path, each, peak)
-    return Drawn(count, nfe, seconds, highest)
+    return Drawn(count, frozenset(nfe), seconds, highest)
 
 
 def picture_path(out: Path, job: Job) -> Path:
@@ -96,6 +97,7 @@ def form_batches(pipe: TiMPipeline, jobs: Sequence[Job]) -> list[Batch]:
             [job.prompt for job in group],
             [job.size for job in group],
             seeds=[job.seed for job in group],
+            negative_prompts=[job.negative_prompt for job in group],
             **group[0].sampler,
         )
         for numbers in pipe.batches(request):
@@ -116,13 +118,7 @@ def find_finished(pipe: TiMPipeline, batches: Sequence[Batch], out: Path) -> set
             path = picture_path(out, job)
             if not path.exists():
                 continue
-            height, width = batch.request.sizes[i]
-            wanted = {
-                **settings,
-                "prompt": batch.request.prompts[i],
-                "size": f"{height}x{width}",
-                "seed": batch.request.seeds[i],
-            }
+            wanted = settings | batch.request.own_settings(i)
             try:
                 stored = {k: v for k, v in read_settings(path).items() if k not in _NOT_COMPARED}
             except RequestError as error:

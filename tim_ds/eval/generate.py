@@ -149,7 +149,7 @@ def write(output: PipelineOutput, part: Sequence[Wanted], folder: Path) -> None:
         CheckpointError: if the disk refuses; nothing half-written is left.
     """
     for i, one in enumerate(part):
-        write_png(folder / one.name, output.images[i], output.picture_settings(i))
+        write_png(folder / one.name, output.pixels[i], output.picture_settings(i))
 
 
 def identity_of(

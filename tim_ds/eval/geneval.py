@@ -420,9 +420,13 @@ def is_published_suite(tasks: Sequence[Task]) -> bool:
     return {tag: sum(task.tag == tag for task in tasks) for tag in TASKS} == TASKS
 
 
-def write_results(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
-    """The results as JSON lines, which the published summary script reads too."""
-    _write(path, "".join(json.dumps(result) + "\n" for result in results))
+def write_results(path: Path, results: Sequence[Mapping[str, Any]], *, evaluator: str) -> None:
+    """The results as JSON lines, which the published summary script reads too.
+
+    Args:
+        evaluator: who judged, said in every line: the file alone must not pass for the published one's.
+    """
+    _write(path, "".join(json.dumps({**result, "evaluator": evaluator}) + "\n" for result in results))
 
 
 def read_results(path: Path) -> dict[str, dict[str, Any]]:
@@ -465,6 +469,8 @@ class Agreement:
     only_ours: int
     """Right here, wrong there."""
     only_theirs: int
+    by_prompt: tuple[tuple[int, int], ...] = ()
+    """Of every prompt: pictures right here alone less those right there alone, and all its pictures."""
 
     @property
     def num_pictures(self) -> int:
@@ -489,9 +495,23 @@ class Agreement:
 
     @property
     def offset_error(self) -> float:
-        """Standard error of the offset, by the pictures on which the two differ."""
-        differ = (self.only_ours + self.only_theirs) / self.num_pictures
-        return math.sqrt(max(differ - self.offset**2, 0.0) / self.num_pictures)
+        """Standard error of the offset: that of independent pictures, or if larger that of whole prompts.
+
+        For pictures, half a picture is added to each of the four counts, so that two evaluators that never
+        differed on a few pictures are not told to agree without error. For prompts, the spread of their sums
+        about the offset: the pictures of one prompt succeed and fail together.
+        Source: Agresti and Min, Simple improved confidence intervals for comparing matched proportions
+            (2005).
+        """
+        count = self.num_pictures + 2
+        offset = (self.only_ours - self.only_theirs) / count
+        of_pictures = ((self.only_ours + self.only_theirs + 1) / count - offset**2) / count
+        prompts = len(self.by_prompt)
+        if prompts < 2:
+            return math.sqrt(of_pictures)
+        squares = sum((total - self.offset * pictures) ** 2 for total, pictures in self.by_prompt)
+        of_prompts = squares * prompts / (prompts - 1) / self.num_pictures**2
+        return math.sqrt(max(of_pictures, of_prompts))
 
 
 def calibrate(
@@ -514,6 +534,7 @@ def calibrate(
             )
         )
     pairs: dict[str, list[tuple[bool, bool]]] = {}
+    prompts: dict[str, dict[str, list[int]]] = {}
     for result in results:
         other = reference[result["filename"]]
         if other["tag"] != result["tag"]:
@@ -521,7 +542,11 @@ def calibrate(
                 f"--calibrate: {result['filename']} is of task {other['tag']!r} there and {result['tag']!r} "
                 f"here; the pictures are of another order of prompts"
             )
-        pairs.setdefault(result["tag"], []).append((bool(result["correct"]), bool(other["correct"])))
+        ours, theirs = bool(result["correct"]), bool(other["correct"])
+        pairs.setdefault(result["tag"], []).append((ours, theirs))
+        # NNNNN/samples/0000k.png: the first part is the prompt.
+        place = result["filename"].split("/")[0]
+        prompts.setdefault(result["tag"], {}).setdefault(place, []).append(ours - theirs)
     return [
         Agreement(
             task,
@@ -529,6 +554,7 @@ def calibrate(
             both_wrong=pairs[task].count((False, False)),
             only_ours=pairs[task].count((True, False)),
             only_theirs=pairs[task].count((False, True)),
+            by_prompt=tuple((sum(found), len(found)) for found in prompts[task].values()),
         )
         for task in TASKS
         if task in pairs

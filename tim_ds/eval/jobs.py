@@ -32,6 +32,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "cfg_interval": (list,),
     "stochasticity": (int, float),
     "mode": (str,),
+    "negative_prompt": (str,),
 }
 
 
@@ -42,6 +43,7 @@ class Line:
     prompt: str | int
     where: str
     """Place for messages."""
+    negative_prompt: str | None = None
     size: str | None = None
     seed: int | None = None
     num: int | None = None
@@ -62,13 +64,14 @@ class Job:
     size: str
     seed: int
     sampler: Mapping[str, Any]
+    negative_prompt: str | None = None
 
 
 def read_lines(path: Path) -> list[Line]:
     """Prompts of a file: one a line, or with the ending .jsonl one JSON object a line.
 
     An object has `prompt` and, if it likes, `size`, `seed`, `num`, `name`, `steps`, `cfg`, `cfg_interval`,
-    `stochasticity` and `mode`. Empty lines are skipped.
+    `stochasticity`, `mode` and `negative_prompt`. Empty lines are skipped.
 
     Raises:
         RequestError: naming the line, if the file or a line cannot be read.
@@ -96,6 +99,7 @@ def read_drawn(path: Path) -> Line:
     try:
         return Line(
             prompt=stored["prompt"],
+            negative_prompt=stored.get("negative_prompt"),
             where=str(path),
             size=stored["size"],
             seed=int(stored["seed"]),
@@ -138,7 +142,14 @@ def expand(
             if line.name is not None:
                 stem = line.name if count == 1 else f"{line.name}_{k}"
             jobs.append(
-                Job(stem=stem, prompt=line.prompt, size=size, seed=drawn, sampler={**sampler, **line.sampler})
+                Job(
+                    stem=stem,
+                    prompt=line.prompt,
+                    size=size,
+                    seed=drawn,
+                    sampler={**sampler, **line.sampler},
+                    negative_prompt=line.negative_prompt,
+                )
             )
     seen: set[str] = set()
     for job in jobs:
@@ -170,6 +181,7 @@ def _read_object(text: str, where: str) -> Line:
         raise RequestError(f"{where}: num: expected at least 1, received {values['num']}")
     return Line(
         prompt=values["prompt"],
+        negative_prompt=values.get("negative_prompt"),
         where=where,
         size=values.get("size"),
         seed=values.get("seed"),

@@ -188,7 +188,7 @@ def run(
             found = None if row is None else _read_samples(path, sets)
             if row is None or found is None:
                 outputs = {s.name: network.sample(s, num_steps, settings.cfg_scale, bar) for s in sets}
-                found = {name: output.images for name, output in outputs.items()}
+                found = {name: output.pixels for name, output in outputs.items()}
                 row = network.score(sets, outputs, wanted, scorer)
                 _write_samples(path, found)
                 finished = [row, *(other for other in finished if other.identity != wanted)]
@@ -324,7 +324,7 @@ class _Network:
             nfe=outputs[sets[0].name].nfe,
             seconds=round(seconds, 3),
             seconds_per_picture=round(seconds / sum(len(s.prompts) for s in sets), 6),
-            scores={s.name: scorer.score(s.prompts, outputs[s.name].images) for s in sets},
+            scores={s.name: scorer.score(s.prompts, outputs[s.name].pixels) for s in sets},
             reader_accuracy=scorer.reader_accuracy,
             versions=library_versions(),
             device=device_name(self.pipeline.device),

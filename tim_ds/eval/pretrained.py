@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,6 +33,23 @@ def load_pretrained(option: str, name: str, load: Callable[[str], T]) -> T:
             f"{option} {name}: cannot be loaded ({first}); give the folder of a downloaded model, or a "
             f"hub id where the hub can be reached"
         ) from error
+
+
+def of_transformers(*names: str) -> Any:
+    """Classes of transformers: the one named, or a list of them.
+
+    Raises:
+        RequestError: if they cannot be imported: mostly a torchvision of another build than torch.
+    """
+    try:
+        library = importlib.import_module("transformers")
+        found = [getattr(library, name) for name in names]
+    except (ImportError, RuntimeError, AttributeError) as error:
+        raise RequestError(
+            f"transformers: {' and '.join(names)} cannot be imported ({error}); check that torch, "
+            f"torchvision and transformers belong together, or remove torchvision"
+        ) from error
+    return found[0] if len(found) == 1 else found
 
 
 def looks_like_path(name: str) -> bool:

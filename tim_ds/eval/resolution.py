@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import Any, Protocol, overload
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
@@ -109,6 +110,15 @@ class Suite(Protocol):
         """Everything that decides the scores besides the pictures."""
         ...
 
+    @property
+    def title(self) -> str:
+        """What is scored, as it may be quoted."""
+        ...
+
+    def remarks(self) -> dict[str, Any]:
+        """What the details of every row say besides what scoring found."""
+        ...
+
     def check(self, pipeline: TiMPipeline) -> None:
         """Raises RequestError if the network cannot draw this suite."""
         ...
@@ -148,6 +158,7 @@ class HandwritingSuite:
         }
     )
     libraries: Sequence[str] = ("scikit-learn",)
+    title = "Handwriting, read back"
 
     def __init__(self, data: Path, *, pictures: int, longest: int, seed: int) -> None:
         if longest < 1 or pictures < 65:
@@ -180,6 +191,9 @@ class HandwritingSuite:
     def identity(self) -> dict[str, Any]:
         return {"suite": "handwriting", "scans_sha256": self._scans_sha256}
 
+    def remarks(self) -> dict[str, Any]:
+        return {}
+
     def check(self, pipeline: TiMPipeline) -> None:
         check_handwriting(pipeline)
 
@@ -201,6 +215,7 @@ class PromptSuite:
 
     plotted: Mapping[str, str] = MappingProxyType({})
     libraries: Sequence[str] = ("transformers",)
+    title = "The same prompts at every size"
 
     def __init__(
         self, prompts: Path, sizes: Sequence[str], *, seed: int, scorer: Scorer | None = None
@@ -213,6 +228,9 @@ class PromptSuite:
 
     def identity(self) -> dict[str, Any]:
         return {"suite": "prompts", "scorer": None if self._scorer is None else self._scorer.identity()}
+
+    def remarks(self) -> dict[str, Any]:
+        return {}
 
     def check(self, pipeline: TiMPipeline) -> None:
         if pipeline.export.model.condition != "text":
@@ -257,6 +275,13 @@ class BenchmarkSuite:
 
     def identity(self) -> dict[str, Any]:
         return {"suite": self.benchmark.name, "scorer": self.benchmark.scorer}
+
+    @property
+    def title(self) -> str:
+        return self.benchmark.title
+
+    def remarks(self) -> dict[str, Any]:
+        return self.benchmark.remarks()
 
     def check(self, pipeline: TiMPipeline) -> None:
         check_network(self.benchmark, pipeline)
@@ -316,14 +341,17 @@ def run(
     out: Path,
     *,
     steps: Sequence[int],
-    cfg_scale: float | None = None,
+    sampler: Mapping[str, Any] = MappingProxyType({}),
     device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
     part: tuple[int, int] | None = None,
     progress: bool = True,
 ) -> Evaluation:
     """Draw and score every network at every step count and size.
 
     Args:
+        sampler: fields of `SamplerConfig` besides the steps; None takes what the export says.
+        dtype: of the networks' parameters.
         part: (k, n): draw every n-th batch from the k-th and score nothing, so that n processes share the
             work; None: draw what is missing, and score.
     Raises:
@@ -331,12 +359,16 @@ def run(
             is drawn), a picture is damaged or another one, or `out` holds something else.
         CheckpointError: if an export is not whole, or the disk refuses.
     """
-    pipelines = [(label, path, TiMPipeline.from_pretrained(path, device=device)) for label, path in exports]
+    pipelines = [
+        (label, path, TiMPipeline.from_pretrained(path, device=device, dtype=dtype))
+        for label, path in exports
+    ]
+    given_sampler = {name: value for name, value in sampler.items() if value is not None}
     for _, _, pipe in pipelines:
         suite.check(pipe)
         for num_steps in steps:
             for group in suite.groups:
-                pipe.request(group.captions[0], group.size, num_steps=num_steps, cfg_scale=cfg_scale)
+                pipe.request(group.captions[0], group.size, num_steps=num_steps, **given_sampler)
     finished = _read_rows(out / RESULTS_NAME)
     evaluation = Evaluation(suite, [])
     pictures = sum(len(group.captions) for group in suite.groups)
@@ -349,7 +381,7 @@ def run(
                     bar.set_postfix_str(f"{label}, {num_steps} steps, {group.size}")
                     place = f"{pipe.weights_sha256[:12]}_steps{num_steps:04d}"
                     task = _Task(
-                        pipe, group, num_steps, cfg_scale, out / PICTURES_FOLDER / place / group.name
+                        pipe, group, num_steps, given_sampler, out / PICTURES_FOLDER / place / group.name
                     )
                     if part is not None:
                         task.draw(bar, part)
@@ -374,10 +406,14 @@ class _Task:
     """The pictures of one network, step count and size."""
 
     def __init__(
-        self, pipe: TiMPipeline, group: Group, num_steps: int, cfg_scale: float | None, folder: Path
+        self,
+        pipe: TiMPipeline,
+        group: Group,
+        num_steps: int,
+        given_sampler: Mapping[str, Any],
+        folder: Path,
     ) -> None:
-        sampler = {"num_steps": num_steps, "cfg_scale": cfg_scale}
-        sampler = {name: value for name, value in sampler.items() if value is not None}
+        sampler = {"num_steps": num_steps, **given_sampler}
         self.pipe, self.group, self.folder = pipe, group, folder
         self.jobs = [
             Job(stem=f"{i:05d}", prompt=text, size=group.size, seed=seed, sampler=sampler)
@@ -422,7 +458,8 @@ class _Task:
         identity = json.loads(json.dumps(identity))
         count = self.draw(bar)
         row = next((row for row in finished if row.identity == identity), None)
-        if row is not None and not count:
+        remarks = json.loads(json.dumps(suite.remarks()))
+        if row is not None and not count and row.details | remarks == row.details:
             return replace(row, label=label)
         names = [picture_path(self.folder, job).name for job in self.jobs]
         scores, details = suite.score_files(group, picture_set(self.folder, names, progress=False), cache)
@@ -445,7 +482,7 @@ class _Task:
             versions={**library_versions(), **versions(suite.libraries)},
             device=device_name(pipe.device),
             seed=group.seeds[0],
-            details=details,
+            details=details | remarks,
         )
 
     def _read_cost(self) -> _Cost | None:

@@ -10,9 +10,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from tim_ds.eval.report import markdown_table
-from tim_ds.eval.resolution import Evaluation, load_picture
+from tim_ds.eval.resolution import Evaluation
 from tim_ds.eval.results import spread
-from tim_ds.eval.sheet import Picture, gallery
+from tim_ds.eval.sheet import Picture, Section, gallery, largest_px, read_reduced
 from tim_ds.model.memory import gib
 from tim_ds.model.weights import write_aside
 from tim_ds.pipeline import write_png
@@ -23,7 +23,7 @@ SHEET_NAME = "samples.png"
 
 _COLOURS = ("#1f6feb", "#d97706", "#2e9d6b", "#8957e5")
 _SAMPLES_A_SIZE = 3
-_HEADERS = {"pictures": "right pictures", "prompts": "any right"}
+_HEADERS = {"pictures": "right pictures", "prompts": "any right", "overall_less_offset": "less offset"}
 """Of GenEval's scores, whose names say in a table something else."""
 
 
@@ -45,7 +45,7 @@ def write(evaluation: Evaluation, out: Path) -> list[Path]:
 
 
 def table(evaluation: Evaluation) -> str:
-    """Markdown whose columns line up: one row a network, step count and size."""
+    """What is scored, and Markdown whose columns line up: one row a network, step count and size."""
     names = [*dict.fromkeys(name for row in evaluation.rows for name in row.scores)]
     scores = [_HEADERS.get(name, name) for name in names]
     header = ("network", "steps", "nfe", "size", "seen", "pictures", *scores, "ms/picture", "peak memory")
@@ -64,7 +64,7 @@ def table(evaluation: Evaluation) -> str:
         )
         for row in evaluation.rows
     ]
-    return markdown_table(header, body)
+    return f"{evaluation.suite.title}\n\n{markdown_table(header, body)}"
 
 
 def plot(evaluation: Evaluation) -> Picture:
@@ -111,14 +111,24 @@ def plot(evaluation: Evaluation) -> Picture:
 
 
 def samples_sheet(evaluation: Evaluation, label: str, steps: int) -> Picture:
-    """A few pictures of every size, each above its size and caption."""
-    pictures, captions = [], []
-    for group in evaluation.suite.groups:
-        folder = evaluation.folders[label, steps, group.name]
-        for i in spread(len(group.captions), _SAMPLES_A_SIZE):
-            pictures.append(load_picture(folder / f"{i:05d}.png"))
-            captions.append(f"{group.size}: {group.captions[i]}")
-    return gallery(pictures, captions)
+    """A few pictures of every size, under the size and above their captions."""
+    groups = evaluation.suite.groups
+    shown = [spread(len(group.captions), _SAMPLES_A_SIZE) for group in groups]
+    longest = largest_px(sum(map(len, shown)))
+    known = {True: "", False: ", not in training", None: ""}
+    sections = [
+        Section(
+            f"{group.size}{known[group.seen]}",
+            [
+                read_reduced(evaluation.folders[label, steps, group.name] / f"{i:05d}.png", longest)
+                for i in places
+            ],
+            [str(group.captions[i]) for i in places],
+            [f"seed {group.seeds[i]}" for i in places],
+        )
+        for group, places in zip(groups, shown, strict=True)
+    ]
+    return gallery(sections, footnote=f"{label}, {steps} step{'s' * (steps > 1)}; height x width in pixels")
 
 
 def _titles(evaluation: Evaluation) -> Mapping[str, str]:

@@ -91,6 +91,16 @@ def spread(count: int, wanted: int) -> list[int]:
     return sorted({round(i * (count - 1) / max(1, shown - 1)) for i in range(shown)})
 
 
+def flattened(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, its keys joined by dots."""
+    found: dict[str, Any] = {}
+    for key, inner in value.items():
+        found |= (
+            flattened(inner, f"{prefix}{key}.") if isinstance(inner, Mapping) else {f"{prefix}{key}": inner}
+        )
+    return found
+
+
 def add_row(path: Path, row: ResultRow, *, key: Callable[[ResultRow], Any] | None = None) -> list[ResultRow]:
     """Keep `row` in the results file, in place of those that it makes out of date; returns all rows.
 

@@ -12,6 +12,7 @@ finished.
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import os
 import sys
@@ -19,16 +20,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from data_pipeline.errors import DataError
 from tim_ds.errors import RequestError, TimError
 from tim_ds.eval.draw import draw, find_finished, form_batches, picture_path
 from tim_ds.eval.jobs import SAMPLER_KEYS, Job, Line, expand, read_drawn, read_lines
-from tim_ds.eval.sheet import gallery
+from tim_ds.eval.sheet import Section, gallery, largest_px, read_reduced
 from tim_ds.model.memory import gib
 from tim_ds.pipeline import TiMPipeline, read_settings, refuse_unwritable, write_png
 
@@ -49,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="launch/sample.py", description="Pictures from prompts.")
+    parser = argparse.ArgumentParser(description="Pictures from prompts.")
     parser.add_argument(
         "--export",
         type=Path,
@@ -58,6 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--prompt", action="append", default=[], help="caption or class label; may be repeated"
+    )
+    parser.add_argument(
+        "--negative-prompt", help="what guidance leads the pictures of --prompt away from (--cfg beyond 1)"
     )
     parser.add_argument(
         "--prompts-file", type=Path, help="one prompt a line, or .jsonl with sizes, seeds and settings a line"
@@ -113,7 +115,10 @@ def _parser() -> argparse.ArgumentParser:
 def _sample(options: argparse.Namespace) -> None:
     rank, world = place_of_process()
     lines = [
-        *(Line(prompt=prompt, where=f"prompt {prompt!r}") for prompt in options.prompt),
+        *(
+            Line(prompt=prompt, where=f"prompt {prompt!r}", negative_prompt=options.negative_prompt)
+            for prompt in options.prompt
+        ),
         *(read_lines(options.prompts_file) if options.prompts_file is not None else []),
         *(read_drawn(path) for path in options.drawn),
     ]
@@ -125,9 +130,7 @@ def _sample(options: argparse.Namespace) -> None:
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v is not None}
     jobs = expand(lines, options.size, num=options.num, seed=options.seed, sampler=given)
     refuse_unwritable(options.out)
-    grid = options.out / GRID_NAME
-    if grid.exists() and "grid" not in read_settings(grid):
-        raise RequestError(f"{grid}: exists and is no grid of this command; move it away")
+    grid = _grid_path(options.out, [job.stem for job in jobs[:MAX_IN_GRID]])
     pipe = TiMPipeline.from_pretrained(
         options.export, device=device_of_process(options.device), dtype=getattr(torch, options.dtype)
     )
@@ -144,35 +147,73 @@ def _sample(options: argparse.Namespace) -> None:
     batches = form_batches(pipe, jobs)[rank::world]
     finished = find_finished(pipe, batches, options.out)
     if finished:
-        print(f"{len(finished)} pictures are finished and kept")
+        print(f"{plural(len(finished), 'picture')} finished and kept")
     drawn = draw(pipe, batches, finished, options.out, on_picture=_say, bar=rank == 0)
     if drawn.count:
+        fewest, most = min(drawn.nfe), max(drawn.nfe)
+        evaluations = plural(most, "network evaluation")
+        if fewest < most:
+            evaluations = f"{fewest} to {evaluations}"
+        each_ms = 1000 * drawn.seconds / drawn.count
         print(
-            f"{drawn.count} pictures, {drawn.nfe} network evaluations and "
-            f"{1000 * drawn.seconds / drawn.count:.1f} ms each, peak memory {gib(drawn.peak_bytes)}"
+            f"{plural(drawn.count, 'picture')}, {evaluations} and {each_ms:.1f} ms each, "
+            f"peak memory {gib(drawn.peak_bytes)}"
         )
     if all(picture_path(options.out, job).exists() for job in jobs):
-        print(_write_grid(pipe, jobs, options.out))
+        print(_write_grid(pipe, jobs, grid))
 
 
 def _say(path: Path, seconds: float, peak: int) -> None:
     tqdm.write(f"{path}  {1000 * seconds:.1f} ms, peak memory {gib(peak)}", file=sys.stdout)
 
 
-def _write_grid(pipe: TiMPipeline, jobs: Sequence[Job], out: Path) -> Path:
+def _grid_path(out: Path, stems: Sequence[str]) -> Path:
+    """The first of grid.png, grid_2.png, ... that is free or shows these pictures: no other is replaced.
+
+    Raises:
+        RequestError: if a file of such a name is something else.
+    """
+    for number in itertools.count(1):
+        path = out / (GRID_NAME if number == 1 else GRID_NAME.replace(".", f"_{number}."))
+        if not path.exists():
+            return path
+        stored = read_settings(path)
+        if "grid" not in stored:
+            raise RequestError(f"{path}: exists and is no grid of this command; move it away")
+        if stored["grid"] == list(stems):
+            return path
+    raise AssertionError("unreachable: numbers do not end")
+
+
+def _write_grid(pipe: TiMPipeline, jobs: Sequence[Job], path: Path) -> Path:
     """The first pictures on one sheet. Made from the files, so the last process to finish can do it."""
     shown = jobs[:MAX_IN_GRID]
-    images = []
-    for job in shown:
-        with Image.open(picture_path(out, job)) as image:
-            pixels = np.asarray(image)
-        images.append(pixels[..., None] if pixels.ndim == 2 else pixels)
-    path = out / GRID_NAME
+    paths = [picture_path(path.parent, job) for job in shown]
+    steps = [job.sampler.get("num_steps", pipe.export.sampler.num_steps) for job in shown]
+    section = Section(
+        "",
+        [read_reduced(path, largest_px(len(shown))) for path in paths],
+        [str(job.prompt) for job in shown],
+        [
+            f"{job.size}, seed {job.seed}" + (f", {plural(k, 'step')}" if len(set(steps)) > 1 else "")
+            for job, k in zip(shown, steps, strict=True)
+        ],
+    )
     settings: dict[str, Any] = {"grid": [job.stem for job in shown], "pictures": len(jobs)}
-    common = read_settings(picture_path(out, shown[0]))
+    common = read_settings(paths[0])
     settings |= {key: common[key] for key in common if key not in ("prompt", "size", "seed")}
-    write_png(path, gallery(images, [str(job.prompt) for job in shown]), settings)
+    about = [f"{common['model']}, training step {common['step']}"]
+    if len(set(steps)) == 1:
+        about.append(f"{plural(steps[0], 'step')}")
+    if len(jobs) > len(shown):
+        about.append(f"the first {len(shown)} of {len(jobs)} pictures")
+    write_png(path, gallery([section], footnote="; ".join(about)), settings)
     return path
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 step`, `2 steps`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def place_of_process() -> tuple[int, int]:
@@ -197,8 +238,7 @@ def _tokens(text: str, pipe: TiMPipeline) -> int:
 
 
 def _set_tile(pipe: TiMPipeline, tile: int) -> None:
-    if not hasattr(pipe.autoencoder, "tile_px"):
-        raise RequestError("--tile: this network's autoencoder has no weights and is not decoded in tiles")
-    if tile < pipe.autoencoder.stride:
-        raise RequestError(f"--tile: expected at least {pipe.autoencoder.stride}, received {tile}")
-    pipe.autoencoder.tile_px = tile  # type: ignore[attr-defined]  # only those with weights have it
+    try:
+        pipe.enable_vae_tiling(tile)
+    except RequestError as error:
+        raise RequestError(f"--tile: {error}") from error

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from tim_ds.eval.pretrained import load_pretrained
+from tim_ds.eval.pretrained import load_pretrained, of_transformers
 
 _CHAT_REQUEST = "{question} Answer with yes or no only."
 _MAX_NEW_TOKENS = 8
@@ -83,21 +83,15 @@ def load_answerer(name: str) -> Answerer:
     Raises:
         RequestError: if it is not there, or does none of that.
     """
-    from transformers import (
-        AutoConfig,
-        AutoModelForImageTextToText,
-        AutoProcessor,
-        BlipForQuestionAnswering,
-        ViltForQuestionAnswering,
-    )
+    of_config, of_processor = of_transformers("AutoConfig", "AutoProcessor")
 
     def load(which: Any) -> Any:
         return load_pretrained("--vqa", name, lambda found: which.from_pretrained(found, dtype="auto"))
 
-    kind = load_pretrained("--vqa", name, AutoConfig.from_pretrained).model_type
-    processor = load_pretrained("--vqa", name, AutoProcessor.from_pretrained)
+    kind = load_pretrained("--vqa", name, of_config.from_pretrained).model_type
+    processor = load_pretrained("--vqa", name, of_processor.from_pretrained)
     if kind == "vilt":
-        return ClassifyingAnswerer(load(ViltForQuestionAnswering), processor)
+        return ClassifyingAnswerer(load(of_transformers("ViltForQuestionAnswering")), processor)
     if kind == "blip":
-        return GeneratingAnswerer(load(BlipForQuestionAnswering), processor)
-    return ChatAnswerer(load(AutoModelForImageTextToText), processor)
+        return GeneratingAnswerer(load(of_transformers("BlipForQuestionAnswering")), processor)
+    return ChatAnswerer(load(of_transformers("AutoModelForImageTextToText")), processor)

@@ -56,7 +56,7 @@ def score(
         prompts.append(prompt)
         captions.append(caption(prompt, PHRASINGS[int(rng.integers(len(PHRASINGS)))]))
     output = pipeline(captions, [p.size_px for p in prompts], num_steps=num_steps, seeds=seed, progress=True)
-    read = reader.read_many(output.images, [p.orientation for p in prompts])
+    read = reader.read_many(output.pixels, [p.orientation for p in prompts])
     pairs = [list(zip(p.cells, r, strict=True)) for p, r in zip(prompts, read, strict=True)]
     new, old = pairs[:count], pairs[count:]
     return WordScores(

@@ -1,8 +1,7 @@
 """Transports: the path from data to noise, and the transition x_t -> x_r along it (Table 1, Eqs. 4-9).
 
-Direction of time, everywhere in the project: **t = 1 is noise, t = 0 is data, r <= t** (in each transport's
-own
-units: T_max is noise, T_min is data).
+Direction of time, everywhere in the project: **t = 1 is noise, t = 0 is data, r <= t** (in each
+transport's own units: T_max is noise, T_min is data).
 
 A transport states the coefficients of one row of Table 1. Interpolation, prediction (Eq. 4), step (Eqs. 5-6)
 and target (Eq. 9) are derived from them once, in the base class. `x` is clean data, `z` unit noise, `F` the

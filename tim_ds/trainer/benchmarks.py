@@ -7,33 +7,31 @@ rows of all steps (`results.json`, `table.md`), the sheet and the pictures of th
 
 from __future__ import annotations
 
-import logging
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from tim_ds.config.recipe import Recipe
-from tim_ds.errors import NonFiniteError, RequestError
+from tim_ds.errors import RequestError
 from tim_ds.eval import benchmark_report, benchmarks
 from tim_ds.eval.generate import Sampling, Wanted, chunks, claim, draw, identity_of, open_pictures, write
 from tim_ds.eval.results import RESULTS_NAME, ResultRow, add_row
 from tim_ds.model.weights import write_aside
-from tim_ds.pipeline import TiMPipeline
+from tim_ds.pipeline import PipelineOutput, TiMPipeline
 from tim_ds.trainer.config import BenchmarkConfig, EvaluationConfig
+from tim_ds.trainer.in_step import InStep, LeftError, OutOfStepError, told
 from tim_ds.trainer.metrics import MetricsLog
 from tim_ds.trainer.world import World
-
-logger = logging.getLogger(__name__)
 
 EVALUATIONS = "evaluations"
 """Folder of a run."""
 MEETING_S = 15.0
 """While rank 0 scores, all ranks meet this often: no collective waits long, and the watch sees progress."""
 
-_FILES = ("metadata", "questions", "reference", "inception")
+_FILES = ("metadata", "questions", "reference", "inception", "calibration")
 
 
 class EvaluationFailedError(Exception):
@@ -86,7 +84,7 @@ class Benchmarks:
         self._entered = entered
         self._stopping = stopping
         # Under ZeRO-3 every forward is one of all ranks: they draw the same pictures together.
-        self._in_step = any(hasattr(parameter, "ds_id") for parameter in pipeline.network.parameters())
+        self._in_step = InStep(pipeline.network, world)
         self._planned = [
             self._plan(config, i, run_dir / EVALUATIONS / config.name)
             for i, config in enumerate(self._config.benchmarks)
@@ -139,7 +137,7 @@ class Benchmarks:
         """Every rank its share, a call at a time; after each they tell each other whether it went well."""
         world = self._world
         ours = list(chunks(wanted, sampling.batch))
-        if not self._in_step:
+        if not self._in_step.needed:
             rounds = -(-len(ours) // world.size)
             ours = ours[world.rank :: world.size]
             ours += [()] * (rounds - len(ours))
@@ -147,16 +145,22 @@ class Benchmarks:
             problem = None
             try:
                 if part:
-                    output = draw(self._pipeline, part, sampling)
+                    output = self._in_step.run(partial(self._draw_part, part, sampling))
+            except OutOfStepError:
+                raise
+            except LeftError:
+                # The rank that failed tells why.
+                pass
             except Exception as error:
-                # In step, an error that is not of all ranks leaves them at different collectives.
-                if self._in_step and not isinstance(error, NonFiniteError):
-                    raise
-                problem = _told(error)
+                problem = told(error)
             else:
-                if part and (world.is_main or not self._in_step):
+                if part and (world.is_main or not self._in_step.needed):
                     problem = _problem_of(partial(write, output, part, folder))
             self._agree(problem)
+
+    def _draw_part(self, part: Sequence[Wanted], sampling: Sampling) -> PipelineOutput:
+        with self._pipeline.encoders_beside_network():
+            return draw(self._pipeline, part, sampling)
 
     def _score(self, one: _Planned, folder: Path, step: int) -> ResultRow:
         device = str(self._world.device)
@@ -177,7 +181,7 @@ class Benchmarks:
             len(text.encode()),
             lambda aside: aside.write_text(text, encoding="utf-8"),
         )
-        sheet = benchmark_report.samples_sheet(pictures, scored.items, title=row.label, footnote="")
+        sheet = benchmark_report.sheet_of(row, scored, pictures)
         benchmark_report.write_png(one.folder / f"{folder.name}.png", sheet, {"evaluation": row.evaluation})
         shutil.rmtree(folder / "cache", ignore_errors=True)
         if self._log is not None:
@@ -255,10 +259,5 @@ def _problem_of(action: Callable[[], object]) -> str | None:
     try:
         action()
     except Exception as error:
-        return _told(error)
+        return told(error)
     return None
-
-
-def _told(error: Exception) -> str:
-    logger.error("an evaluation failed", exc_info=error)
-    return f"{type(error).__name__}: {error}"

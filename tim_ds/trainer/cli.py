@@ -27,9 +27,7 @@ from tim_ds.trainer.watch import DEAD_AFTER_S, HUNG_AFTER_S, Watch
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line of `launch/train.py`. Returns the exit status: 2 for what the user can put right,
     `STOPPED` after a signal. (`LOST`, where another rank is missing, does not return.)"""
-    parser = argparse.ArgumentParser(
-        prog="launch/train.py", description="Train, or continue, the run of a recipe under DeepSpeed."
-    )
+    parser = argparse.ArgumentParser(description="Train, or continue, the run of a recipe under DeepSpeed.")
     parser.add_argument("recipe", nargs="+", help="a YAML file, and section.key=value to override settings")
     parser.add_argument("--ds", required=True, type=Path, help="engine file: ds_configs/*.json")
     parser.add_argument("--run", type=Path, help="folder of the run, made or continued")

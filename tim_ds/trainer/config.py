@@ -261,6 +261,8 @@ class BenchmarkConfig:
     """dpg."""
     inception: str | None = None
     """mjhq, imagenet: weight file."""
+    calibration: str | None = None
+    """geneval: calibration.json of a comparison with the published evaluator; null: not calibrated."""
     batch: int = 16
     """Pictures of one call on a rank."""
 

@@ -421,7 +421,6 @@ class Engine:
         self.config = merge_config(engine, train, packs_per_step=packs_per_step, world_size=world.size)
         self.world = world
         self.zero_stage = zero_stage(engine)
-        self.accumulation = packs_per_step // world.size
         self._grad_clip = train.optimizer.grad_clip
         if self.zero_stage == 3 and units:
             present = [unit for unit in units if any(isinstance(m, unit) for m in module.modules())]

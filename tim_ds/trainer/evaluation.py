@@ -9,17 +9,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from torch import nn
-
 from tim_ds.config.recipe import Recipe
-from tim_ds.errors import NonFiniteError
 from tim_ds.eval import nfe, resolution
 from tim_ds.eval.handwriting import HandwritingScorer
 from tim_ds.eval.resolution import Picture
-from tim_ds.eval.sheet import gallery
-from tim_ds.model.export_folder import Export
-from tim_ds.pipeline import PromptLike, TiMPipeline
+from tim_ds.eval.sheet import Section, gallery
+from tim_ds.pipeline import PipelineOutput, PromptLike, TiMPipeline
 from tim_ds.trainer.config import EvaluationConfig
+from tim_ds.trainer.in_step import InStep
 from tim_ds.trainer.metrics import MetricsLog
 from tim_ds.trainer.world import World
 
@@ -48,8 +45,7 @@ class Evaluations:
     resume.
 
     Args:
-        export: as `describe_export`; its sampler decides all but the step counts.
-        network: the network that is sampled from, inside the root module.
+        pipeline: as `drawing_pipeline`; its sampler decides all but the step counts.
         entered: told of progress, so that a long evaluation is not taken for a hung one.
         stopping: whether this rank was asked to stop; then benchmarks are given up.
     Raises:
@@ -59,8 +55,7 @@ class Evaluations:
     def __init__(
         self,
         recipe: Recipe,
-        export: Export,
-        network: nn.Module,
+        pipeline: TiMPipeline,
         run_dir: Path,
         world: World,
         log: MetricsLog | None,
@@ -70,9 +65,8 @@ class Evaluations:
         self._config = recipe.train.evaluation
         self._world = world
         self._log = log
-        self._pipeline = TiMPipeline(network, export)
-        # Memory differs between ranks, and a rank that refused alone would leave the others waiting.
-        self._pipeline.checks_memory = False
+        self._pipeline = pipeline
+        self._in_step = InStep(pipeline.network, world)
         data = Path(self._config.data or recipe.data.shards)
         self._sets = [
             found
@@ -101,17 +95,15 @@ class Evaluations:
         for num_steps in self._config.num_steps:
             for one in self._sets:
                 name = f"{one.name}/{num_steps}_steps"
-                try:
-                    output = self._pipeline(one.captions, one.sizes, num_steps=num_steps, seeds=one.seeds)
-                except NonFiniteError as error:
-                    # Every rank drew the same pictures, and failed alike.
-                    failures[name] = str(error)
-                    continue
-                if self._log is None:
+                output, problem = self._in_step.attempt(partial(self._draw, one, num_steps))
+                if problem is not None:
+                    failures[name] = problem
+                if output is None or self._log is None:
                     continue
                 try:
-                    scores = one.score(output.images)
-                    sheet = gallery(output.images[:_SHOWN], [str(text) for text in one.captions[:_SHOWN]])
+                    scores = one.score(output.pixels)
+                    captions = [str(text) for text in one.captions[:_SHOWN]]
+                    sheet = gallery([Section("", output.pixels[:_SHOWN], captions)])
                 except Exception as error:
                     failures[name] = f"{type(error).__name__}: {error}"
                     continue
@@ -125,6 +117,10 @@ class Evaluations:
             for name, reason in failures.items():
                 logger.error("step %d: NO EVALUATION of %s: %s", step, name, reason)
             self._log.evaluated(step, values, failures)
+
+    def _draw(self, one: _Set, num_steps: int) -> PipelineOutput:
+        with self._pipeline.encoders_beside_network():
+            return self._pipeline(one.captions, one.sizes, num_steps=num_steps, seeds=one.seeds)
 
 
 def _nfe_sets(config: EvaluationConfig, data: Path, pipeline: TiMPipeline, device: str) -> list[_Set]:

@@ -7,6 +7,7 @@ pack, on the host; a test compares them with PyTorch's counter on the real netwo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,7 +25,7 @@ _TIME_TERMS = {"t-r": 2, "r": 2, "t,r": 3, "t,t-r": 3, "r,t-r": 3, "t,r,t-r": 4}
 _MOVING_TIME_TERMS = {"t-r": 2, "r": 1, "t,r": 2, "t,t-r": 3, "r,t-r": 2, "t,r,t-r": 3}
 
 # Dense bfloat16 peak of one device in TFLOP/s, float32 accumulation, without sparsity: the makers' data
-# sheets. Sought in the device's name, first match wins.
+# sheets. Sought as whole words of the device's name ("RTX A4000" is no A40), first match wins.
 PEAK_BF16_TFLOPS = (
     ("GB200", 2500.0),
     ("B200", 2250.0),
@@ -56,7 +57,9 @@ def peak_flops(device_name: str, precision: str) -> float | None:
     depends on whether products are rounded to TF32."""
     if precision == "fp32":
         return None
-    return next((1e12 * tflops for name, tflops in PEAK_BF16_TFLOPS if name in device_name), None)
+    return next(
+        (1e12 * tflops for name, tflops in PEAK_BF16_TFLOPS if re.search(rf"\b{name}\b", device_name)), None
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,6 +102,7 @@ class Loop:
     stop: StopAgreement | None = None
     watch: Watch | None = None
     _lr: float = 0.0
+    _retries_told: int = 0
     _last_refusal: str = ""
 
     def run(self) -> Progress:
@@ -199,7 +200,9 @@ class Loop:
 
     def _report(self, bar: tqdm) -> None:  # type: ignore[type-arg]  # tqdm is generic in its stubs alone
         means = self.sums.take(self.world)
-        phases = over_ranks(self.clock.take(), self.world)
+        retries = self.loader.num_retries
+        told = self.world.gather((self.clock.take(), retries - self._retries_told))
+        self._retries_told = retries
         if self.log is None:
             return
         progress = self.progress
@@ -209,7 +212,8 @@ class Loop:
             lr=self._lr,
             applied_steps=progress.applied_steps,
             skipped_steps=progress.skipped_steps,
-            phases=phases,
+            phases=over_ranks([phases for phases, _ in told]),
+            retries=sum(count for _, count in told),
         )
         if means["denoising"] is not None:
             bar.set_postfix(denoising=f"{means['denoising']:.4f}", refresh=False)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from tim_ds.model.config import ModelConfig
 from tim_ds.model.embed import PreciseLinear
 from tim_ds.model.export_folder import meta_network
 from tim_ds.model.tim import TiM
+from tim_ds.trainer.encoder_memory import EncoderMemory, encoder_memory
 from tim_ds.trainer.engine import (
     STATE_KEYS,
     merge_config,
@@ -87,6 +88,8 @@ class MemoryEstimate:
     checkpoint_bytes: int
     """One checkpoint on the disk, of all ranks."""
     export_bytes: int
+    unknown: tuple[str, ...] = ()
+    """Encoders that are not in it, and why."""
 
     @property
     def device_bytes(self) -> int:
@@ -131,9 +134,11 @@ class MemoryEstimate:
             f"one checkpoint       {self.checkpoint_bytes / GIB:.1f} GiB on the disk",
             f"exported weights     {self.export_bytes / GIB:.1f} GiB on the disk",
         ]
+        lines += [f"not counted          {text}" for text in self.unknown]
         if card_gib is not None:
             answer = {True: "fits", False: "does not fit", None: "may fit: the uncertainty does not tell"}
-            lines.append(f"a card of {card_gib:g} GiB    {answer[self.fits(card_gib)]}")
+            aside = ", what is not counted aside" if self.unknown else ""
+            lines.append(f"a card of {card_gib:g} GiB    {answer[self.fits(card_gib)]}{aside}")
         return "\n".join(lines)
 
 
@@ -147,7 +152,8 @@ def estimate(
     world: Ranks,
     *,
     image_tokens: int | None = None,
-    encoder_bytes: int = 0,
+    encoder_bytes: int | None = None,
+    online: Collection[str] | None = None,
 ) -> MemoryEstimate:
     """Memory of a run of `recipe` under an engine file.
 
@@ -155,7 +161,9 @@ def estimate(
         engine_config: content of an engine file.
         image_tokens: tokens of one image, which says how many share a pack; None: of 1024 x 1024 pixels, or
             the whole pack where that is smaller.
-        encoder_bytes: frozen encoders beside the network on the GPU, their activations included.
+        encoder_bytes: of frozen encoders on the GPU, their activations included, where their configs are not
+            here to tell.
+        online: what the shards leave to encode, as their index says; None: all that the recipe allows.
     Raises:
         ConfigError: if recipe, engine file and ranks do not go together.
     """
@@ -168,11 +176,16 @@ def estimate(
     split = _Split.of(recipe, engine_config, world, sizes)
     pack = _Pack.of(recipe, image_tokens)
     copies = average_copies(recipe)
+    activations = list(_activations(recipe, pack))
+    encoders = EncoderMemory(resident=encoder_bytes or 0, running="as given")
+    if encoder_bytes is None:
+        encoders = encoder_memory(recipe, pack.images, pack.tokens // pack.images, online)
     parts = [
         *_states(recipe, split, copies, frozen, world),
-        *_buffers(recipe, engine_config, world, split, network),
-        *_activations(recipe, pack, network),
-        *_others(recipe, pack, split, encoder_bytes, copies),
+        *_buffers(recipe, engine_config, split, network),
+        *activations,
+        *_encoders(encoders, sum(part.device for part in activations)),
+        *_others(recipe, pack, split, copies),
     ]
     total = sum(sizes)
     return MemoryEstimate(
@@ -181,6 +194,7 @@ def estimate(
         parts=tuple(part for part in parts if part.device or part.host),
         checkpoint_bytes=_FLOAT32 * total * (1 + len(STATE_KEYS) + copies),
         export_bytes=_FLOAT32 * (frozen or total),
+        unknown=encoders.unknown,
     )
 
 
@@ -290,9 +304,7 @@ def _states(recipe: Recipe, split: _Split, copies: int, frozen: int, world: Rank
         )
 
 
-def _buffers(
-    recipe: Recipe, engine: Mapping[str, Any], world: Ranks, split: _Split, network: TiM
-) -> Iterator[Part]:
+def _buffers(recipe: Recipe, engine: Mapping[str, Any], split: _Split, network: TiM) -> Iterator[Part]:
     settings = zero_settings(engine)
     networks = 1 if recipe.objective.guided_target is None else 2
     total = sum(parameter.numel() for parameter in network.parameters())
@@ -437,7 +449,7 @@ def taken_by_copies(model: ModelConfig, *, tokens: int, text: int, images: int, 
     return tokens * a_token + text * a_text + images * an_image
 
 
-def _activations(recipe: Recipe, pack: _Pack, network: TiM) -> Iterator[Part]:
+def _activations(recipe: Recipe, pack: _Pack) -> Iterator[Part]:
     model = recipe.model
     D, M, c = model.hidden_size, model.mlp_hidden, pack.width
     sizes = {"tokens": pack.tokens, "text": pack.text, "images": pack.images, "width": c}
@@ -472,14 +484,22 @@ def _activations(recipe: Recipe, pack: _Pack, network: TiM) -> Iterator[Part]:
         yield Part("derivative", round(3 * pack.moving * pack.tokens * passing), 0, "forward mode", 0.5)
 
 
-def _others(recipe: Recipe, pack: _Pack, split: _Split, encoder_bytes: int, copies: int) -> Iterator[Part]:
+def _encoders(encoders: EncoderMemory, activations: int) -> Iterator[Part]:
+    """They encode and draw between steps, when the activations of a step are gone."""
+    yield Part("frozen encoders", encoders.resident, 0, encoders.running)
+    yield Part("encoding", max(0, encoders.encoding - activations), 0, "beyond what a step takes later", 0.3)
+    yield Part("encoders of previews", 0, encoders.waiting, "on the host between them")
+    # Of two that are never at the same time, the second counts beyond the first.
+    taken = max(activations, encoders.encoding)
+    yield Part("drawing", max(0, encoders.drawing - taken), 0, "beyond what a step takes later", 0.3)
+
+
+def _others(recipe: Recipe, pack: _Pack, split: _Split, copies: int) -> Iterator[Part]:
     model = recipe.model
     # Clean tokens, noise, the point on the path, output, target, their difference and its square, and the
     # same for the directional term; captions.
     batch = _FLOAT32 * (12 * pack.tokens * model.token_channels + pack.text * (model.text_dim or 0))
     yield Part("batch and loss", batch, 0, "", 0.3)
-    if encoder_bytes:
-        yield Part("frozen encoders", encoder_bytes, 0, "as given", 0.1)
     yield Part("CUDA, NCCL, workspaces", RUNTIME_BYTES, 0, "assumed", 0.4)
     yield Part("process", 0, PROCESS_HOST_BYTES, "assumed")
     if recipe.data.workers:
@@ -510,7 +530,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--image-tokens", type=int, metavar="T", help="tokens of one image (of 1024 pixels a side)"
     )
-    parser.add_argument("--encoders-gib", type=float, default=0.0, help="frozen encoders on the GPU")
+    parser.add_argument(
+        "--encoders-gib", type=float, help="frozen encoders on the GPU, where their config.json is not here"
+    )
     options = parser.parse_intermixed_args(arguments)
     paths, overrides = split_arguments(options.recipe)
     if len(paths) != 1 or options.gpus < 1 or options.nodes < 1:
@@ -521,7 +543,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             read_engine_file(options.ds),
             Ranks(options.gpus * options.nodes, options.gpus),
             image_tokens=options.image_tokens,
-            encoder_bytes=round(options.encoders_gib * GIB),
+            encoder_bytes=None if options.encoders_gib is None else round(options.encoders_gib * GIB),
         )
     except TimError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -185,11 +185,13 @@ class MetricsLog:
         applied_steps: int,
         skipped_steps: int,
         phases: Mapping[str, Mapping[str, float]] | None = None,
+        retries: int = 0,
     ) -> None:
         """One line and its scalars at a log step.
 
         Args:
             phases: seconds of each phase since the last line, mean and largest over the ranks.
+            retries: requests for data that failed or took too long since the last line, of all ranks.
         """
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
@@ -211,6 +213,7 @@ class MetricsLog:
             "images_per_s": means["images"] / seconds,
             "tokens_per_s": means["tokens"] / seconds,
             "data_wait_share": phases["data_wait"]["mean"] / seconds if "data_wait" in phases else None,
+            "retries": retries,
             "tflops_per_device": per_device["model"] / 1e12 if per_device else None,
             "mfu": self._share_of_peak(per_device.get("model")),
             "hfu": self._share_of_peak(per_device.get("executed")),

@@ -13,14 +13,12 @@ gradient are timed inside the forward and taken off it. The gradients' reduction
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-
-from tim_ds.trainer.world import World
 
 HOST_PHASES = ("data_wait", "encoders", "save", "preview")
 """Taken by the clock on every device: they wait for the host, or for the device themselves. Encoders run
@@ -100,9 +98,8 @@ class PhaseClock:
         return taken
 
 
-def over_ranks(phases: dict[str, float], world: World) -> dict[str, dict[str, float]]:
-    """Mean and largest of every phase over the ranks. Called by all ranks."""
-    every = world.gather(phases)
+def over_ranks(every: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Mean and largest of every phase over the ranks, from those of each."""
     names = [name for name in dict.fromkeys(name for found in every for name in found)]
     return {
         name: {

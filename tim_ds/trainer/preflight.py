@@ -12,7 +12,7 @@ import re
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -116,7 +116,8 @@ def check(
         _look_at_device(found, recipe, world)
         if engine_config is not None:
             images = None if loader is None else max(map(len, loader.plan.step(0).packs))
-            _look_at_machine(found, recipe, engine_config, world, planned, images, run_dir, card_gib)
+            online = None if index is None else index.online
+            _look_at_machine(found, recipe, engine_config, world, planned, images, online, run_dir, card_gib)
             if index is not None:
                 found.attempt(lambda: check_parts(recipe, engine_config, DataFacts.of(index)))
             if any(world.gather(found.problems)):
@@ -372,10 +373,12 @@ def _look_at_machine(
     world: World,
     planned: Ranks,
     images: int | None,
+    online: Collection[str] | None,
     run_dir: Path | None,
     card_gib: float | None,
 ) -> None:
-    """Memory for packs of so many images; None: where the data are not known, of 1024 x 1024 pixels each."""
+    """Memory for packs of so many images, of which the shards leave that to encode; None: where the data are
+    not known, of 1024 x 1024 pixels each, with all encoders that the recipe may run."""
     config = recipe.train
     merged = found.attempt(
         lambda: merge_config(
@@ -383,7 +386,9 @@ def _look_at_machine(
         )
     )
     tokens = None if images is None else max(1, recipe.data.tokens_per_pack // images)
-    needs = found.attempt(lambda: estimate(recipe, engine_config, planned, image_tokens=tokens))
+    needs = found.attempt(
+        lambda: estimate(recipe, engine_config, planned, image_tokens=tokens, online=online)
+    )
     if merged is None or needs is None:
         return
     found.title("engine and memory")
@@ -399,10 +404,6 @@ def _look_at_machine(
         else f"for packs of {images:,} images, as in the fullest of the first step",
     )
     found.lines += [f"  {line}".rstrip() for line in needs.table(card_gib).splitlines()]
-    if recipe.data.encode_online or recipe.data.image_encoder is not None:
-        found.lines.append(
-            "  not counted          frozen encoders on the GPU (tim_ds.trainer.memory --encoders-gib)"
-        )
     if card_gib is not None and needs.fits(card_gib) is False:
         found.problems.append(
             f"memory: a rank needs {needs.device_bytes / GIB:.1f} GiB (+- {needs.device_spread / GIB:.1f}) "
@@ -435,8 +436,8 @@ def _look_at_disk(found: Findings, recipe: Recipe, needs: MemoryEstimate, run_di
     found.say("disk", f"{full / GIB:.2f} GiB at most, exported weights included; {free / GIB:.2f} GiB free")
     if free < full:
         found.problems.append(
-            f"disk: {kept} checkpoints and the exported weights need {full:,} bytes, {free:,} are free where "
-            f"{run_dir or 'runs'} is; free space, keep fewer, or choose another run folder"
+            f"disk: {kept} checkpoints and the exported weights need {full / GIB:.2f} GiB, {free / GIB:.2f} "
+            f"are free where {run_dir or 'runs'} is; free space, keep fewer, or choose another run folder"
         )
     if preview.every_steps:
         found.say(

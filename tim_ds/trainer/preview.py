@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 
 from torch import nn
 
 from tim_ds.config.recipe import Recipe
-from tim_ds.errors import NonFiniteError
 from tim_ds.eval.sheet import SheetBlock, SheetRow, contact_sheet
 from tim_ds.model.export_folder import Export, SourceConfig
-from tim_ds.pipeline import TiMPipeline, write_png
+from tim_ds.pipeline import PipelineOutput, TiMPipeline, write_png
+from tim_ds.trainer.in_step import InStep
 from tim_ds.trainer.metrics import MetricsLog
 from tim_ds.trainer.world import World
 
@@ -42,19 +43,32 @@ def describe_export(recipe: Recipe, step: int, recipe_sha256: str, *, average: s
     )
 
 
+def drawing_pipeline(export: Export, network: nn.Module) -> TiMPipeline:
+    """What previews and evaluations of a run draw with. Its encoders wait on the host.
+
+    Args:
+        export: as `describe_export`.
+        network: the network that is sampled from, inside the root module.
+    Raises:
+        RequestError, DataError: if an encoder is not there or does not fit.
+    """
+    pipeline = TiMPipeline(network, export)
+    # Memory differs between ranks, and a rank that refused alone would leave the others waiting.
+    pipeline.checks_memory = False
+    return pipeline
+
+
 class Previews:
     """Samples on every rank, since under ZeRO-3 each holds a part of the weights; rank 0 keeps the pictures.
 
     Args:
-        export: as `describe_export`; its sampler decides all but the step counts.
-        network: the network that is sampled from, inside the root module.
+        pipeline: as `drawing_pipeline`; its sampler decides all but the step counts.
     """
 
     def __init__(
         self,
         recipe: Recipe,
-        export: Export,
-        network: nn.Module,
+        pipeline: TiMPipeline,
         run_dir: Path,
         world: World,
         log: MetricsLog | None,
@@ -63,23 +77,21 @@ class Previews:
         self._folder = run_dir / PREVIEWS
         self._world = world
         self._log = log
-        self._pipeline = TiMPipeline(network, export)
-        # Memory differs between ranks, and a rank that refused alone would leave the others waiting.
-        self._pipeline.checks_memory = False
+        self._pipeline = pipeline
+        self._in_step = InStep(pipeline.network, world)
 
     def __call__(self, step: int) -> None:
         """One sheet, a column a prompt and a row a step count: `previews/step_*.png` and TensorBoard."""
         config = self._config
         rows = []
         for num_steps in config.num_steps:
-            try:
-                output = self._pipeline(config.prompts, config.sizes, num_steps=num_steps, seeds=config.seed)
-            except NonFiniteError as error:
-                # The weights are finite, or the step would have been refused: a picture is no reason to stop.
+            # The weights are finite, or the step would have been refused: a picture is no reason to stop.
+            output, problem = self._in_step.attempt(partial(self._draw, num_steps))
+            if output is None:
                 if self._world.is_main:
-                    logger.warning("step %d: no preview at %d steps: %s", step, num_steps, error)
+                    logger.warning("step %d: no preview at %d steps: %s", step, num_steps, problem)
                 continue
-            rows.append(SheetRow(f"{num_steps} steps" if num_steps > 1 else "1 step", output.images))
+            rows.append(SheetRow(f"{num_steps} steps" if num_steps > 1 else "1 step", output.pixels))
         if not rows or not self._world.is_main:
             return
         sheet = contact_sheet(config.prompts, [SheetBlock("", rows)], footnote=f"EMA weights of step {step}")
@@ -87,3 +99,8 @@ class Previews:
         write_png(self._folder / f"step_{step:09d}.png", sheet, settings)
         if self._log is not None:
             self._log.image("preview", sheet, step)
+
+    def _draw(self, num_steps: int) -> PipelineOutput:
+        config = self._config
+        with self._pipeline.encoders_beside_network():
+            return self._pipeline(config.prompts, config.sizes, num_steps=num_steps, seeds=config.seed)

@@ -166,6 +166,11 @@ def _curves(records: Sequence[RunRecord], labels: Sequence[str]) -> Iterator[str
         ),
         line_chart("Skipped steps", across(field("skipped_steps"), "skipped"), from_zero=True),
         line_chart("Replaced samples", across(field("replaced"), "in an interval"), from_zero=True),
+        *(
+            [line_chart("Requests made again", across(speed("retries"), "in an interval"), from_zero=True)]
+            if any(line.get("speed", {}).get("retries") for record in records for line in record.lines)
+            else []
+        ),
     ]
     yield '<section id="curves"><h2>Curves</h2>'
     yield _grid(charts) or "<p>No curve: no line was written.</p>"

@@ -6,7 +6,7 @@ import fcntl
 import json
 import logging
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -53,13 +53,12 @@ from tim_ds.trainer.engine import (
     read_engine_file,
     zero_stage,
 )
-from tim_ds.trainer.evaluation import Evaluations
 from tim_ds.trainer.initial import read_initial
 from tim_ds.trainer.inputs import StepInputs
 from tim_ds.trainer.loop import Loop, Progress
 from tim_ds.trainer.lora import merged, write_adapter
 from tim_ds.trainer.metrics import MetricsLog, Sums
-from tim_ds.trainer.preview import Previews, describe_export
+from tim_ds.trainer.preview import Previews, describe_export, drawing_pipeline
 from tim_ds.trainer.signals import StopAgreement, StopSignals
 from tim_ds.trainer.snapshots import SNAPSHOTS, Snapshots
 from tim_ds.trainer.step import TransitionStep
@@ -247,22 +246,27 @@ def _viewers(
     log: MetricsLog | None,
     signals: StopSignals,
     watch: Watch,
-) -> tuple[Previews | None, Evaluations | None]:
+) -> tuple[Callable[[int], None] | None, Callable[[int], None] | None]:
     """What looks at the averaged weights every so many steps, where the recipe asks for it."""
-    config, network = recipe.train, root.network
+    config = recipe.train
+    if not config.preview.every_steps and not config.evaluation.every_steps:
+        return None, None
     described = describe_export(recipe, progress.step, recipe_hash(recipe))
+    errors = (TimError, DataError)
+    pipeline = world.together(partial(drawing_pipeline, described, root.network), errors)
     preview = None
     if config.preview.every_steps:
-        preview = world.together(
-            partial(Previews, recipe, described, network, run_dir, world, log), (TimError,)
-        )
+        preview = world.together(partial(Previews, recipe, pipeline, run_dir, world, log), errors)
     evaluate = None
     if config.evaluation.every_steps:
+        # With its libraries of scores and plots, a second or two of every rank's start.
+        from tim_ds.trainer.evaluation import Evaluations
+
         evaluate = world.together(
             lambda: Evaluations(
-                recipe, described, network, run_dir, world, log, watch.enter, lambda: signals.requested
+                recipe, pipeline, run_dir, world, log, watch.enter, lambda: signals.requested
             ),
-            (TimError, DataError),
+            errors,
         )
     return preview, evaluate
 

@@ -18,15 +18,12 @@ from tim_kernels.bench.measure import MODES, Row
 
 def without_gpu(cases: list[Case]) -> str:
     """What can be said without a GPU: resources of the compiled kernels, and bytes by shape. No times."""
-    return "\n".join(
-        [
-            "No CUDA device here: nothing is timed. What is known without one:",
-            "",
-            aot.format_table(aot.read_record()),
-            "",
-            byte_table(cases),
-        ]
-    )
+    if aot.RECORD.exists():
+        resources = aot.format_table(aot.read_record())
+    else:
+        resources = "An installed copy has no record of the compiled kernels: `python -m tim_kernels.aot`."
+    known = "No CUDA device here: nothing is timed. What is known without one:"
+    return "\n\n".join([known, resources, byte_table(cases)])
 
 
 def byte_table(cases: list[Case]) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tim_kernels.bench.attention import attention_cases
-from tim_kernels.bench.case import Case, Inputs, lengths_of
+from tim_kernels.bench.case import Inputs, lengths_of
 from tim_kernels.bench.measure import TOLERANCE, Timer
 
 WIDTH, HEAD_DIM = 1152, 72
@@ -63,11 +63,11 @@ def timed(
             lengths = lengths_of(mix, tokens)
             plan, inputs = case.plan(lengths, device), case.inputs(lengths, device)
             flops = 0 if case.flops is None else case.flops(lengths)
-            expected = _launch(case, inputs, plan, head_dim, CANDIDATES[0])
+            expected = _launch(inputs, plan, head_dim, CANDIDATES[0])
             for tile in CANDIDATES:
 
                 def run(tile: Tile = tile, inputs: Inputs = inputs, plan: Any = plan) -> Tensor:
-                    return _launch(case, inputs, plan, head_dim, tile)  # noqa: B023  # called in this round
+                    return _launch(inputs, plan, head_dim, tile)
 
                 name = (case.label, mix, tokens, tuple(tile))
                 try:
@@ -112,7 +112,7 @@ def _column(x: Timed) -> tuple[str, str, int]:
     return x.label, x.mix, x.tokens
 
 
-def _launch(case: Case, inputs: Inputs, plan: Any, head_dim: int, tile: Any) -> Tensor:
+def _launch(inputs: Inputs, plan: Any, head_dim: int, tile: Any) -> Tensor:
     from tim_kernels.varlen_attention.jvp_kernel import launch_jvp
 
     heads = {n: x.unflatten(1, (-1, head_dim)) for n, x in inputs.items() if n != "lse"}

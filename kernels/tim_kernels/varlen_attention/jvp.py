@@ -83,25 +83,20 @@ def varlen_attention_jvp_reference(
     own, index_q, index_k = plan.moving, None, None
     if own.filled is not None:
         own, index_q, index_k = own.filled.plan, own.filled.index_q, own.filled.index_k
-    groups = own.padded_groups
-    ordered_q = [_in_order(_in_order(x, index_q), groups.index_q) for x in (q, d_q_TNH)]
-    ordered_k = [
-        None if x is None else _in_order(_in_order(x, index_k), groups.index_k)
+    groups = own.merged_groups
+    batches_q = [groups.queries(_in_order(_in_order(x, index_q), groups.index_q)) for x in (q, d_q_TNH)]
+    batches_k = [
+        [None] * len(groups.groups)
+        if x is None
+        else groups.keys(_in_order(_in_order(x, index_k), groups.index_k))
         for x in (k, v, d_k_LNH, d_v_LNH)
     ]
-    outputs = [q[:0]]
-    at_q = at_k = 0
-    for g in groups.groups:
-        size_q, size_k = g.num * g.length_q, g.num * g.max_k
-        q_B, d_q_B = (_batch(x[at_q : at_q + size_q], g.num) for x in ordered_q)
-        k_B, v_B, d_k_B, d_v_B = (
-            None if x is None else _batch(x[at_k : at_k + size_k], g.num) for x in ordered_k
-        )
+    outputs = [q[:0]] if not groups.groups else []
+    for g, q_B, d_q_B, k_B, v_B, d_k_B, d_v_B in zip(groups.groups, *batches_q, *batches_k, strict=True):
         assert k_B is not None and v_B is not None, "only tangents may be absent"
         out = dense_attention_tangent(q_B, k_B, v_B, d_q_B, d_k_B, d_v_B, g.mask, scale=scale)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
-        at_q, at_k = at_q + size_q, at_k + size_k
-    result = _in_order(torch.cat(outputs), groups.inverse_q)
+    result = _in_order(outputs[0] if len(outputs) == 1 else torch.cat(outputs), groups.inverse_q)
     if index_q is None:
         return result
     return q.new_zeros(d_q_TNH.shape).index_copy(0, index_q, result)
@@ -109,11 +104,6 @@ def varlen_attention_jvp_reference(
 
 def _in_order(x: Tensor, index: Tensor | None) -> Tensor:
     return x if index is None else x.index_select(0, index)
-
-
-def _batch(x: Tensor, num: int) -> Tensor:
-    """Tokens of `num` equal segments [num * length, N, H] -> [num, N, length, H]."""
-    return x.unflatten(0, (num, -1)).transpose(1, 2)
 
 
 def _obstacle(head_dim: int) -> str | None:

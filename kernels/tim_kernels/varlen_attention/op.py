@@ -12,8 +12,9 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -156,7 +157,7 @@ def _choose(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> tuple[str, 
         elif BACKENDS[asked].uniform_only and not plan.is_uniform:
             obstacle = "the segments of the pack differ in length"
         elif asked != "dense":
-            obstacle = _refusal_of(asked, str(q.device), q.dtype, q.shape[-1])
+            obstacle = _judgements().refusal_of(asked, str(q.device), q.dtype, q.shape[-1])
         if obstacle is not None:
             raise ValueError(f"{NAME}: the backend {asked} was asked for, but {obstacle}")
         return asked, "asked for"
@@ -165,12 +166,24 @@ def _choose(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> tuple[str, 
     if has_tangent:
         return "dense", "a forward-mode derivative is being taken"
     is_short = max(plan.max_q, plan.max_k) <= SHORT_PACK
-    name = _first_trusted(str(q.device), q.dtype, q.shape[-1], is_short, plan.is_uniform)
+    name = _judgements().first_trusted(str(q.device), q.dtype, q.shape[-1], is_short, plan.is_uniform)
     return name, f"first to be trusted at head_dim {q.shape[-1]}, {q.dtype}, {q.device.type}"
 
 
-# A compiled model takes the choice as it is made while it is traced: trials cannot be traced.
-@torch.compiler.assume_constant_result
+class _Judgements(NamedTuple):
+    first_trusted: Callable[[str, torch.dtype, int, bool, bool], str]
+    refusal_of: Callable[[str, str, torch.dtype, int], str | None]
+
+
+def _judgements() -> _Judgements:
+    if torch.compiler.is_compiling():
+        # Imported by traced code alone: it imports torch's compiler, two seconds for a process without need.
+        from tim_kernels.varlen_attention.constant import first_trusted, refusal_of
+
+        return _Judgements(first_trusted, refusal_of)
+    return _Judgements(_first_trusted, _refusal_of)
+
+
 def _first_trusted(device: str, dtype: torch.dtype, head_dim: int, is_short: bool, is_uniform: bool) -> str:
     situation = Situation.of(torch.device(device), dtype, head_dim)
     reasons = []
@@ -184,7 +197,6 @@ def _first_trusted(device: str, dtype: torch.dtype, head_dim: int, is_short: boo
     raise RuntimeError(f"{NAME}: no backend can be trusted at {situation}: {'; '.join(reasons)}")
 
 
-@torch.compiler.assume_constant_result
 def _refusal_of(name: str, device: str, dtype: torch.dtype, head_dim: int) -> str | None:
     return _refusal(name, Situation.of(torch.device(device), dtype, head_dim))
 

@@ -9,16 +9,23 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from tim_kernels.transfer import to_device
 
+_Padding = Literal["none", "keys", "both"]
+
+MERGED_LOGITS = 2**15
+"""Up to so many logits a head, padding included, segments of all lengths are one dense batch: on a CPU the
+calls that it saves take longer than what it adds."""
+
 
 @dataclass(frozen=True, eq=False)
 class DenseGroup:
-    """Segments that run as one dense batch: equal query length, key lengths padded to `max_k`."""
+    """Segments that run as one dense batch: query lengths padded to `length_q`, key lengths to `max_k`."""
 
     num: int
     length_q: int
@@ -33,10 +40,26 @@ class DenseGroups:
 
     groups: tuple[DenseGroup, ...]
     index_q: Tensor | None
-    """int64 [T]: query tokens in group order; None when they are in that order already."""
+    """int64: query tokens in group order, padding repeats the segment's own first query; None when they are
+    in that order already."""
     index_k: Tensor | None
     """int64: key tokens in group order, padding repeats the segment's own first key."""
     inverse_q: Tensor | None
+    """int64 [T]: where each query token stands in that order."""
+
+    def queries(self, x: Tensor) -> list[Tensor]:
+        """Each group's part of a tensor [tokens, N, H] in the order of `index_q`: [num, N, length_q, H]."""
+        return _batches(x, [(g.num, g.length_q) for g in self.groups])
+
+    def keys(self, x: Tensor) -> list[Tensor]:
+        """Each group's part of a tensor [tokens, N, H] in the order of `index_k`: [num, N, max_k, H]."""
+        return _batches(x, [(g.num, g.max_k) for g in self.groups])
+
+
+def _batches(x: Tensor, sizes: list[tuple[int, int]]) -> list[Tensor]:
+    # One split, whose backward is one concatenation; slices would each be padded with zeros and added.
+    parts = x.split([num * length for num, length in sizes])
+    return [part.unflatten(0, size).transpose(1, 2) for part, size in zip(parts, sizes, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +80,7 @@ class AttentionPlan:
     """Whether all segments have the same number of queries, and all the same number of keys."""
     filled: FilledSegments | None
     """The segments that have queries and keys, where some lack either: no kernel sees the others."""
-    _groups: dict[bool, DenseGroups]
+    _groups: dict[_Padding, DenseGroups]
     """Built when first asked for: most backends do not need them."""
 
     @classmethod
@@ -126,17 +149,23 @@ class AttentionPlan:
     @property
     def padded_groups(self) -> DenseGroups:
         """One dense batch for each query length, keys padded and masked: few calls."""
-        return self._grouped(pad_keys=True)
+        return self._grouped("keys")
 
     @property
     def exact_groups(self) -> DenseGroups:
         """One dense batch for each pair of lengths: no masks."""
-        return self._grouped(pad_keys=False)
+        return self._grouped("none")
 
-    def _grouped(self, *, pad_keys: bool) -> DenseGroups:
-        if pad_keys not in self._groups:
-            self._groups[pad_keys] = _group(self.lengths_q, self.lengths_k, self.device, pad_keys=pad_keys)
-        return self._groups[pad_keys]
+    @property
+    def merged_groups(self) -> DenseGroups:
+        """One dense batch of all, queries padded too, where that is small; else `padded_groups`."""
+        is_small = len(self.lengths_q) * self.max_q * self.max_k <= MERGED_LOGITS
+        return self._grouped("both" if is_small else "keys")
+
+    def _grouped(self, padding: _Padding) -> DenseGroups:
+        if padding not in self._groups:
+            self._groups[padding] = _group(self.lengths_q, self.lengths_k, self.device, padding)
+        return self._groups[padding]
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,31 +196,37 @@ def _filled(
 
 
 def _group(
-    lengths_q: tuple[int, ...], lengths_k: tuple[int, ...], device: torch.device, *, pad_keys: bool
+    lengths_q: tuple[int, ...], lengths_k: tuple[int, ...], device: torch.device, padding: _Padding
 ) -> DenseGroups:
-    """A padded slot repeats a key of its own segment and is masked: no foreign NaN comes near."""
+    """A padded slot repeats a token of its own segment; as a key it is masked: no foreign NaN comes near."""
     members: dict[tuple[int, int], list[int]] = defaultdict(list)
     for i, (n_q, n_k) in enumerate(zip(lengths_q, lengths_k, strict=True)):
-        members[n_q, 0 if pad_keys else n_k].append(i)
-    start_k = _starts(lengths_k)
+        members[0 if padding == "both" else n_q, n_k if padding == "none" else 0].append(i)
+    start_q, start_k = _starts(lengths_q), _starts(lengths_k)
     groups: list[DenseGroup] = []
     order_q: list[int] = []
     order_k: list[int] = []
-    for (n_q, _), chosen in members.items():
-        chosen_k = [lengths_k[i] for i in chosen]
+    place_q = [0] * start_q[-1]
+    for chosen in members.values():
+        length_q, chosen_k = max(lengths_q[i] for i in chosen), [lengths_k[i] for i in chosen]
         max_k = max(chosen_k)
         mask = None
         if min(chosen_k) < max_k:
             mask = torch.arange(max_k) < torch.tensor(chosen_k)[:, None]
             mask = to_device(mask[:, None, None, :], device)
-        order_q += _tokens(chosen, lengths_q)
         for i in chosen:
-            order_k += range(start_k[i], start_k[i + 1])
-            order_k += [start_k[i]] * (max_k - lengths_k[i])
-        groups.append(DenseGroup(len(chosen), n_q, max_k, mask))
-    index_q = _index(order_q, sum(lengths_q), device)
-    inverse = None if index_q is None else to_device(torch.argsort(torch.tensor(order_q)), device)
-    return DenseGroups(tuple(groups), index_q, _index(order_k, sum(lengths_k), device), inverse)
+            place_q[start_q[i] : start_q[i + 1]] = range(len(order_q), len(order_q) + lengths_q[i])
+            order_q += _padded(start_q[i], lengths_q[i], length_q)
+            order_k += _padded(start_k[i], lengths_k[i], max_k)
+        groups.append(DenseGroup(len(chosen), length_q, max_k, mask))
+    index_q = _index(order_q, start_q[-1], device)
+    inverse = None if index_q is None else to_device(torch.tensor(place_q, dtype=torch.int64), device)
+    return DenseGroups(tuple(groups), index_q, _index(order_k, start_k[-1], device), inverse)
+
+
+def _padded(start: int, length: int, slots: int) -> list[int]:
+    """Tokens of one segment, its first again in the slots that are left."""
+    return [*range(start, start + length), *[start] * (slots - length)]
 
 
 def _starts(lengths: tuple[int, ...]) -> list[int]:

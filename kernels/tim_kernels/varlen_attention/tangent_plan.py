@@ -7,8 +7,8 @@ segments that move, M tiles.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from dataclasses import dataclass, field
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
@@ -38,6 +38,8 @@ class AttentionTangentPlan:
     _chosen: tuple[tuple[int, ...], tuple[int, ...]]
     """Segments of queries and of keys, and where they start in the pack."""
     _starts: tuple[tuple[int, ...], tuple[int, ...]]
+    _rows: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
+    """Of the chosen segments of queries (0) and keys (1), once somebody has asked: the definition does."""
 
     @classmethod
     def from_lengths(
@@ -80,11 +82,20 @@ class AttentionTangentPlan:
 
     def queries_of(self, x: Tensor) -> Tensor:
         """The moving rows of a tensor with a row a query token of the pack."""
-        return _gather(x, self._chosen[0], self._starts[0])
+        return self._gather(x, 0)
 
     def keys_of(self, x: Tensor) -> Tensor:
         """The rows that are read, of a tensor with a row a key token of the pack."""
-        return _gather(x, self._chosen[1], self._starts[1])
+        return self._gather(x, 1)
+
+    def _gather(self, x: Tensor, which: int) -> Tensor:
+        chosen, starts = self._chosen[which], self._starts[which]
+        if chosen == tuple(range(len(starts) - 1)):
+            return x
+        if which not in self._rows:
+            rows = list(chain.from_iterable(range(starts[i], starts[i + 1]) for i in chosen))
+            self._rows[which] = to_device(torch.tensor(rows, dtype=torch.int64), x.device)
+        return x.index_select(0, self._rows[which])
 
 
 def _tiles(own: AttentionPlan, start_q: list[int], start_k: list[int]) -> Tensor:
@@ -106,9 +117,3 @@ def _tiles(own: AttentionPlan, start_q: list[int], start_k: list[int]) -> Tensor
         keys_s[segment_M],
     ]
     return torch.stack(columns, dim=1).to(torch.int32).contiguous()
-
-
-def _gather(x: Tensor, chosen: tuple[int, ...], starts: tuple[int, ...]) -> Tensor:
-    if chosen == tuple(range(len(starts) - 1)):
-        return x
-    return torch.cat([x[starts[i] : starts[i + 1]] for i in chosen] or [x[:0]])
