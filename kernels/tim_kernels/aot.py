@@ -3,6 +3,7 @@
     python -m tim_kernels.aot            compile, print the table, exit 1 if something is wrong
     python -m tim_kernels.aot --write    and record the table in kernels/results/resources.json
     python -m tim_kernels.aot --json     print it as JSON
+    python -m tim_kernels.aot --limits   what the machine code allows of a device's bandwidth (limits.py)
 
 Compiles for sm_80 (A100), sm_90 (H100, H200) and sm_100 (B200) with the ptxas inside Triton and reads
 registers, stack and machine code with the cuobjdump and nvdisasm beside it. Needs a process without
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tim_kernels.limits import Limits
     from tim_kernels.shipped import Variant
 
 ARCHITECTURES = (80, 90, 100)
@@ -68,6 +70,11 @@ def compile_variant(variant: Variant, architecture: int) -> Resources:
     Raises:
         RuntimeError: if Triton was imported for interpretation.
     """
+    return disassemble(variant, architecture)[0]
+
+
+def disassemble(variant: Variant, architecture: int) -> tuple[Resources, str]:
+    """Compile for one architecture; also the machine code, as nvdisasm prints it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -139,6 +146,35 @@ def compile_all(architectures: Sequence[int] = ARCHITECTURES) -> dict[str, Any]:
     return {"triton": triton.__version__, "architectures": list(architectures), "variants": table}
 
 
+def compile_limits(architecture: int) -> dict[str, Limits]:
+    """Static bounds of every variant that device memory binds, on the device of `limits.DEVICES`.
+
+    Raises:
+        UnreadableListing: if a listing is not what `sass.py` can read; the message names the variant.
+    """
+    from tim_kernels import limits, sass
+    from tim_kernels.shipped import variants
+
+    table = {}
+    for v in variants():
+        work = limits.work_of(v)
+        if work is None:
+            continue
+        found, code = disassemble(v, architecture)
+        try:
+            table[v.name] = limits.limits_of(
+                sass.parse(code),
+                work,
+                limits.DEVICES[architecture],
+                registers=found.registers,
+                shared_bytes=found.shared_bytes,
+                num_warps=v.num_warps,
+            )
+        except sass.UnreadableListing as error:
+            raise sass.UnreadableListing(f"{v.name}, sm_{architecture}: {error}") from error
+    return table
+
+
 def read_record(path: Path = RECORD) -> dict[str, Any]:
     return json.loads(path.read_text())
 
@@ -184,7 +220,7 @@ def format_table(table: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _read(asm: dict[str, Any], shared_bytes: int, specialised_lengths: int) -> Resources:
+def _read(asm: dict[str, Any], shared_bytes: int, specialised_lengths: int) -> tuple[Resources, str]:
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -206,7 +242,7 @@ def _read(asm: dict[str, Any], shared_bytes: int, specialised_lengths: int) -> R
             n for op, n in opcodes.items() if op.split(".")[0] in families and suffix in [*op.split("."), ""]
         )
 
-    return Resources(
+    found = Resources(
         registers=int(match[1]),
         stack_bytes=int(match[2]),
         shared_bytes=shared_bytes,
@@ -219,6 +255,7 @@ def _read(asm: dict[str, Any], shared_bytes: int, specialised_lengths: int) -> R
         narrow_offsets=len(re.findall(r"arith\.muli [^\n]*%\w*_stride\b[^\n]*: i32", asm["ttir"])),
         specialised_lengths=specialised_lengths,
     )
+    return found, code
 
 
 def _run(*command: object) -> str:
@@ -233,6 +270,9 @@ def main() -> int:
     )
     parser.add_argument("--write", action="store_true", help="record the table in kernels/results")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--limits", action="store_true", help="print static bounds instead, for sm_90 or sm_80"
+    )
     parser.add_argument(
         "--architectures",
         type=int,
@@ -249,6 +289,14 @@ def main() -> int:
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         print("TRITON_INTERPRET is set: unset it to compile kernels", file=sys.stderr)
         return 2
+    if arguments.limits:
+        from tim_kernels import limits
+
+        chosen = [90] if arguments.architectures == list(ARCHITECTURES) else arguments.architectures
+        if arguments.write or arguments.json or not set(chosen) <= limits.DEVICES.keys():
+            parser.error(f"--limits goes with --architectures of {sorted(limits.DEVICES)} alone")
+        print("\n\n".join(limits.format_limits(compile_limits(a), limits.DEVICES[a]) for a in chosen))
+        return 0
     table = compile_all(arguments.architectures)
     if arguments.write:
         RECORD.write_text(json.dumps(table, indent=1) + "\n")

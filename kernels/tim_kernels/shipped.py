@@ -152,8 +152,7 @@ def _modulated_layer_norm() -> list[Variant]:
                 norm.backward_kernel,
                 pointers,
                 norm.options(width),
-                # At 768 columns a thread holds four of the wider block: 64 bits of a bfloat16 row.
-                wide_loads=3 if width == 768 or not residual else 5,
+                wide_loads=5 if residual else 3,
             )
         )
     return found
@@ -317,9 +316,8 @@ def _modulated_layer_norm_jvp() -> list[Variant]:
                 pointers,
                 norm.options(width),
                 types={"eps": "fp32"},
-                # Two a thread for every float32 row, of tokens or of segments, and one for every bfloat16
-                # row; at 768 columns, half of that.
-                wide_loads=7 if width == 768 else 14 if residual else 10,
+                # Two a thread for every float32 row, of tokens or segments, and one for every bfloat16 row.
+                wide_loads=14 if residual else 10,
             )
         )
     return found

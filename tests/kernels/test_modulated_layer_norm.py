@@ -51,6 +51,7 @@ SIZES = {
     "one-token-and-empty": ((0, 1, 5, 0, 0, 1, 3, 0), 72),
     "width-1152": ((3, 2), 1152),
     "masked-tail": ((2, 1), 1176),
+    "too-wide-for-stages": ((2,), 2176),
     "odd-width": ((3, 2), 37),
     "single-column": ((3,), 1),
 }
