@@ -71,7 +71,7 @@ def stand_ins(kernels: Counter[str], *, prepare: bool = True) -> Iterator[None]:
     Args:
         prepare: take them through Triton's launcher for an sm_90, which compiles each once.
     """
-    driver.set_active(Driver())  # type: ignore[arg-type]
+    driver.set_active(Driver())  # type: ignore[arg-type]  # what a launch without a device asks
     chosen, wrapped = attention_op._choose, {id(v.kernel): v.kernel for v in variants()}.values()
     interpreting, runs = dispatch.is_interpreting, [kernel.run for kernel in wrapped]
 
@@ -83,7 +83,8 @@ def stand_ins(kernels: Counter[str], *, prepare: bool = True) -> Iterator[None]:
         return launch
 
     try:
-        dispatch.is_interpreting = lambda: True  # type: ignore[assignment]
+        # CPU tensors stand for CUDA tensors.
+        dispatch.is_interpreting = lambda: True  # type: ignore[assignment]  # it is cached, this is not
         attention_op._choose = lambda *_: ("stand_in", "stand-in")
         attention_op._loaded["stand_in"] = _attend
         for kernel, run in zip(wrapped, runs, strict=True):
@@ -111,7 +112,7 @@ class _Attention(torch.autograd.Function):
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, with_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    return _Attention.apply(q, k, v)  # type: ignore[return-value]
+    return _Attention.apply(q, k, v)  # type: ignore[return-value]  # torch types it as one tensor
 
 
 class _Counting(TorchDispatchMode):

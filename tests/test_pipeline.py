@@ -239,10 +239,10 @@ class TestAsDiffusersHasIt:
 
     def test_pictures_of_many_sizes_are_a_list(self, pipe: TiMPipeline) -> None:
         for kind, shape in (("np", (8, 24, 1)), ("pt", (1, 8, 24)), ("latent", (16, 2, 6))):
-            images = pipe(PROMPTS, SIZES, output_type=kind).images  # type: ignore[arg-type]
+            images = pipe(PROMPTS, SIZES, output_type=kind).images  # type: ignore[arg-type]  # a plain str
             assert isinstance(images, list) and images[2].shape == shape
         with pytest.raises(RequestError, match="output_type: expected one of pil, np, pt, latent, received"):
-            pipe("a", "8x8", output_type="png")  # type: ignore[arg-type]
+            pipe("a", "8x8", output_type="png")  # type: ignore[arg-type]  # what is refused
 
     def test_several_pictures_of_each_prompt(self, pipe: TiMPipeline) -> None:
         output = pipe(["a three", "a six"], ["8x8", "8x16"], num_images_per_prompt=2, seeds=5)

@@ -299,7 +299,7 @@ class TiMPipeline:
             yield
         finally:
             for part in parts:
-                part.to("cpu")  # type: ignore[union-attr]
+                part.to("cpu")  # type: ignore[union-attr]  # asked above
 
     @property
     def device(self) -> torch.device:

@@ -115,14 +115,15 @@ class Instruction:
         names = _named(operand)
         if not names:
             return []
-        bank, first = re.fullmatch(r"(UR|R|UP|P)(\d+)", names[0]).groups()  # type: ignore[union-attr]
+        bank = names[0].rstrip("0123456789")
+        first = int(names[0].removeprefix(bank))
         parts = self.opcode.split(".")
         size = max(1, self.width // 4)
         if "WIDE" in parts or (self.family in ("LDC", "ULDC") and "64" in parts):
             size = 2
         elif self.family in _MATRIX_REGISTERS:
             size = _MATRIX_REGISTERS[self.family]
-        return [f"{bank}{int(first) + i}" for i in range(size)]
+        return [f"{bank}{first + i}" for i in range(size)]
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ class TestFeeds:
         network = TinyFeatures()
         network.pool_width = 8
         network._features = (
-            lambda x: {  # type: ignore[method-assign]
+            lambda x: {  # type: ignore[method-assign]  # as wide as the test needs
                 "pool": x.flatten(1)[:, :: x[0].numel() // 7][:, :8] / 100
             }
         )

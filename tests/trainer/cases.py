@@ -772,7 +772,7 @@ def meet_poisoned_gradient_in_a_run(
 
     assembly.TransitionStep = Poisoned  # type: ignore[misc]  # put back below
     train(settings, folder / "run", shared_engine_file(world, folder, 2), world)
-    assembly.TransitionStep = plain  # type: ignore[misc]
+    assembly.TransitionStep = plain  # type: ignore[misc]  # as it was
     assert 1 in steps
     keys = [key for batch in micro_batches(settings, world, 2)[1] for key in batch.keys]
     return {"samples": [key for part in world.gather(keys) for key in part]}

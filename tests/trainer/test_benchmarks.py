@@ -89,7 +89,7 @@ def test_pictures_are_drawn_while_the_encoders_are_beside_the_network(
 
     def watched(self: TiMPipeline, *arguments: object, **options: object) -> PipelineOutput:
         drawn.append("beside" if len(moved) % 2 else "alone")
-        return run(self, *arguments, **options)  # type: ignore[arg-type]
+        return run(self, *arguments, **options)  # type: ignore[arg-type]  # handed on as they came
 
     monkeypatch.setattr(pipeline.autoencoder, "to", to, raising=False)
     monkeypatch.setattr(TiMPipeline, "run", watched)

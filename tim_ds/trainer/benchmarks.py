@@ -22,7 +22,7 @@ from tim_ds.eval.results import RESULTS_NAME, ResultRow, add_row
 from tim_ds.model.weights import write_aside
 from tim_ds.pipeline import PipelineOutput, TiMPipeline
 from tim_ds.trainer.config import BenchmarkConfig, EvaluationConfig
-from tim_ds.trainer.in_step import InStep, LeftError, OutOfStepError, told
+from tim_ds.trainer.in_step import InStep, told
 from tim_ds.trainer.metrics import MetricsLog
 from tim_ds.trainer.world import World
 
@@ -142,20 +142,11 @@ class Benchmarks:
             ours = ours[world.rank :: world.size]
             ours += [()] * (rounds - len(ours))
         for part in ours:
-            problem = None
-            try:
-                if part:
-                    output = self._in_step.run(partial(self._draw_part, part, sampling))
-            except OutOfStepError:
-                raise
-            except LeftError:
-                # The rank that failed tells why.
-                pass
-            except Exception as error:
-                problem = told(error)
-            else:
-                if part and (world.is_main or not self._in_step.needed):
-                    problem = _problem_of(partial(write, output, part, folder))
+            output, problem = None, None
+            if part:
+                output, problem = self._in_step.tried(partial(self._draw_part, part, sampling))
+            if output is not None and (world.is_main or not self._in_step.needed):
+                problem = _problem_of(partial(write, output, part, folder))
             self._agree(problem)
 
     def _draw_part(self, part: Sequence[Wanted], sampling: Sampling) -> PipelineOutput:

@@ -75,17 +75,21 @@ class InStep:
             self._ask()
         return result
 
-    def attempt(self, action: Callable[[], T]) -> tuple[T | None, str | None]:
-        """The result of `action`; or, on every rank, what went wrong on the first where something did."""
-        result, problem = None, None
+    def tried(self, action: Callable[[], T]) -> tuple[T | None, str | None]:
+        """`run`, with what went wrong on this rank; where another failed, neither a result nor a problem."""
         try:
-            result = self.run(action)
+            return self.run(action), None
         except OutOfStepError:
             raise
         except LeftError:
-            pass
+            # The rank that failed tells why.
+            return None, None
         except Exception as error:
-            problem = told(error)
+            return None, told(error)
+
+    def attempt(self, action: Callable[[], T]) -> tuple[T | None, str | None]:
+        """The result of `action`; or, on every rank, what went wrong on the first where something did."""
+        result, problem = self.tried(action)
         problems = [text for text in self._world.gather(problem) if text is not None]
         return (None, problems[0]) if problems else (result, None)
 
