@@ -22,7 +22,7 @@ from tim_ds.config.recipe import (
     to_dict,
 )
 from tim_ds.errors import ConfigError, TimeDomainError
-from tim_ds.objective.config import TransportConfig, WeightConfig
+from tim_ds.objective.config import ObjectiveConfig, TransportConfig, WeightConfig
 
 RECIPES = sorted((Path(__file__).parents[2] / "launch" / "recipes").glob("*.yaml"))
 
@@ -53,6 +53,52 @@ def test_the_two_handwriting_recipes_train_the_same_network_on_the_same_data_and
     assert flow.data == tim.data
     assert (flow.train.steps, flow.train.seed) == (tim.train.steps, tim.train.seed)
     assert flow.objective.diffusion_share == 1.0
+
+
+def of_the_study(objective: ObjectiveConfig) -> tuple[object, ...]:
+    """The settings that were chosen together: LOG.md, 2026-11-22."""
+    weight = objective.weight
+    return (
+        objective.derivative,
+        objective.diffusion_share,
+        objective.consistency_share,
+        objective.diffusion_time,
+        weight.adaptive,
+        weight.adaptive_over,
+    )
+
+
+def test_the_default_objective_is_the_exact_derivative_with_its_weights():
+    assert of_the_study(ObjectiveConfig()) == ("paired", 0.75, 0.05, "first", True, "kind")
+    assert load_recipe(RECIPES[0].parent / "handwriting_tim.yaml").objective == ObjectiveConfig(
+        directional=False
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["t2i_xl", "t2i_xl_repa", "c2i_b_p4", "c2i_xl_256", "c2i_xl_256_mg", "c2i_xl_512", "c2i_xl_512_mg"],
+)
+def test_a_recipe_of_the_authors_has_their_objective_whatever_the_defaults_are(name: str):
+    objective = load_recipe(RECIPES[0].parent / f"{name}.yaml").objective
+    assert of_the_study(objective) == ("dde", 0.5, 0.1, "larger", True, "image")
+    assert objective.directional and objective.derivative_step is None
+    assert (objective.weight.time_type, objective.weight.warp) == ("sqrt", "tangent")
+    assert objective.weight.of_interval
+
+
+def test_no_recipe_pairs_an_exact_derivative_with_the_authors_weights():
+    objectives = {path.stem: load_recipe(path).objective for path in RECIPES}
+    exact = {
+        name: objective
+        for name, objective in objectives.items()
+        if objective.derivative == "paired" and objective.diffusion_share < 1.0
+    }
+    assert {"handwriting_tim", "t2i_xl_native", "t2i_xl_finetune", "t2i_xl_lora"} <= set(exact)
+    for name, objective in exact.items():
+        shares = (objective.diffusion_share, objective.consistency_share)
+        assert shares == (0.75, 0.05), name
+        assert not objective.weight.adaptive or objective.weight.adaptive_over == "kind", name
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ ESTIMATORS: dict[str, tuple[str, Precision]] = {
 """`objective.derivative`, and the precision of its own passes."""
 
 ADAPTIVE = {
-    "off": ("objective.weight.adaptive=false", "objective.weight.adaptive_over=image"),
+    "off": ("objective.weight.adaptive=false", "objective.weight.adaptive_over=kind"),
     "on": ("objective.weight.adaptive=true", "objective.weight.adaptive_over=image"),
     "kind": ("objective.weight.adaptive=true", "objective.weight.adaptive_over=kind"),
 }
