@@ -1,6 +1,6 @@
 """What a save costs the step, and what goes on behind it.
 
-    python -m tests.trainer.save_cost --folder /data/scratch [--share 0.25] [--ranks 8] [--unprepared] [--window 1]
+    python -m tests.trainer.save_cost --folder DIR [--share 0.25] [--ranks 8] [--unprepared] [--window 1]
 
 The state of the 865M model (float32 master, two averages of AdamW, one averaged copy), or a share of it,
 split among ranks of one host that all save at once, is saved three times. Before that the memory of the
@@ -9,9 +9,9 @@ step here is a matrix product, an average of weights and small calls from Python
 feels what the other thread takes: cores, caches, bandwidth, locks. After each step the ranks look after the
 checkpoint, as those of a run do.
 
-The whole model's state and its copies are 28 GB. With `--window` the tensors of the state lie over each other
-in a window of that many GiB, which a host with half the memory can hold: every byte of the copies is there, is
-written and goes to the disk, and as many are read, from a window that no cache holds.
+The whole model's state and its copies are 28 GB. With `--window` the tensors of the state lie over each
+other in a window of that many GiB, which a host with half the memory can hold: every byte of the copies is
+there, is written and goes to the disk, and as many are read, from a window that no cache holds.
 """
 
 from __future__ import annotations
@@ -168,8 +168,8 @@ def main() -> None:
     elements = sum(rank["elements"] for rank in ranks)
     device = ranks[0]["device"]
     print(
-        f"{elements:,} parameters, {16 * elements / 1e9:.2f} GB on {len(ranks)} ranks, {device}; load average "
-        f"{os.getloadavg()[0]:.1f}; {sum(rank['from_disk'] for rank in ranks)} pages read from a disk"
+        f"{elements:,} parameters, {16 * elements / 1e9:.2f} GB on {len(ranks)} ranks, {device}; "
+        f"load average {os.getloadavg()[0]:.1f}; {sum(r['from_disk'] for r in ranks)} pages read from a disk"
     )
     print(told("steps before", every("alone")))
     if not options.unprepared:

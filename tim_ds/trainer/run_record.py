@@ -16,9 +16,9 @@ from tim_ds.pipeline import read_settings
 from tim_ds.trainer.checkpoint import Checkpoint, find_checkpoints
 from tim_ds.trainer.metrics import METRICS_FILE, read_metrics
 from tim_ds.trainer.preview import PREVIEWS
+from tim_ds.trainer.run_folder import LOCK_FILE
 from tim_ds.trainer.snapshots import SNAPSHOTS
 
-LOCK_FILE = ".lock"
 _OWN_FOLDERS = (PREVIEWS, SNAPSHOTS, "checkpoints", "export", "tensorboard", "post_hoc")
 """Folders of a run in which no evaluation is sought."""
 
