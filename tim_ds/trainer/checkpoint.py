@@ -135,8 +135,8 @@ class Checkpoint:
         """Raises CheckpointGoneError if the checkpoint was deleted since it was found."""
         if not (self.path / MANIFEST).exists():
             raise CheckpointGoneError(
-                f"{self.path}: deleted while it was read; a run keeps its newest train.checkpoint.keep "
-                "checkpoints and its milestones. Read the newest, or a milestone"
+                f"{self.path}: deleted while it was read: the run that writes there keeps the newest few and "
+                "its milestones. Read one of these"
             )
 
     def _opened(self, path: Path) -> Any:
