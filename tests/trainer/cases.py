@@ -881,7 +881,7 @@ def save_on_a_bad_disk(world: World, folder: Path, shards: Path, poisoned: Path)
             except CheckpointError as error:
                 return str(error)
 
-    found = {
+    found: dict[str, Any] = {
         "folder": str(folder),
         "goes on": run("goes on", (2,)),
         "last fails": run("last fails", (6,)),
@@ -890,6 +890,7 @@ def save_on_a_bad_disk(world: World, folder: Path, shards: Path, poisoned: Path)
     if world.is_main:
         # In the store of a group that goes on to other runs.
         world.store("stop").delete_key("last_step")
+    found["left by the stopped"] = [c.step for c in find_checkpoints(folder / "stopped" / "checkpoints")]
     world.barrier()
     return {**found, "stopped, again": run("stopped", ())}
 

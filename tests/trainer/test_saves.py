@@ -196,9 +196,13 @@ def test_a_run_of_several_ranks_goes_on_past_failed_saves_and_loses_no_line(grou
         assert steps_in(folder / "last fails") == [2, 4]
         # Asked to stop, it does not say that it saved.
         message = found["stopped"]
-        assert "stopped after step" in message and "and NOT SAVED: " in message
-        assert steps_in(folder / "stopped") == [2]
-        assert told(folder / "stopped")[-1][0] == "failed"
+        assert "stopped after step 4 (SIGTERM on rank " in message and "), and NOT SAVED: " in message
+        assert found["left by the stopped"] == [2]
         assert "finished at step 6" in found["stopped, again"]
-        events = [event for event, _ in told(folder / "stopped")]
-        assert events.count("continued") == 1 and events[-1] == "finished"
+        assert told(folder / "stopped") == [
+            ("began", 0),
+            *[("save failed", 4)] * 2,
+            ("failed", 4),
+            ("continued", 2),
+            ("finished", 6),
+        ]
