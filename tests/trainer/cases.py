@@ -36,6 +36,7 @@ from tim_ds.model.init import initial_values
 from tim_ds.model.tim import TiM
 from tim_ds.pipeline import TiMPipeline
 from tim_ds.trainer import assembly
+from tim_ds.trainer import checkpoint as checkpoint_module
 from tim_ds.trainer.assembly import UNITS, build_root, teacher_parameters
 from tim_ds.trainer.checkpoint import CheckpointFolder, Piece, find_checkpoints
 from tim_ds.trainer.ema import Ema
@@ -906,6 +907,48 @@ def fill_the_disk(world: World, folder: Path, shards: Path, poisoned: Path) -> d
     return results
 
 
+def save_on_a_bad_disk(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[str, Any]:
+    """Runs whose saves at some steps are refused: by the disk of the last rank, or by all."""
+    settings = ("train.steps=6", "train.checkpoint={every_steps: 2, keep: 2}")
+    file = shared_engine_file(world, folder, 1)
+    plain = checkpoint_module.write_rank_file
+    signals = StopSignals()
+
+    def run(name: str, refused: tuple[int, ...], *, stop_after: int | None = None) -> str:
+        def write(path: Path, tensors: Any) -> Any:
+            if path.parent.name in {f".tmp-step_{step:09d}" for step in refused} and world.rank == 1:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return plain(path, tensors)
+
+        def step(self: Loop, micro_batches: Any) -> None:
+            plain_step(self, micro_batches)
+            # Whatever the disk, the write is over when the loop looks.
+            self.saves._settle(wait=True)
+            if self.progress.step == stop_after:
+                signals.reason = "SIGTERM"
+
+        plain_step = Loop._step
+        signals.reason = None
+        with patch.object(checkpoint_module, "write_rank_file", write), patch.object(Loop, "_step", step):
+            try:
+                return train(recipe(shards, *settings), folder / name, file, world, signals=signals)
+            except CheckpointError as error:
+                return str(error)
+
+    found: dict[str, Any] = {
+        "folder": str(folder),
+        "goes on": run("goes on", (2,)),
+        "last fails": run("last fails", (6,)),
+        "stopped": run("stopped", (4, 5), stop_after=3),
+    }
+    if world.is_main:
+        # In the store of a group that goes on to other runs.
+        world.store("stop").delete_key("last_step")
+    found["left by the stopped"] = [c.step for c in find_checkpoints(folder / "stopped" / "checkpoints")]
+    world.barrier()
+    return {**found, "stopped, again": run("stopped", ())}
+
+
 def save_first(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[str, Any]:
     """Who makes the memory of the saves, and after how many steps."""
     plain_make, plain_step = HostCopy._make, Loop._step
@@ -1021,6 +1064,7 @@ CASES: dict[str, Callable[[World, Path, Path, Path], Any]] = {
         meet_poisoned_gradient_in_a_run,
         give_up,
         fill_the_disk,
+        save_on_a_bad_disk,
         save_first,
         ask_again,
         cut_an_interval,
