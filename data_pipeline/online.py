@@ -188,6 +188,17 @@ class FrozenEncoders:
             if part is not None
         }
 
+    @property
+    def autoencoder(self) -> Autoencoder | None:
+        """The one that encodes pictures, which others may use between steps; None where the shards hold
+        latents."""
+        return self._autoencoder if "picture" in self._index.online else None
+
+    @property
+    def text_encoder(self) -> TextEncoder | None:
+        """Likewise of captions; None where the shards hold states, or labels."""
+        return self._text_encoder if self._reads_captions else None
+
     @cached_property
     def _autoencoder(self) -> Autoencoder:
         return self._placed(build_autoencoder(self._config.autoencoder))
