@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from data_pipeline.loader import StepLoader
 from data_pipeline.storage import Folder
+from tests.trainer.drawing import draw_where_needed
 from tests.trainer.plain import steps_of
 from tests.trainer.ranks import UNEVEN_SIZES, engine_file, recipe, write_data
 from tim_ds.config.recipe import Recipe, recipe_hash
@@ -1049,6 +1050,7 @@ CASES: dict[str, Callable[[World, Path, Path, Path], Any]] = {
         train_every_combination,
         train_in_low_precision,
         train_with_previews,
+        draw_where_needed,
         begin_everywhere,
         hold_little,
         weigh,
