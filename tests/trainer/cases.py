@@ -649,6 +649,10 @@ def watch_trace(world: World, folder: Path, shards: Path, poisoned: Path) -> dic
         "paired_tight": ((*mixed, PAIRED), TIGHT),
         "flow_matching_tight": (flow_matching, TIGHT),
     }
+    recomputed = "train.activation_checkpointing=true"
+    for name in ("dde_tight", "paired_tight", "flow_matching_tight"):
+        overrides, zero = variants[name]
+        variants[f"{name}_recomputed"] = ((*overrides, recomputed), zero)
     found = {}
     for name, (overrides, zero) in variants.items():
         settings = recipe(shards, *overrides)
