@@ -76,8 +76,12 @@ def compile_variant(variant: Variant, architecture: int) -> Resources:
     return disassemble(variant, architecture)[0]
 
 
-def disassemble(variant: Variant, architecture: int) -> tuple[Resources, str]:
-    """Compile for one architecture; also the machine code, as nvdisasm prints it."""
+def disassemble(variant: Variant, architecture: int, *, is_aligned: bool = True) -> tuple[Resources, str]:
+    """Compile for one architecture; also the machine code, as nvdisasm prints it.
+
+    Args:
+        is_aligned: whether 16 divides addresses and strides; of views it may not.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -97,7 +101,7 @@ def disassemble(variant: Variant, architecture: int) -> tuple[Resources, str]:
         fn=variant.kernel,
         signature=signature,
         constexprs=variant.constants,
-        attrs=divided,  # type: ignore[arg-type]
+        attrs=divided if is_aligned else {},  # type: ignore[arg-type]
     )
     options = {"num_warps": variant.num_warps, "maxnreg": variant.max_registers}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)

@@ -61,6 +61,26 @@ def test_every_kernel_works_on_sm_100():
     assert aot.all_faults(_compiled(100), aot.read_record()) == []
 
 
+_COPIES = """
+import re
+from tim_kernels import aot
+from tim_kernels.shipped import variants
+(v,) = (v for v in variants() if v.name == %r)
+for is_aligned in (True, False):
+    found, code = aot.disassemble(v, 90, is_aligned=is_aligned)
+    print(len(re.findall(r"\\bLDGSTS", code)), found.wide_loads, found.stack_bytes)
+"""
+
+
+def test_rows_of_16_bits_at_odd_addresses_are_not_copied_asynchronously():
+    """Such a copy takes 32 bits at least, from an address that 4 divides: a view need not have one."""
+    name = "modulated_layer_norm/forward: width 1152, stream bf16, h bf16, with residual"
+    done = _python("-c", _COPIES % name)
+    assert done.returncode == 0, done.stderr
+    aligned, unaligned = (list(map(int, line.split())) for line in done.stdout.splitlines())
+    assert aligned[0] > 0 and aligned[1] > 0 and unaligned == [0, 0, 0]
+
+
 @pytest.mark.slow
 def test_every_schedule_that_is_timed_can_run():
     done = _python("-m", "tim_kernels.aot", "--candidates", "--json")

@@ -319,6 +319,37 @@ def test_bits_that_stages_change_are_remarked(device):
     assert remarks.keys() == {2} and remarks[2].startswith("other bits than today's: output 0")
 
 
+def test_tuning_runs_to_its_verdicts_and_stores_them(device, monkeypatch, tmp_path, capsys):
+    """Everything but the device: its clock, its name and the compilations for it."""
+    kept = {"gated_residual forward": CANDIDATES["gated_residual forward"], KERNEL: CANDIDATES[KERNEL]}
+    compiled = []
+    monkeypatch.setattr(tune, "CANDIDATES", kept)
+    monkeypatch.setattr(tune, "SIZES", (("mixed", 3),))
+    monkeypatch.setattr(tune, "cases", lambda: SMALL)
+    monkeypatch.setattr(tune, "compile_ahead", compiled.append)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    clock = iter([0.0, 0.0, 1.0, 99.0])
+    monkeypatch.setattr(tune.time, "monotonic", lambda: next(clock))
+
+    def one_stage_is_fast(run):
+        run()
+        ms = 1.0 if schedule_of("gated_residual forward").stages == 3 else 2.0
+        return Quantiles(ms, ms, ms)
+
+    out = tmp_path / "new" / "tiles.json"
+    assert tune.main(device, one_stage_is_fast, out, {"gpu": "none"}, deadline=9.0) == 0
+    assert compiled == [90]
+    printed = capsys.readouterr().out
+    change = (
+        'change SCHEDULES["gated_residual forward"] from Rows(stages=1, columns_per_warp=512) to Rows(stag'
+    )
+    assert printed.count(change) == 2 and "50.0% less time" in printed
+    assert f"no time was left for {KERNEL}: float32 stream, with residual" in printed
+    stored = json.loads(out.read_text())
+    assert [v["kernel"] for v in stored["verdicts"]] == ["gated_residual forward"]
+    assert len(stored["timed"]) == len(kept["gated_residual forward"]) + 1
+
+
 def test_the_results_of_tuning_say_what_to_change():
     found = _times(a=(1.0, 0.8, 1.0))
     text = json.dumps(tune.stored({"gpu": "none"}, found, [tune.verdict(KERNEL, found)]))

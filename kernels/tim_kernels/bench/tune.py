@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -33,6 +33,8 @@ ATTENTION_SIZES = (("mixed", 16384), ("uniform", 16384), ("small", 16384))
 """Packs that are timed: (mix, tokens); where memory binds, the size of the goals."""
 LEFT_OUT = ("norm only", "bfloat16 stream", ", k, v, ")
 """Forms that are launched seldom beside the others of their op."""
+AHEAD_SECONDS = 60.0
+"""Longest time spent on compiling before the first figure is taken."""
 LEAST_GAIN = 0.02
 """Of time, for which an entry is changed; also no less than today's schedule differs from itself."""
 FORMS = (
@@ -155,8 +157,10 @@ def compile_ahead(architecture: int) -> None:
     ]
     workers = min(len(chosen), len(os.sched_getaffinity(0)))
     # New processes: one that is forked from a user of CUDA may not use it.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        list(pool.map(_compile, chosen))
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    # What is not ready by then is compiled where it is launched.
+    wait([pool.submit(_compile, x) for x in chosen], timeout=AHEAD_SECONDS)
+    pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _compile(chosen: tuple[int, int]) -> None:
