@@ -20,7 +20,7 @@ from tim_ds.trainer.ema import Ema
 from tim_ds.trainer.engine import Engine, StepResult
 from tim_ds.trainer.inputs import StepInputs
 from tim_ds.trainer.lr import learning_rate
-from tim_ds.trainer.metrics import MetricsLog, Sums
+from tim_ds.trainer.metrics import MetricsLog, Sums, largest_memory, memory_of_process
 from tim_ds.trainer.phases import PhaseClock, over_ranks
 from tim_ds.trainer.signals import RunStopped, StopAgreement
 from tim_ds.trainer.step import StepOutput
@@ -201,7 +201,7 @@ class Loop:
     def _report(self, bar: tqdm) -> None:  # type: ignore[type-arg]  # tqdm is generic in its stubs alone
         means = self.sums.take(self.world)
         retries = self.loader.num_retries
-        told = self.world.gather((self.clock.take(), retries - self._retries_told))
+        told = self.world.gather((self.clock.take(), memory_of_process(), retries - self._retries_told))
         self._retries_told = retries
         if self.log is None:
             return
@@ -212,8 +212,9 @@ class Loop:
             lr=self._lr,
             applied_steps=progress.applied_steps,
             skipped_steps=progress.skipped_steps,
-            phases=over_ranks([phases for phases, _ in told]),
-            retries=sum(count for _, count in told),
+            phases=over_ranks([phases for phases, _, _ in told]),
+            memory=largest_memory([memory for _, memory, _ in told]),
+            retries=sum(count for _, _, count in told),
         )
         if means["denoising"] is not None:
             bar.set_postfix(denoising=f"{means['denoising']:.4f}", refresh=False)
