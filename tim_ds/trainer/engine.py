@@ -41,6 +41,7 @@ from pydantic import BaseModel, ValidationError
 
 from tim_ds.errors import ConfigError
 from tim_ds.trainer.config import OptimizerConfig, TrainConfig
+from tim_ds.trainer.meeting import START_WITHIN_S, meet
 from tim_ds.trainer.watch import HUNG_AFTER_S
 from tim_ds.trainer.world import World
 
@@ -144,11 +145,14 @@ class Shard:
         return self.master.numel()
 
 
-def start_world(timeout_s: float = TIMEOUT_S) -> World:
+def start_world(timeout_s: float = TIMEOUT_S, start_within_s: float = START_WITHIN_S) -> World:
     """Join the process group of the launcher, or be a group of one without a launcher.
 
     Args:
         timeout_s: how long a collective waits for the other ranks before it fails.
+        start_within_s: how long the first rank waits for the last one.
+    Raises:
+        RankAbsentError: if a rank did not start.
     """
     if "RANK" not in os.environ:
         # No launcher. DeepSpeed would look for MPI. Port 0: whichever is free when the one rank listens.
@@ -162,11 +166,13 @@ def start_world(timeout_s: float = TIMEOUT_S) -> World:
     accelerator: Any = get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    met_on = meet(start_within_s)
     deepspeed.init_distributed(
         dist_backend=accelerator.communication_backend_name(),
         timeout=timedelta(seconds=timeout_s),
         verbose=False,
     )
+    del met_on
     device = torch.device(accelerator.current_device_name())
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # Every rank would take all cores, and they would wait for each other.
