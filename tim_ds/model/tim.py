@@ -116,7 +116,7 @@ class TiM(nn.Module):
             cross_plan = ops.plan_attention(
                 _readers(segments, condition.images_per_caption), condition.segments
             )
-        else:
+        elif isinstance(condition, ClassCondition):
             label_SD = self.y_embedder(condition.labels_S)
             modulation_SD = modulation_SD + label_SD
         x_TD = ops.at_least_float32(self.x_embedder(x_TC, side_x))
