@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from data_pipeline.loader import StepLoader
 from data_pipeline.storage import Folder
@@ -53,6 +54,7 @@ from tim_ds.trainer.memory import Ranks, estimate
 from tim_ds.trainer.metrics import METRICS_FILE
 from tim_ds.trainer.preview import describe_export
 from tim_ds.trainer.run import train
+from tim_ds.trainer.scaling import step_volume
 from tim_ds.trainer.signals import RunStopped, StopSignals
 from tim_ds.trainer.step import StepOutput, TransitionStep
 from tim_ds.trainer.world import World
@@ -668,6 +670,58 @@ def watch_trace(world: World, folder: Path, shards: Path, poisoned: Path) -> dic
     return found
 
 
+class _Wire(TorchDispatchMode):
+    """Bytes that this rank sends in collectives, as rings: (N - 1) / N of a whole tensor for a gather, a
+    scatter or a reduction to one, twice that where everyone gets the sum."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__()
+        self.share = (world.size - 1) / world.size
+        self.sent = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            tensors = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
+            whole = max((x.numel() * x.element_size() for x in tensors), default=0)
+            twice = func.__name__.startswith("allreduce_")
+            self.sent += (2 if twice else 1) * self.share * whole
+        return func(*args, **(kwargs or {}))
+
+
+def count_traffic(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[str, tuple[float, float]]:
+    """Bytes that a rank sends in a step, counted, and as the scaling model has them."""
+    whole = {**TIGHT, "stage3_param_persistence_threshold": 0}
+    variants: dict[str, tuple[int, tuple[str, ...], dict[str, Any]]] = {
+        "zero0": (0, (), {}),
+        "zero1": (1, (), {}),
+        "zero1_guided": (1, (GUIDED,), {}),
+        "zero2": (2, (), {}),
+        "zero2_to_one": (2, (), {"use_multi_rank_bucket_allreduce": False}),
+        "zero3": (3, (), whole),
+        "zero3_guided": (3, (GUIDED,), whole),
+        "zero3_kept": (3, (), {"stage3_param_persistence_threshold": 0}),
+        "zero3_nodes": (3, (), {**whole, "zero_hpz_partition_size": 2}),
+    }
+    found = {}
+    for name, (stage, overrides, zero) in variants.items():
+        settings = recipe(shards, *overrides)
+        engine, ema = build(world, settings, folder, stage, None, **zero)
+        root: Any = engine.module
+        teacher = teacher_parameters(root)
+        # The first step of ZeRO-3 records what the second follows.
+        for step, batches in enumerate(micro_batches(settings, world, 2), start=1):
+            with _Wire(world) as wire:
+                take_step(engine, batches)
+                ema.update(step)
+                if teacher:
+                    ema.write_into(teacher)
+        packs = settings.data.packs_per_step // world.size
+        file = read_engine_file(shared_engine_file(world, folder, stage, **zero))
+        volume = step_volume(settings, file, Ranks(world.size, world.size), packs)
+        found[name] = (wire.sent, volume.everywhere + volume.in_node)
+    return found
+
+
 def refresh_teacher(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[str, Any]:
     """What a rank holds of the teacher under ZeRO-3 between steps, and what refreshing it sends."""
     settings = recipe(shards, GUIDED, AVERAGES)
@@ -960,6 +1014,7 @@ CASES: dict[str, Callable[[World, Path, Path, Path], Any]] = {
         average_by_hand,
         borrow_average,
         watch_trace,
+        count_traffic,
         refresh_teacher,
         meet_poison,
         meet_poisoned_gradient,
