@@ -21,7 +21,7 @@ from tim_ds import __version__
 from tim_ds.config.load import dump
 from tim_ds.config.recipe import Recipe, recipe_hash, to_dict
 from tim_ds.errors import CheckpointError, ConfigError, TimError
-from tim_ds.model.export_folder import EXPORT_FILE, meta_network, write_export
+from tim_ds.model.export_folder import EXPORT_FILE, stream_export, write_export
 from tim_ds.model.ops import prove_attention
 from tim_ds.pipeline import PromptLike
 from tim_ds.trainer.agreement import DataFacts, check_parts, check_same_encoders, check_same_run
@@ -177,6 +177,7 @@ def _run(
 
     def save_snapshot(progress: Progress) -> None:
         manifest = {"progress": asdict(progress), "recipe": to_dict(recipe), "versions": versions()}
+        manifest["initial_weights"] = initial_digest
         snapshots.save(progress.step, ema, manifest)
 
     saves = Saves(
@@ -434,11 +435,10 @@ def export(recipe: Recipe, run_dir: Path, ema: Ema, world: World, step: int) -> 
         try:
             if adapter is not None and base is not None:
                 write_adapter(run_dir / ADAPTER_FOLDER, state, adapter, base)
-                network = meta_network(recipe.model).state_dict()
-                state = merged(
-                    {k: v for k, v in read_initial(base).state.items() if k in network}, state, adapter
-                )
-            write_export(run_dir / EXPORT, description, state, overwrite=True)
+                read = merged(read_initial(base).value, state, adapter)
+                stream_export(run_dir / EXPORT, description, read, overwrite=True)
+            else:
+                write_export(run_dir / EXPORT, description, state, overwrite=True)
         except CheckpointError as error:
             problem = str(error)
     problem = world.from_main(problem)
