@@ -64,6 +64,13 @@ def spy() -> Spy:
     return Spy(network_of(export_of()))
 
 
+def test_a_pipeline_shows_what_it_is(pipe: TiMPipeline) -> None:
+    parameters = sum(p.numel() for p in pipe.network.parameters())
+    shown = repr(pipe)
+    assert f"{parameters:,} parameters on cpu in float32" in shown and "condition text" in shown
+    assert len(shown) < 200
+
+
 def test_a_picture_does_not_depend_on_its_batch(pipe: TiMPipeline) -> None:
     """In float64, where the order of a sum moves a pixel by 1e-15 and never across a rounding edge."""
     pipe.to("cpu", torch.float64)

@@ -302,6 +302,16 @@ class TiMPipeline:
             for part, place in parts:
                 part.to(place)
 
+    def __repr__(self) -> str:
+        export, dtype = self.export, str(self.dtype).removeprefix("torch.")
+        parameters = sum(p.numel() for p in self.network.parameters())
+        encoder = "none" if export.autoencoder is None else export.autoencoder.kind
+        return (
+            f"TiMPipeline({export.source.name}, step {export.step}, {parameters:,} parameters on "
+            f"{self.device} in {dtype}, {export.transport.kind}; condition {export.model.condition}, "
+            f"autoencoder {encoder})"
+        )
+
     @property
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
