@@ -69,8 +69,8 @@ class Watch:
     _stop: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _thread: threading.Thread | None = None
-    _asked: float | None = None
-    """When the store was turned to, as long as it has not answered."""
+    _question: object | None = None
+    """What the store was asked, as long as it has not answered."""
     _main: int = 0
     _count: int = 0
 
@@ -169,18 +169,23 @@ class Watch:
 
     @contextmanager
     def _asking(self) -> Iterator[None]:
-        self._asked = time.monotonic()
+        self._question = object()
         try:
             yield
         finally:
-            self._asked = None
+            self._question = None
 
     def _guard(self, thread: threading.Thread) -> None:
         """End this process where the thread waits for the store in vain. Also while `close` waits for it."""
+        question, waited = None, 0.0
         while thread.is_alive():
             thread.join(self.interval)
-            asked = self._asked
-            if asked is not None and time.monotonic() - asked > self.dead_after:
+            if self._question is None or self._question is not question:
+                question, waited = self._question, 0.0
+                continue
+            # Not by the clock: a machine that stood still was not asked for so long.
+            waited += self.interval
+            if waited >= self.dead_after:
                 address = os.environ.get("MASTER_ADDR", "unknown")
                 return self._finish(
                     f"no sign of life for {self.dead_after:g} s of the host of rank 0, or of the launcher "
