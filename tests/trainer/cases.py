@@ -23,9 +23,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from data_pipeline.loader import StepLoader
 from data_pipeline.storage import Folder
+from tests.trainer.drawing import draw_where_needed
 from tests.trainer.plain import steps_of
 from tests.trainer.ranks import UNEVEN_SIZES, engine_file, recipe, write_data
 from tim_ds.config.recipe import Recipe, recipe_hash
@@ -54,6 +56,7 @@ from tim_ds.trainer.memory import Ranks, estimate
 from tim_ds.trainer.metrics import METRICS_FILE
 from tim_ds.trainer.preview import describe_export
 from tim_ds.trainer.run import train
+from tim_ds.trainer.scaling import step_volume
 from tim_ds.trainer.signals import RunStopped, StopSignals
 from tim_ds.trainer.step import StepOutput, TransitionStep
 from tim_ds.trainer.world import World
@@ -646,6 +649,10 @@ def watch_trace(world: World, folder: Path, shards: Path, poisoned: Path) -> dic
         "paired_tight": ((*mixed, PAIRED), TIGHT),
         "flow_matching_tight": (flow_matching, TIGHT),
     }
+    recomputed = "train.activation_checkpointing=true"
+    for name in ("dde_tight", "paired_tight", "flow_matching_tight"):
+        overrides, zero = variants[name]
+        variants[f"{name}_recomputed"] = ((*overrides, recomputed), zero)
     found = {}
     for name, (overrides, zero) in variants.items():
         settings = recipe(shards, *overrides)
@@ -666,6 +673,58 @@ def watch_trace(world: World, folder: Path, shards: Path, poisoned: Path) -> dic
             watched["complete"].append(coordinator.is_complete_trace())
             watched["without_transition"] += [not batch.times.transition_indices for batch in batches]
         found[name] = watched
+    return found
+
+
+class _Wire(TorchDispatchMode):
+    """Bytes that this rank sends in collectives, as rings: (N - 1) / N of a whole tensor for a gather, a
+    scatter or a reduction to one, twice that where everyone gets the sum."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__()
+        self.share = (world.size - 1) / world.size
+        self.sent = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            tensors = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
+            whole = max((x.numel() * x.element_size() for x in tensors), default=0)
+            twice = func.__name__.startswith("allreduce_")
+            self.sent += (2 if twice else 1) * self.share * whole
+        return func(*args, **(kwargs or {}))
+
+
+def count_traffic(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[str, tuple[float, float]]:
+    """Bytes that a rank sends in a step, counted, and as the scaling model has them."""
+    whole = {**TIGHT, "stage3_param_persistence_threshold": 0}
+    variants: dict[str, tuple[int, tuple[str, ...], dict[str, Any]]] = {
+        "zero0": (0, (), {}),
+        "zero1": (1, (), {}),
+        "zero1_guided": (1, (GUIDED,), {}),
+        "zero2": (2, (), {}),
+        "zero2_to_one": (2, (), {"use_multi_rank_bucket_allreduce": False}),
+        "zero3": (3, (), whole),
+        "zero3_guided": (3, (GUIDED,), whole),
+        "zero3_kept": (3, (), {"stage3_param_persistence_threshold": 0}),
+        "zero3_nodes": (3, (), {**whole, "zero_hpz_partition_size": 2}),
+    }
+    found = {}
+    for name, (stage, overrides, zero) in variants.items():
+        settings = recipe(shards, *overrides)
+        engine, ema = build(world, settings, folder, stage, None, **zero)
+        root: Any = engine.module
+        teacher = teacher_parameters(root)
+        # The first step of ZeRO-3 records what the second follows.
+        for step, batches in enumerate(micro_batches(settings, world, 2), start=1):
+            with _Wire(world) as wire:
+                take_step(engine, batches)
+                ema.update(step)
+                if teacher:
+                    ema.write_into(teacher)
+        packs = settings.data.packs_per_step // world.size
+        file = read_engine_file(shared_engine_file(world, folder, stage, **zero))
+        volume = step_volume(settings, file, Ranks(world.size, world.size), packs)
+        found[name] = (wire.sent, volume.everywhere + volume.in_node)
     return found
 
 
@@ -918,9 +977,14 @@ def save_first(world: World, folder: Path, shards: Path, poisoned: Path) -> dict
 
 
 def ask_again(world: World, folder: Path, shards: Path, poisoned: Path) -> str:
-    """A run whose requests for data fail: for every pack, one on rank 0 and two on rank 1."""
+    """A run whose requests for data fail: for every pack, one on rank 0 and two on rank 1. Rank 1 takes more
+    memory of its GPU, and rank 0 of its host."""
     asked = itertools.count(1)
-    with patch.object(Folder, "num_retries", property(lambda _: next(asked) * (1 + world.rank))):
+    memory = {"memory_gib": 10.0 + world.rank, "host_memory_gib": 5.0 - world.rank}
+    with (
+        patch.object(Folder, "num_retries", property(lambda _: next(asked) * (1 + world.rank))),
+        patch("tim_ds.trainer.loop.memory_of_process", lambda: memory),
+    ):
         train(recipe(shards), folder / "run", shared_engine_file(world, folder, 1), world)
     return str(folder / "run")
 
@@ -995,6 +1059,7 @@ CASES: dict[str, Callable[[World, Path, Path, Path], Any]] = {
         train_every_combination,
         train_in_low_precision,
         train_with_previews,
+        draw_where_needed,
         begin_everywhere,
         hold_little,
         weigh,
@@ -1003,6 +1068,7 @@ CASES: dict[str, Callable[[World, Path, Path, Path], Any]] = {
         average_by_hand,
         borrow_average,
         watch_trace,
+        count_traffic,
         refresh_teacher,
         meet_poison,
         meet_poisoned_gradient,

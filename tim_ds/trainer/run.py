@@ -23,6 +23,7 @@ from tim_ds.config.recipe import Recipe, recipe_hash, to_dict
 from tim_ds.errors import CheckpointError, ConfigError, TimError
 from tim_ds.model.export_folder import EXPORT_FILE, meta_network, write_export
 from tim_ds.model.ops import prove_attention
+from tim_ds.pipeline import PromptLike
 from tim_ds.trainer.agreement import DataFacts, check_parts, check_same_encoders, check_same_run
 from tim_ds.trainer.assembly import (
     UNITS,
@@ -41,6 +42,7 @@ from tim_ds.trainer.checkpoint import (
     Piece,
     free_bytes,
 )
+from tim_ds.trainer.drawing import drawing_pipeline, prepare_captions
 from tim_ds.trainer.ema import Ema, piece_kind
 from tim_ds.trainer.engine import (
     STATE_KEYS,
@@ -56,7 +58,7 @@ from tim_ds.trainer.inputs import StepInputs
 from tim_ds.trainer.loop import Loop, Progress
 from tim_ds.trainer.lora import merged, write_adapter
 from tim_ds.trainer.metrics import MetricsLog, Sums
-from tim_ds.trainer.preview import Previews, describe_export, drawing_pipeline
+from tim_ds.trainer.preview import Previews, describe_export
 from tim_ds.trainer.run_folder import RunFolder, held_by_this_run
 from tim_ds.trainer.saves import Saves
 from tim_ds.trainer.signals import RunStopped, StopAgreement, StopSignals
@@ -157,7 +159,7 @@ def _run(
     log, events = world.together(
         partial(_open_logs, recipe, run_folder, engine, world, folder, checkpoint), (CheckpointError,)
     )
-    preview, evaluate = _viewers(recipe, run_dir, root, world, progress, log, signals, watch)
+    preview, evaluate = _viewers(recipe, run_dir, root, world, loader, progress, log, signals, watch)
 
     def describe(progress: Progress) -> dict[str, Any]:
         manifest = _manifest(recipe, progress, engine, world, data)
@@ -292,6 +294,7 @@ def _viewers(
     run_dir: Path,
     root: TransitionStep,
     world: World,
+    loader: StepLoader[StepInputs],
     progress: Progress,
     log: MetricsLog | None,
     signals: StopSignals,
@@ -303,9 +306,11 @@ def _viewers(
         return None, None
     described = describe_export(recipe, progress.step, recipe_hash(recipe))
     errors = (TimError, DataError)
-    pipeline = world.together(partial(drawing_pipeline, described, root.network), errors)
+    pipeline = drawing_pipeline(recipe, described, root.network, run_dir, world, loader)
     preview = None
+    prompts: list[PromptLike] = []
     if config.preview.every_steps:
+        prompts += config.preview.prompts
         preview = world.together(partial(Previews, recipe, pipeline, run_dir, world, log), errors)
     evaluate = None
     if config.evaluation.every_steps:
@@ -318,6 +323,9 @@ def _viewers(
             ),
             errors,
         )
+        prompts += evaluate.prompts
+    watch.enter("captions")
+    prepare_captions(pipeline, prompts, world, loader)
     return preview, evaluate
 
 
