@@ -80,10 +80,10 @@ def test_the_command_reads_an_export_and_shards(tmp_path: Path, capsys: pytest.C
     printed = capsys.readouterr().out
     assert printed.count("| dde |") == 4 and printed.count("| paired |") == 4
     assert "| dde | bf16 everywhere | 0.005 |" in printed
-    assert derivative_error.main([*command, "--images", "7"]) == 1
+    assert derivative_error.main([*command, "--images", "7"]) == 2
     assert "expected at least 7" in capsys.readouterr().err
 
 
 def test_a_malformed_grid_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert derivative_error.main(["--grid", "8"]) == 1
+    assert derivative_error.main(["--grid", "8"]) == 2
     assert "--grid: expected HEIGHTxWIDTH" in capsys.readouterr().err

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from data_pipeline.command import command
 from data_pipeline.errors import DataError
 from tim_ds.errors import RequestError, TimError
 from tim_ds.eval.draw import draw, find_finished, form_batches, picture_path
@@ -35,15 +36,12 @@ GRID_NAME = "grid.png"
 MAX_IN_GRID = 64
 
 
+@command(TimError, DataError, OSError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Sample the prompts of the command line; returns the exit status."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="warning: %(message)s")
-    try:
-        _sample(options)
-    except (TimError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    _sample(options)
     return 0
 
 

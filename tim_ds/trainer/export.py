@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from data_pipeline.command import command
 from tim_ds import __version__
 from tim_ds.config.recipe import Recipe, from_dict, recipe_hash
 from tim_ds.errors import CheckpointError, TimError
@@ -149,6 +150,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     write_aside(path, len(text), lambda aside: aside.write_text(text))
 
 
+@command(TimError, OSError)
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tim_ds.trainer.export", description="Write the weights of a checkpoint."
@@ -162,18 +164,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--layout", choices=("tim", "diffusers"), default="tim")
     parser.add_argument("--overwrite", action="store_true", help="replace an export that is there")
     options = parser.parse_args(arguments)
-    try:
-        checkpoint = find_checkpoint(options.run, options.step)
-        export = export_checkpoint(
-            checkpoint,
-            options.out,
-            weights=options.weights,
-            layout=options.layout,
-            overwrite=options.overwrite,
-        )
-    except TimError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    checkpoint = find_checkpoint(options.run, options.step)
+    export = export_checkpoint(
+        checkpoint,
+        options.out,
+        weights=options.weights,
+        layout=options.layout,
+        overwrite=options.overwrite,
+    )
     print(f"{options.out}: {export.source.average} weights of step {export.step} from {checkpoint.path}")
     return 0
 
