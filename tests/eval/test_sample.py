@@ -345,3 +345,22 @@ def test_output_is_what_the_pipeline_gives(export: Path, draw: Any, tmp_path: Pa
     [path] = (tmp_path / "out").glob("0*.png")
     np.testing.assert_array_equal(np.asarray(Image.open(path))[..., None], output.pixels[0])
     assert read_settings(path) == output.picture_settings(0)
+
+
+def test_offloaded_the_pictures_are_the_same(
+    draw: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("--prompt", "a three", "--size", "8x8", "--device", "cpu")
+    draw(*words)
+    asked: list[str] = []
+    enable = TiMPipeline.enable_model_cpu_offload
+
+    def watched(self: TiMPipeline, *, device: str) -> None:
+        asked.append(device)
+        enable(self, device=device)
+
+    monkeypatch.setattr(TiMPipeline, "enable_model_cpu_offload", watched)
+    status, printed, _ = draw(*words, "--offload")
+    assert status == 0 and asked == ["cpu"] and "1 picture finished and kept" in printed
+    draw(*words, "--offload", out="offloaded")
+    assert pictures(tmp_path / "offloaded") == pictures(tmp_path / "out")

@@ -97,6 +97,11 @@ def _parser() -> argparse.ArgumentParser:
         help="of the weights (default: %(default)s)",
     )
     parser.add_argument(
+        "--offload",
+        action="store_true",
+        help="keep the encoders on the host while they do not work: less memory of the GPU, more time",
+    )
+    parser.add_argument(
         "--tokens-per-batch",
         default="4096",
         help="image tokens of one network call, or `auto` for what memory allows (default: %(default)s)",
@@ -129,9 +134,13 @@ def _sample(options: argparse.Namespace) -> None:
     jobs = expand(lines, options.size, num=options.num, seed=options.seed, sampler=given)
     refuse_unwritable(options.out)
     grid = _grid_path(options.out, [job.stem for job in jobs[:MAX_IN_GRID]])
+    device = device_of_process(options.device)
+    dtype = getattr(torch, options.dtype)
     pipe = TiMPipeline.from_pretrained(
-        options.export, device=device_of_process(options.device), dtype=getattr(torch, options.dtype)
+        options.export, device="cpu" if options.offload else device, dtype=dtype
     )
+    if options.offload:
+        pipe.enable_model_cpu_offload(device=device)
     pipe.tokens_per_batch = _tokens(options.tokens_per_batch, pipe)
     if options.tile is not None:
         _set_tile(pipe, options.tile)
