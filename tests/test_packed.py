@@ -102,3 +102,11 @@ def test_patchify_refuses_sizes_that_do_not_divide():
         patchify(torch.zeros(1, 5, 4), 2)
     with pytest.raises(ShapeError, match="do not form a grid"):
         unpatchify(torch.zeros(5, 4), (2, 2), 1)
+
+
+def test_neighbours_joined_are_one_segment_of_their_tokens_together() -> None:
+    segments = Segments.from_grids([(1, 2), (1, 2), (3, 1), (3, 1)])
+    joined = segments.joined(2)
+    assert joined.lengths == (4, 6)
+    assert joined.cu_seqlens.tolist() == [0, 4, 10]
+    assert segments.joined(1) is segments

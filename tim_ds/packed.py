@@ -150,6 +150,13 @@ class Segments:
             chosen = Segments.from_lengths([self.lengths[i] for i in indices])
         return chosen.to(self.cu_seqlens.device, non_blocking=True)
 
+    def joined(self, count: int) -> Segments:
+        """Every `count` neighbours as one segment, without grid; with a count of 1, these segments."""
+        if count == 1:
+            return self
+        lengths = [sum(self.lengths[i : i + count]) for i in range(0, self.num_segments, count)]
+        return Segments.from_lengths(lengths).to(self.cu_seqlens.device, non_blocking=True)
+
 
 @dataclass(frozen=True, eq=False)
 class TextCondition:
@@ -179,9 +186,13 @@ class TextCondition:
         """Images, not captions."""
         return self.segments.num_segments * self.images_per_caption
 
+    def captions_of(self, indices: Sequence[int]) -> list[int]:
+        """The captions that the images `indices` read, one for each of them."""
+        return [i // self.images_per_caption for i in indices]
+
     def select(self, indices: Sequence[int]) -> TextCondition:
         """The captions of the images `indices`, one for each of them."""
-        captions = [i // self.images_per_caption for i in indices]
+        captions = self.captions_of(indices)
         index = self.segments.token_index(captions)
         return TextCondition(self.states_LE.index_select(0, index), self.segments.select(captions))
 

@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from tim_ds.model import ops
+from tim_ds.model.config import ModelConfig
 from tim_ds.model.tangent import TangentStream
 from tim_ds.packed import Segments
 
@@ -50,21 +52,45 @@ class BlockContext:
     """Embedded and normalised captions (None in a class-conditional network). The norm in front of every
     cross-attention has no parameters and the captions do not change, so it is taken once a forward."""
     cross_plan: ops.AttentionPlan | None
-    stream: TangentStream | None = None
-    """The tangent, when the forward carries one."""
-    copies: CopiesStream | None = None
-    """The copies, when the forward evaluates any."""
+    beside: TangentStream | CopiesStream | None = None
+    """What the forward carries, if anything."""
     pause: Pause = field(default_factory=Pause)
+
+    @classmethod
+    def of(
+        cls,
+        config: ModelConfig,
+        segments: Segments,
+        dtype: torch.dtype,
+        modulation_SD: Tensor,
+        interval_SD: Tensor,
+        *,
+        text_LD: Tensor | None = None,
+        cross_plan: ops.AttentionPlan | None = None,
+        beside: TangentStream | CopiesStream | None = None,
+    ) -> BlockContext:
+        """Of the images `segments`, whose residual stream is in `dtype`."""
+        return cls(
+            segments=segments,
+            modulation_SD=modulation_SD,
+            interval_SD=interval_SD,
+            table=ops.rotary_table(segments, config.head_dim, config.rope_layout, dtype),
+            chunks=ops.plan_chunks(segments),
+            self_plan=ops.plan_attention(segments, segments),
+            text_LD=text_LD,
+            cross_plan=cross_plan,
+            beside=beside,
+        )
 
     @property
     def active_stream(self) -> TangentStream | None:
         """The tangent, unless activations are being recomputed: it passes every block once."""
-        return None if self.pause.is_on else self.stream
+        return self.beside if isinstance(self.beside, TangentStream) and not self.pause.is_on else None
 
     @property
     def active_copies(self) -> CopiesStream | None:
         """The copies, unless activations are being recomputed."""
-        return None if self.pause.is_on else self.copies
+        return self.beside if isinstance(self.beside, CopiesStream) and not self.pause.is_on else None
 
 
 @dataclass(eq=False)

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from tim_ds.config.recipe import Recipe
+from tim_ds.errors import CheckpointError
 from tim_ds.eval.sheet import SheetBlock, SheetRow, contact_sheet
 from tim_ds.model.export_folder import Export, SourceConfig
 from tim_ds.pipeline import PipelineOutput, TiMPipeline, write_png
@@ -81,7 +82,11 @@ class Previews:
             return
         sheet = contact_sheet(config.prompts, [SheetBlock("", rows)], footnote=f"EMA weights of step {step}")
         settings = {"step": step, "seed": config.seed, "num_steps": list(config.num_steps)}
-        write_png(self._folder / f"step_{step:09d}.png", sheet, settings)
+        try:
+            write_png(self._folder / f"step_{step:09d}.png", sheet, settings)
+        except CheckpointError as error:
+            # Nor is a full disk.
+            logger.warning("step %d: the preview is not kept: %s", step, error)
         if self._log is not None:
             self._log.image("preview", sheet, step)
 
