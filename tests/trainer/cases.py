@@ -977,9 +977,14 @@ def save_first(world: World, folder: Path, shards: Path, poisoned: Path) -> dict
 
 
 def ask_again(world: World, folder: Path, shards: Path, poisoned: Path) -> str:
-    """A run whose requests for data fail: for every pack, one on rank 0 and two on rank 1."""
+    """A run whose requests for data fail: for every pack, one on rank 0 and two on rank 1. Rank 1 takes more
+    memory of its GPU, and rank 0 of its host."""
     asked = itertools.count(1)
-    with patch.object(Folder, "num_retries", property(lambda _: next(asked) * (1 + world.rank))):
+    memory = {"memory_gib": 10.0 + world.rank, "host_memory_gib": 5.0 - world.rank}
+    with (
+        patch.object(Folder, "num_retries", property(lambda _: next(asked) * (1 + world.rank))),
+        patch("tim_ds.trainer.loop.memory_of_process", lambda: memory),
+    ):
         train(recipe(shards), folder / "run", shared_engine_file(world, folder, 1), world)
     return str(folder / "run")
 

@@ -17,7 +17,15 @@ from tim_ds.errors import CheckpointError
 from tim_ds.objective.loss import LossTerms
 from tim_ds.objective.transport import build_transport
 from tim_ds.trainer.flops import flops_of
-from tim_ds.trainer.metrics import METRICS_FILE, NUM_BINS, MetricsLog, Sums, read_metrics
+from tim_ds.trainer.metrics import (
+    METRICS_FILE,
+    NUM_BINS,
+    MetricsLog,
+    Sums,
+    largest_memory,
+    memory_of_process,
+    read_metrics,
+)
 from tim_ds.trainer.world import World
 
 DEVICE = torch.device("cpu")
@@ -100,6 +108,16 @@ def test_requests_for_data_that_were_made_again_are_counted_over_the_ranks(group
     lines = read_metrics(Path(groups.results(2, "ask_again")[0]))
     # Two packs a rank and step.
     assert [line["speed"]["retries"] for line in lines] == [2 * 1 + 2 * 2] * 4
+
+
+def test_memory_is_that_of_the_ranks_that_have_most(groups: Groups) -> None:
+    lines = read_metrics(Path(groups.results(2, "ask_again")[0]))
+    assert len(lines) == 4
+    for line in lines:
+        assert (line["speed"]["memory_gib"], line["speed"]["host_memory_gib"]) == (11.0, 5.0)
+    # Without a GPU there is none to compare.
+    one = {"memory_gib": None, "host_memory_gib": 1.0}
+    assert largest_memory([one, one]) == one and memory_of_process().keys() == one.keys()
 
 
 def test_a_line_whose_images_are_older_than_the_process_counts_their_time(groups: Groups) -> None:

@@ -48,6 +48,7 @@ from tim_ds.trainer.engine import (
 from tim_ds.trainer.flops import PackShape
 from tim_ds.trainer.host_copy import available_bytes
 from tim_ds.trainer.inputs import StepInputs
+from tim_ds.trainer.meeting import START_WITHIN_S
 from tim_ds.trainer.memory import GIB, MemoryEstimate, Ranks, estimate
 from tim_ds.trainer.run import CHECKPOINTS
 from tim_ds.trainer.scaling import expected_flops
@@ -96,12 +97,17 @@ def check(
     per_node: int | None = None,
     card_gib: float | None = None,
     with_step: bool = True,
+    start_within_s: float = START_WITHIN_S,
 ) -> int:
-    """Look at everything, print it on rank 0. Returns 0, or 2 if there is a problem; called by all ranks."""
+    """Look at everything, print it on rank 0. Returns 0, or 2 if there is a problem; called by all ranks.
+
+    Raises:
+        RankAbsentError: if a rank did not start.
+    """
     found = Findings()
     recipe = found.attempt(lambda: load_recipe(recipe_file, overrides))
     engine_config = found.attempt(lambda: read_engine_file(engine_file))
-    world = start_world()
+    world = start_world(start_within_s=start_within_s)
     launched = world.size > 1
     on_host = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 0)
     size = world.size if launched else ranks or 1
