@@ -694,7 +694,7 @@ def test_sources_that_are_not_there_are_refused(tmp_path, capsys):
 def test_a_csv_of_captions_is_refused_with_the_command_that_converts_it(tmp_path, capsys):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "metadata.csv").write_text("file_name,text\na.png,a three\n")
-    assert run(tmp_path / "photos", tmp_path / "out", *PIXELS, *WORDS) == 1
+    assert run(tmp_path / "photos", tmp_path / "out", *PIXELS, *WORDS) == 2
     said = capsys.readouterr().err
     command = next(line for line in said.splitlines() if line.startswith("  python -c"))
     subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True)
@@ -710,7 +710,7 @@ def test_several_splits_of_parquet_are_not_mixed(tmp_path, capsys):
     source = source_folders.embedded(tmp_path, COUNT)
     shards = sorted((source / "data").iterdir())
     (source / "data" / "test-00000-of-00001.parquet").write_bytes(shards[1].read_bytes())
-    assert run(source, tmp_path / "out", *PIXELS, *WORDS) == 1
+    assert run(source, tmp_path / "out", *PIXELS, *WORDS) == 2
     assert (
         "data/test-00000-of-00001.parquet" in (said := capsys.readouterr().err) and "'FOLDER/train-*" in said
     )
