@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -378,4 +379,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    # Whoever reads the table may leave (`... | head`); then this ends as any program of a pipe does.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main())

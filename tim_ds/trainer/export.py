@@ -25,6 +25,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from data_pipeline.command import command
 from tim_ds import __version__
 from tim_ds.config.recipe import Recipe, from_dict, recipe_hash
 from tim_ds.errors import CheckpointError, TimError
@@ -199,6 +200,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     write_aside(path, len(text), lambda aside: aside.write_text(text))
 
 
+@command(TimError, OSError)
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tim_ds.trainer.export", description="Write the weights of a checkpoint."
@@ -213,12 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--base", metavar="PATH", help=BASE_HELP)
     parser.add_argument("--overwrite", action="store_true", help="replace an export that is there")
     options = parser.parse_args(arguments)
-    try:
-        told = _export(options)
-    except TimError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(told)
+    print(_export(options))
     return 0
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.command import command
 from tim_ds.config.load import load_recipe, split_arguments
 from tim_ds.config.recipe import Recipe, latent_stride
 from tim_ds.errors import TimError
@@ -556,6 +557,7 @@ def _others(recipe: Recipe, pack: _Pack, split: _Split, copies: int) -> Iterator
     )
 
 
+@command(TimError, OSError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Returns the exit status: 1 if a given card is too small, 2 for a wrong recipe or file."""
     parser = argparse.ArgumentParser(
@@ -578,17 +580,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     paths, overrides = split_arguments(options.recipe)
     if len(paths) != 1 or options.gpus < 1 or options.nodes < 1:
         parser.error("expected one recipe and at least one GPU and node")
-    try:
-        found = estimate(
-            load_recipe(paths[0], overrides),
-            read_engine_file(options.ds),
-            Ranks(options.gpus * options.nodes, options.gpus),
-            image_tokens=options.image_tokens,
-            encoder_bytes=None if options.encoders_gib is None else round(options.encoders_gib * GIB),
-        )
-    except TimError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    found = estimate(
+        load_recipe(paths[0], overrides),
+        read_engine_file(options.ds),
+        Ranks(options.gpus * options.nodes, options.gpus),
+        image_tokens=options.image_tokens,
+        encoder_bytes=None if options.encoders_gib is None else round(options.encoders_gib * GIB),
+    )
     print(found.table(options.card_gib))
     return int(options.card_gib is not None and found.fits(options.card_gib) is False)
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from data_pipeline.command import command
 from tim_ds.config.recipe import from_dict, recipe_hash
 from tim_ds.errors import CheckpointError, TimError
 from tim_ds.model.export_folder import stream_export
@@ -107,6 +108,7 @@ def reconstruct(
     return fit.error
 
 
+@command(TimError, OSError)
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tim_ds.trainer.post_hoc",
@@ -129,23 +131,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for width in options.sigma_rel:
         if not 0.0 < width <= WIDEST_SIGMA_REL:
             parser.error(f"--sigma-rel: expected above 0 up to {WIDEST_SIGMA_REL:.4f}, received {width}")
-    try:
-        stored = stored_averages(options.run, options.step)
-        for width in options.sigma_rel:
-            folder = (options.out or options.run / "post_hoc") / (
-                f"sigma_rel_{width:g}_step_{stored[-1].snapshot.step}"
+    stored = stored_averages(options.run, options.step)
+    for width in options.sigma_rel:
+        folder = (options.out or options.run / "post_hoc") / (
+            f"sigma_rel_{width:g}_step_{stored[-1].snapshot.step}"
+        )
+        error = reconstruct(stored, width, folder, base=options.base, overwrite=options.overwrite)
+        print(f"{folder}: profile error {error:.2%}, from {len(stored)} stored averages")
+        if error > 0.1:
+            print(
+                f"warning: {folder}: the profile is far from the wanted one; stay between the widths of "
+                "the run's averages, or take more snapshots",
+                file=sys.stderr,
             )
-            error = reconstruct(stored, width, folder, base=options.base, overwrite=options.overwrite)
-            print(f"{folder}: profile error {error:.2%}, from {len(stored)} stored averages")
-            if error > 0.1:
-                print(
-                    f"warning: {folder}: the profile is far from the wanted one; stay between the widths of "
-                    "the run's averages, or take more snapshots",
-                    file=sys.stderr,
-                )
-    except TimError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     return 0
 
 
