@@ -27,8 +27,9 @@ from data_pipeline.buffers import Buffers
 from data_pipeline.config import DataConfig
 from data_pipeline.direct import open_direct
 from data_pipeline.draws import generator, uniforms
+from data_pipeline.encoders.autoencoder import Autoencoder
 from data_pipeline.encoders.identity import latent_shape
-from data_pipeline.encoders.text import fill_up
+from data_pipeline.encoders.text import TextEncoder, fill_up
 from data_pipeline.errors import DataError
 from data_pipeline.index import Index, load_index
 from data_pipeline.online import FrozenEncoders, OnlineReader, RawSample
@@ -172,6 +173,20 @@ class StepLoader(Generic[T]):
     def encoders(self) -> dict[str, dict[str, Any]]:
         """Kind, path and revision of the frozen encoders that run while training; empty without any."""
         return self._packs.encoders.describe() if self._packs.encoders is not None else {}
+
+    @property
+    def autoencoder(self) -> Autoencoder | None:
+        """The one that encodes while training, loaded if it is not yet, for use between steps; None without.
+
+        Raises:
+            DataError: if it cannot be loaded.
+        """
+        return None if self._packs.encoders is None else self._packs.encoders.autoencoder
+
+    @property
+    def text_encoder(self) -> TextEncoder | None:
+        """Likewise."""
+        return None if self._packs.encoders is None else self._packs.encoders.text_encoder
 
     def watch_encoders(self, around: Callable[[], AbstractContextManager[None]]) -> None:
         """Enter `around()` whenever the frozen encoders of this process run, to measure them. Call it before

@@ -36,8 +36,11 @@ from data_pipeline.reader import ShardReader, StoredSample
 from data_pipeline.resolution import Fit
 from data_pipeline.storage import Storage
 
-BATCH_PIXELS = 1 << 22
-"""Pixels of one batch of the autoencoder or the image encoder: four pictures of one megapixel."""
+LATENT_PIXELS = 1 << 20
+"""Pixels of one batch of the autoencoder; a larger picture goes alone. A DC-AE takes 2.5 GiB for so many, and
+four times that for four times as many; its 419 launches carry 5.2 TFLOP, so a device waits for none."""
+FEATURE_PIXELS = 1 << 22
+"""Of one batch of the image encoder, which takes less than half a GiB and a tenth of that work a pixel."""
 
 CAPTION_BATCH = 32
 
@@ -188,6 +191,17 @@ class FrozenEncoders:
             if part is not None
         }
 
+    @property
+    def autoencoder(self) -> Autoencoder | None:
+        """The one that encodes pictures, which others may use between steps; None where the shards hold
+        latents."""
+        return self._autoencoder if "picture" in self._index.online else None
+
+    @property
+    def text_encoder(self) -> TextEncoder | None:
+        """Likewise of captions; None where the shards hold states, or labels."""
+        return self._text_encoder if self._reads_captions else None
+
     @cached_property
     def _autoencoder(self) -> Autoencoder:
         return self._placed(build_autoencoder(self._config.autoencoder))
@@ -217,7 +231,7 @@ class FrozenEncoders:
         """
         # Nothing here reads or moves a global random state: the encoders draw nothing.
         pictures = {n: raw.pixels for n, raw in enumerate(samples) if raw.pixels is not None}
-        latents = self._in_batches(pictures, self._latents)
+        latents = self._in_batches(pictures, self._latents, LATENT_PIXELS)
         captions = self._texts(samples)
         features: dict[int, Tensor] = {}
         mirrored: dict[int, Tensor] = {}
@@ -247,7 +261,7 @@ class FrozenEncoders:
         return found
 
     def _in_batches(
-        self, pictures: dict[int, Tensor], encode: Callable[[Tensor], Tensor]
+        self, pictures: dict[int, Tensor], encode: Callable[[Tensor], Tensor], most_pixels: int
     ) -> dict[int, Tensor]:
         """`encode` of every uint8 [C, H, W], those of one size in common batches [B, C, H, W] of [-1, 1]."""
         by_size: dict[tuple[int, ...], list[int]] = {}
@@ -255,7 +269,7 @@ class FrozenEncoders:
             by_size.setdefault(tuple(tensor.shape), []).append(place)
         results: dict[int, Tensor] = {}
         for (_, height, width), places in by_size.items():
-            count = max(1, BATCH_PIXELS // (height * width))
+            count = max(1, most_pixels // (height * width))
             for start in range(0, len(places), count):
                 batch = places[start : start + count]
                 together = torch.stack([pictures[place] for place in batch]).to(self._device)
@@ -285,7 +299,7 @@ class FrozenEncoders:
                 features.bfloat16() if config.kind != "patches" and config.dtype == "bfloat16" else features
             )
 
-        return self._in_batches({**decoded, **pictures}, encode)
+        return self._in_batches({**decoded, **pictures}, encode, FEATURE_PIXELS)
 
     def _texts(self, samples: Sequence[RawSample]) -> dict[int, tuple[Tensor, ...]]:
         texts = {n: raw.texts for n, raw in enumerate(samples) if raw.texts}
@@ -327,15 +341,20 @@ def encoder_footprints(
     check_here(config.autoencoder.path, "data.autoencoder.path")
     unit = patch_size * latent_shape(config.autoencoder).stride
     height, width = (side * unit for side in grid)
-    batch = min(pictures, max(1, BATCH_PIXELS // (height * width)))
+
+    def batch(most_pixels: int) -> int:
+        return min(pictures, max(1, most_pixels // (height * width)))
+
     found = {}
     if "picture" in online:
-        found["autoencoder"] = autoencoder_footprint(config.autoencoder, batch, height, width)
+        found["autoencoder"] = autoencoder_footprint(config.autoencoder, batch(LATENT_PIXELS), height, width)
     if ("ids" in online or "caption" in online) and config.text_encoder is not None:
         # A sample may have several captions, all of which are encoded.
         found["text_encoder"] = text_footprint(config.text_encoder, CAPTION_BATCH)
     if config.image_encoder is not None:
-        found["image_encoder"] = image_footprint(config.image_encoder, batch, height, width, grid)
+        found["image_encoder"] = image_footprint(
+            config.image_encoder, batch(FEATURE_PIXELS), height, width, grid
+        )
     return found
 
 

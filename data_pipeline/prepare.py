@@ -495,7 +495,7 @@ def choose_devices(name: str, local_rank: int) -> tuple[str, ...]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m data_pipeline.prepare", description=main.__doc__)
     add = parser.add_argument
-    add("path", type=Path, help="a folder, a .jsonl or .parquet list, or a .tar")
+    add("path", type=Path, help="a folder, a .jsonl or .parquet list ('*.parquet' for several), or a .tar")
     add("--out", type=Path, required=True, help="folder to create")
     add("--source", default="auto", choices=("auto", *KINDS), help="layout of the source")
     add("--root", type=Path, default=None, help="folder that a list's paths start from and must stay in")

@@ -290,16 +290,17 @@ class TiMPipeline:
 
     @contextmanager
     def encoders_beside_network(self) -> Iterator[None]:
-        """Within, encoders with weights are on the device of the network; afterwards on the host. For a run,
-        whose step needs the memory of the device."""
-        parts = [part for part in (self.autoencoder, self.text_encoder) if hasattr(part, "to")]
+        """Within, encoders with weights are on the device of the network; afterwards where they were. For a
+        run, whose step needs the memory of the device."""
+        encoders: tuple[Any, ...] = (self.autoencoder, self.text_encoder)
+        parts = [(part, part.device) for part in encoders if hasattr(part, "to")]
         try:
-            for part in parts:
-                part.to(self.device)  # type: ignore[union-attr]  # asked above
+            for part, _ in parts:
+                part.to(self.device)
             yield
         finally:
-            for part in parts:
-                part.to("cpu")  # type: ignore[union-attr]  # asked above
+            for part, place in parts:
+                part.to(place)
 
     @property
     def device(self) -> torch.device:

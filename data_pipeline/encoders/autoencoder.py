@@ -117,6 +117,11 @@ class PretrainedAutoencoder:
     def pixel_channels(self) -> int:
         return 3
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
     def to(self, device: torch.device | str) -> PretrainedAutoencoder:
         """Move the weights to `device`; returns self."""
         self.model.to(device)

@@ -74,6 +74,11 @@ class LanguageModelEncoder:
     def padding_state(self) -> Tensor | None:
         return self._padding_state
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
     def to(self, device: torch.device | str) -> LanguageModelEncoder:
         """Move the weights to `device`; returns self."""
         self.model.to(device)
@@ -114,8 +119,7 @@ class LanguageModelEncoder:
             [row.long() for row in ids], batch_first=True, padding_value=self.tokenizer.pad_token_id or 0
         )
         mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
-        device = next(self.model.parameters()).device
-        hidden = self.hidden(input_ids.to(device), mask.long().to(device))
+        hidden = self.hidden(input_ids.to(self.device), mask.long().to(self.device))
         return [row[:n].float().cpu() for row, n in zip(hidden, lengths, strict=True)]
 
     @torch.no_grad()

@@ -22,7 +22,7 @@ from tim_ds.config.recipe import (
     to_dict,
 )
 from tim_ds.errors import ConfigError, TimeDomainError
-from tim_ds.objective.config import TransportConfig, WeightConfig
+from tim_ds.objective.config import GuidedTargetConfig, TransportConfig, WeightConfig
 
 RECIPES = sorted((Path(__file__).parents[2] / "launch" / "recipes").glob("*.yaml"))
 
@@ -363,3 +363,53 @@ def test_rules_agree_with_the_pixel_autoencoder():
     config = AutoencoderConfig(kind="pixels", factor=4, channels=3)
     autoencoder = build_autoencoder(config)
     assert (autoencoder.channels, autoencoder.stride) == (latent_channels(config), latent_stride(config))
+
+
+@pytest.mark.parametrize(
+    ("name", "network", "images", "lr", "steps", "p_mean", "p_std"),
+    [
+        ("t2i_xl", (1152, 28, 16, 384), 2048, 4e-4, 500_000, 0.0, 1.6),
+        ("t2i_xl_repa", (1152, 28, 16, 384), 2048, 4e-4, 500_000, 0.0, 1.6),
+        ("c2i_b_p4", (768, 12, 12, 256), 1024, 4e-4, 100_000, -0.4, 1.0),
+        ("c2i_xl_256", (1152, 28, 16, 384), 512, 2e-4, 750_000, -0.4, 1.0),
+        ("c2i_xl_256_mg", (1152, 28, 16, 384), 512, 2e-4, 750_000, -0.4, 1.0),
+        ("c2i_xl_512", (1152, 28, 16, 384), 512, 2e-4, 750_000, -0.4, 1.0),
+        ("c2i_xl_512_mg", (1152, 28, 16, 384), 512, 2e-4, 750_000, -0.4, 1.0),
+    ],
+)
+def test_a_recipe_of_the_authors_has_their_numbers(
+    name: str,
+    network: tuple[int, int, int, int],
+    images: int,
+    lr: float,
+    steps: int,
+    p_mean: float,
+    p_std: float,
+) -> None:
+    """As they stand in the authors' configurations, read apart from the recipes."""
+    found = load_recipe(RECIPES[0].parent / f"{name}.yaml")
+    model, objective, data, train = found.model, found.objective, found.data, found.train
+    assert (model.hidden_size, model.depth, model.num_heads, model.adaln_hidden) == network
+    assert (model.time_condition, model.separate_interval_embedder, model.qk_norm) == ("t-r", True, True)
+    # 32-fold autoencoders at 1024 or 512 pixels, 8-fold ones at 256 with patches of 2 or 4.
+    pixels = 1024 if model.condition == "text" else 512 if "512" in name else 256
+    tokens = (pixels // (latent_stride(data.autoencoder) * model.patch_size)) ** 2
+    assert data.packs_per_step * data.tokens_per_pack == images * tokens
+    assert data.caption_dropout == 0.1
+    # A picture is mirrored in half of the epochs, among classes.
+    assert data.flip_online is (model.condition == "class")
+
+    transport, weight = objective.transport, objective.weight
+    assert (transport.kind, transport.p_mean, transport.p_std) == ("ot_fm", p_mean, p_std)
+    assert (objective.diffusion_share, objective.consistency_share) == (0.5, 0.1)
+    assert (objective.diffusion_time, objective.derivative) == ("larger", "dde")
+    assert (weight.time_type, weight.warp, weight.of_interval) == ("sqrt", "tangent", True)
+    assert (weight.adaptive, weight.adaptive_over, objective.directional) == (True, "image", True)
+    assert objective.repa_weight == (0.0 if name == "t2i_xl" else 1.0)
+    guided = GuidedTargetConfig(w_gt=1.0, w_cond=0.75, start=0.3, end=0.8)
+    assert objective.guided_target == (guided if name.endswith("_mg") else None)
+
+    optimizer = train.optimizer
+    assert (train.steps, optimizer.lr, optimizer.betas, optimizer.eps) == (steps, lr, (0.9, 0.95), 1e-6)
+    assert (optimizer.weight_decay, optimizer.grad_clip, optimizer.warmup_steps) == (0.01, 1.0, 0)
+    assert [average.decay for average in train.ema.averages] == [0.9999]

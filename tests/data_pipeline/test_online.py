@@ -151,7 +151,7 @@ def test_a_sample_is_encoded_alike_on_any_rank_with_any_workers_and_after_a_resu
     with_workers.watch_encoders(around)
     variants = [*by_rank, samples_of(with_workers), samples_of(resumed)]
     assert entered and entered == ["in", "out"] * (len(entered) // 2)
-    monkeypatch.setattr(online, "BATCH_PIXELS", 1)
+    monkeypatch.setattr(online, "LATENT_PIXELS", 1)
     monkeypatch.setattr(online, "CAPTION_BATCH", 1)
     variants.append(samples_of(one_by_one))
     for variant in variants:

@@ -74,6 +74,8 @@ MAKERS = {
     "folder": source_folders.folder,
     "list": source_folders.jsonl,
     "parquet": source_folders.parquet,
+    "metadata": source_folders.metadata,
+    "embedded": source_folders.embedded,
     "webdataset": source_folders.webdataset,
     "tim_toy": source_folders.toy,
 }
@@ -85,7 +87,7 @@ def test_every_kind_of_source_becomes_shards_that_the_loader_reads(kind, tmp_pat
     source, out = MAKERS[kind](tmp_path / "source", COUNT), tmp_path / "out"
     assert run(source, out, *PIXELS, *WORDS) == 0
     manifest = manifest_of(out)
-    assert manifest["source"]["kind"] == ("list" if kind == "parquet" else kind)
+    assert manifest["source"]["kind"] == (kind if kind in sources.KINDS else "list")
     assert (manifest["samples"], manifest["report"]["dropped"]) == (COUNT, {})
     text = TextEncoderConfig(kind="words", width=8)
     assert load_all(out, AutoencoderConfig(kind="pixels", factor=4), text) == set(range(COUNT))
@@ -687,6 +689,46 @@ def test_sources_that_are_not_there_are_refused(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert run(tmp_path / "empty", tmp_path / "out", *PIXELS, *WORDS) == 1
     assert "no items for a source of kind 'folder'" in capsys.readouterr().err
+
+
+def test_a_csv_of_captions_is_refused_with_the_command_that_converts_it(tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "metadata.csv").write_text("file_name,text\na.png,a three\n")
+    assert run(tmp_path / "photos", tmp_path / "out", *PIXELS, *WORDS) == 1
+    said = capsys.readouterr().err
+    command = next(line for line in said.splitlines() if line.startswith("  python -c"))
+    subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True)
+    row = json.loads((tmp_path / "photos" / "metadata.jsonl").read_text())
+    assert row == {"file_name": "a.png", "text": "a three"}
+    # Beside pictures with captions of their own, a table is one of many files.
+    (tmp_path / "photos" / "metadata.jsonl").unlink()
+    (tmp_path / "photos" / "a.txt").write_text("a three")
+    assert sources.detect_kind(tmp_path / "photos") == "folder"
+
+
+def test_several_splits_of_parquet_are_not_mixed(tmp_path, capsys):
+    source = source_folders.embedded(tmp_path, COUNT)
+    shards = sorted((source / "data").iterdir())
+    (source / "data" / "test-00000-of-00001.parquet").write_bytes(shards[1].read_bytes())
+    assert run(source, tmp_path / "out", *PIXELS, *WORDS) == 1
+    assert (
+        "data/test-00000-of-00001.parquet" in (said := capsys.readouterr().err) and "'FOLDER/train-*" in said
+    )
+    items = sources.open_source(source / "data" / "train-*.parquet")
+    assert len(items) == COUNT
+    assert items.read(COUNT - 1).source == f"{shards[1].name}:{COUNT - COUNT // 2 - 1} {COUNT - 1}.png"
+    # What a crawler leaves beside its pictures is no list of them.
+    (source / "data" / "a.png").write_bytes(b"")
+    assert sources.detect_kind(source) == "folder"
+
+
+def test_tables_with_pictures_are_known_by_their_footers(tmp_path):
+    source = source_folders.embedded(tmp_path, COUNT)
+    before = sources.open_source(source).fingerprint()
+    assert sources.open_source(source).fingerprint() == before
+    shard = source / "data" / "train-00001-of-00002.parquet"
+    shard.write_bytes((source / "data" / "train-00000-of-00002.parquet").read_bytes())
+    assert sources.open_source(source).fingerprint() != before
 
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch, capsys):

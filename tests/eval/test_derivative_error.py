@@ -11,11 +11,14 @@ from data_pipeline.index import build_index
 from data_pipeline.schema import Sample
 from data_pipeline.shards import write_shard
 from tests.model.networks import class_config, random_network, text_config
+from tim_ds.config.load import load_recipe
 from tim_ds.eval import derivative_error
-from tim_ds.eval.derivative_error import build_case, measure_cost, measure_errors, random_pack
+from tim_ds.eval.derivative_error import build_case, describe, measure_cost, measure_errors, random_pack
 from tim_ds.model.export_folder import Export, SourceConfig, write_export
 from tim_ds.objective.config import TransportConfig
 from tim_ds.objective.transport import build_transport
+
+RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
 
 
 def test_errors_rank_as_rounding_says() -> None:
@@ -82,6 +85,39 @@ def test_the_command_reads_an_export_and_shards(tmp_path: Path, capsys: pytest.C
     assert "| dde | bf16 everywhere | 0.005 |" in printed
     assert derivative_error.main([*command, "--images", "7"]) == 1
     assert "expected at least 7" in capsys.readouterr().err
+
+
+@pytest.mark.slow  # 11.4 GB of memory: the weights in float32 and in float64
+def test_on_the_865m_network_the_carried_derivative_is_within_two_percent_in_bfloat16() -> None:
+    recipe = load_recipe(RECIPES / "t2i_xl.yaml")
+    network = derivative_error.random_network(recipe.model, seed=0)
+    pack = random_pack(recipe.model, (4, 4), 2, 8, seed=0)
+    case = build_case(network, build_transport(recipe.objective.transport), pack, seed=0)
+    assert describe(case).startswith("865.0M parameters (1152 wide, 28 blocks, 16 heads, AdaLN 384)")
+    found = {row.precision: row.error for row in measure_errors(case, ())}
+    assert found["float32"] < 1e-5
+    assert 1e-3 < found["bf16 products"] < found["bf16 everywhere"] < 0.02
+
+
+def test_the_command_takes_network_and_transport_of_a_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (RECIPES / "t2i_xl.yaml").read_text()
+    small = {"hidden_size: 1152": "hidden_size: 24", "depth: 28": "depth: 2", "num_heads: 16": "num_heads: 2"}
+    small |= {"adaln_hidden: 384": "adaln_hidden: 10", "kind: ot_fm": "kind: trigflow"}
+    for old, new in small.items():
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text(text)
+    command = ["--recipe", str(recipe), "--images", "2", "--grid", "2x3", "--steps", "0.005"]
+    assert derivative_error.main([*command, "--repeats", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "(24 wide, 2 blocks, 2 heads, AdaLN 10); 2 images, 12 tokens; trigflow" in printed
+    assert derivative_error.main(["--recipe", str(tmp_path / "none.yaml")]) == 1
+    assert "none.yaml: the recipe cannot be read" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        derivative_error.main(["export", *command])
 
 
 def test_a_malformed_grid_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 import tim_kernels
-from tests.model.networks import class_config, random_network, random_pack, text_config
+from tests.model.networks import (
+    class_config,
+    copies_of,
+    in_dtype,
+    normal,
+    random_network,
+    random_pack,
+    text_config,
+)
 from tim_ds.model.ops import transition_loss_terms
 from tim_ds.objective.config import ObjectiveConfig, WeightConfig
 from tim_ds.objective.loss import LossTerms, transition_loss
@@ -97,6 +106,48 @@ def test_the_derivative_that_a_forward_carries_takes_the_path_of_the_forward(con
     received, expected = run("triton"), run("torch")
     # float32, sums in another order
     assert (received - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_what_is_carried_leaves_value_gradients_and_kept_bytes_alone_on_the_kernels(device):
+    """With bfloat16 products, as in training; on the definitions tests/model/test_tangent.py has more."""
+    config = text_config(depth=1, encoder_depth=1)
+    network = random_network(config, dtype=torch.float32).to(device)
+    pack = in_dtype(random_pack(config, ((1, 2), (1, 1), (1, 3)), (2, 1, 2)), torch.float32)
+    dx = normal(5, pack[0].shape[1], seed=2).float().to(device)
+    direction = Direction((2, 0), dx, torch.full((2,), 0.7, device=device))
+    copies = copies_of(pack, (2, 0))
+    copies = replace(copies, x_TC=copies.x_TC.to(device), t_S=copies.t_S.to(device))
+    pack = [part.to(device) for part in pack]
+
+    def run(**beside: Any) -> tuple[list[torch.Tensor], int]:
+        kept = 0
+
+        def count(x: torch.Tensor) -> torch.Tensor:
+            nonlocal kept
+            kept += x.numel() * x.element_size()
+            return x
+
+        network.zero_grad()
+        x = pack[0].clone().requires_grad_()
+        with tim_kernels.use_path("triton"):
+            with (
+                torch.autograd.graph.saved_tensors_hooks(count, lambda x: x),
+                torch.autocast(device.type, dtype=torch.bfloat16),
+            ):
+                out = network(x, *pack[1:], with_features=True, **beside)
+                after_forward = kept
+            (out.F_TC.square().mean() + out.features_TZ.square().mean()).backward()
+        assert _taken() == _expected("triton")
+        gradients = [p.grad for p in [x, *network.parameters()] if p.grad is not None]
+        return [out.F_TC, out.features_TZ, *gradients], after_forward
+
+    plain, kept_plain = run()
+    assert len(plain) > 40
+    for beside in ({"direction": direction}, {"copies": copies}):
+        carrying, kept_carrying = run(**beside)
+        assert all(torch.equal(a, b) for a, b in zip(plain, carrying, strict=True))
+        assert kept_plain == kept_carrying
+    assert _tangents_taken() == dict.fromkeys(TANGENT_OPS, "triton")
 
 
 def test_on_the_cpu_a_derivative_is_carried_by_the_definitions():

@@ -53,14 +53,16 @@ def test_on_every_golden_network_and_transport(golden: GoldenFile, monkeypatch: 
         truth = derivative_along(wide, wide_pack, wide_direction)
         # float64 rounding; VP's conditioning time of 999 t magnifies it.
         assert (exact - truth).norm() < 1e-11 * truth.norm(), name
-        # A phase of a time feature, up to 999 for VP, is known to 6e-5 in float32, in the value as in the
-        # derivative: the truth is taken at the phases that float32 has.
-        angle = embed._time_angle
-        with monkeypatch.context() as patch:
-            patch.setattr(embed, "_time_angle", lambda s, angle=angle: angle(s.float()).double())
-            truth = derivative_along(wide, wide_pack, wide_direction)
-        # 5e-7 to 3e-6 seen
-        assert (received - truth).norm() < 1e-5 * truth.norm(), name
+        # 4e-7 to 1.2e-6 seen. A phase of VP's time features, up to 999, is known to 3e-5 in float32, in the
+        # value as in the derivative, and as well as the time itself: 1.0e-5 to 2.8e-5 seen.
+        assert (received - truth).norm() < (5e-5 if name == "vp" else 1e-5) * truth.norm(), name
+        if name == "vp":
+            angle = embed._time_angle
+            with monkeypatch.context() as patch:
+                patch.setattr(embed, "_time_angle", lambda s, angle=angle: angle(s.float()).double())
+                truth = derivative_along(wide, wide_pack, wide_direction)
+            # At the phases that float32 has: 6e-7 to 9e-7 seen
+            assert (received - truth).norm() < 1e-5 * truth.norm()
         compared.append(name)
     assert len(compared) == 6
 

@@ -23,9 +23,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from data_pipeline.loader import StepLoader
 from data_pipeline.storage import Folder
+from tests.trainer.drawing import draw_where_needed
 from tests.trainer.plain import steps_of
 from tests.trainer.ranks import UNEVEN_SIZES, engine_file, recipe, write_data
 from tim_ds.config.recipe import Recipe, recipe_hash
@@ -35,6 +37,7 @@ from tim_ds.model.init import initial_values
 from tim_ds.model.tim import TiM
 from tim_ds.pipeline import TiMPipeline
 from tim_ds.trainer import assembly
+from tim_ds.trainer import checkpoint as checkpoint_module
 from tim_ds.trainer.assembly import UNITS, build_root, teacher_parameters
 from tim_ds.trainer.checkpoint import CheckpointFolder, Piece, find_checkpoints
 from tim_ds.trainer.ema import Ema
@@ -53,6 +56,7 @@ from tim_ds.trainer.memory import Ranks, estimate
 from tim_ds.trainer.metrics import METRICS_FILE
 from tim_ds.trainer.preview import describe_export
 from tim_ds.trainer.run import train
+from tim_ds.trainer.scaling import step_volume
 from tim_ds.trainer.signals import RunStopped, StopSignals
 from tim_ds.trainer.step import StepOutput, TransitionStep
 from tim_ds.trainer.world import World
@@ -645,6 +649,10 @@ def watch_trace(world: World, folder: Path, shards: Path, poisoned: Path) -> dic
         "paired_tight": ((*mixed, PAIRED), TIGHT),
         "flow_matching_tight": (flow_matching, TIGHT),
     }
+    recomputed = "train.activation_checkpointing=true"
+    for name in ("dde_tight", "paired_tight", "flow_matching_tight"):
+        overrides, zero = variants[name]
+        variants[f"{name}_recomputed"] = ((*overrides, recomputed), zero)
     found = {}
     for name, (overrides, zero) in variants.items():
         settings = recipe(shards, *overrides)
@@ -665,6 +673,58 @@ def watch_trace(world: World, folder: Path, shards: Path, poisoned: Path) -> dic
             watched["complete"].append(coordinator.is_complete_trace())
             watched["without_transition"] += [not batch.times.transition_indices for batch in batches]
         found[name] = watched
+    return found
+
+
+class _Wire(TorchDispatchMode):
+    """Bytes that this rank sends in collectives, as rings: (N - 1) / N of a whole tensor for a gather, a
+    scatter or a reduction to one, twice that where everyone gets the sum."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__()
+        self.share = (world.size - 1) / world.size
+        self.sent = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            tensors = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
+            whole = max((x.numel() * x.element_size() for x in tensors), default=0)
+            twice = func.__name__.startswith("allreduce_")
+            self.sent += (2 if twice else 1) * self.share * whole
+        return func(*args, **(kwargs or {}))
+
+
+def count_traffic(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[str, tuple[float, float]]:
+    """Bytes that a rank sends in a step, counted, and as the scaling model has them."""
+    whole = {**TIGHT, "stage3_param_persistence_threshold": 0}
+    variants: dict[str, tuple[int, tuple[str, ...], dict[str, Any]]] = {
+        "zero0": (0, (), {}),
+        "zero1": (1, (), {}),
+        "zero1_guided": (1, (GUIDED,), {}),
+        "zero2": (2, (), {}),
+        "zero2_to_one": (2, (), {"use_multi_rank_bucket_allreduce": False}),
+        "zero3": (3, (), whole),
+        "zero3_guided": (3, (GUIDED,), whole),
+        "zero3_kept": (3, (), {"stage3_param_persistence_threshold": 0}),
+        "zero3_nodes": (3, (), {**whole, "zero_hpz_partition_size": 2}),
+    }
+    found = {}
+    for name, (stage, overrides, zero) in variants.items():
+        settings = recipe(shards, *overrides)
+        engine, ema = build(world, settings, folder, stage, None, **zero)
+        root: Any = engine.module
+        teacher = teacher_parameters(root)
+        # The first step of ZeRO-3 records what the second follows.
+        for step, batches in enumerate(micro_batches(settings, world, 2), start=1):
+            with _Wire(world) as wire:
+                take_step(engine, batches)
+                ema.update(step)
+                if teacher:
+                    ema.write_into(teacher)
+        packs = settings.data.packs_per_step // world.size
+        file = read_engine_file(shared_engine_file(world, folder, stage, **zero))
+        volume = step_volume(settings, file, Ranks(world.size, world.size), packs)
+        found[name] = (wire.sent, volume.everywhere + volume.in_node)
     return found
 
 
@@ -852,6 +912,48 @@ def fill_the_disk(world: World, folder: Path, shards: Path, poisoned: Path) -> d
     return results
 
 
+def save_on_a_bad_disk(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[str, Any]:
+    """Runs whose saves at some steps are refused: by the disk of the last rank, or by all."""
+    settings = ("train.steps=6", "train.checkpoint={every_steps: 2, keep: 2}")
+    file = shared_engine_file(world, folder, 1)
+    plain = checkpoint_module.write_rank_file
+    signals = StopSignals()
+
+    def run(name: str, refused: tuple[int, ...], *, stop_after: int | None = None) -> str:
+        def write(path: Path, tensors: Any) -> Any:
+            if path.parent.name in {f".tmp-step_{step:09d}" for step in refused} and world.rank == 1:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return plain(path, tensors)
+
+        def step(self: Loop, micro_batches: Any) -> None:
+            plain_step(self, micro_batches)
+            # Whatever the disk, the write is over when the loop looks.
+            self.saves._settle(wait=True)
+            if self.progress.step == stop_after:
+                signals.reason = "SIGTERM"
+
+        plain_step = Loop._step
+        signals.reason = None
+        with patch.object(checkpoint_module, "write_rank_file", write), patch.object(Loop, "_step", step):
+            try:
+                return train(recipe(shards, *settings), folder / name, file, world, signals=signals)
+            except CheckpointError as error:
+                return str(error)
+
+    found: dict[str, Any] = {
+        "folder": str(folder),
+        "goes on": run("goes on", (2,)),
+        "last fails": run("last fails", (6,)),
+        "stopped": run("stopped", (4, 5), stop_after=3),
+    }
+    if world.is_main:
+        # In the store of a group that goes on to other runs.
+        world.store("stop").delete_key("last_step")
+    found["left by the stopped"] = [c.step for c in find_checkpoints(folder / "stopped" / "checkpoints")]
+    world.barrier()
+    return {**found, "stopped, again": run("stopped", ())}
+
+
 def save_first(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[str, Any]:
     """Who makes the memory of the saves, and after how many steps."""
     plain_make, plain_step = HostCopy._make, Loop._step
@@ -957,6 +1059,7 @@ CASES: dict[str, Callable[[World, Path, Path, Path], Any]] = {
         train_every_combination,
         train_in_low_precision,
         train_with_previews,
+        draw_where_needed,
         begin_everywhere,
         hold_little,
         weigh,
@@ -965,12 +1068,14 @@ CASES: dict[str, Callable[[World, Path, Path, Path], Any]] = {
         average_by_hand,
         borrow_average,
         watch_trace,
+        count_traffic,
         refresh_teacher,
         meet_poison,
         meet_poisoned_gradient,
         meet_poisoned_gradient_in_a_run,
         give_up,
         fill_the_disk,
+        save_on_a_bad_disk,
         save_first,
         ask_again,
         cut_an_interval,

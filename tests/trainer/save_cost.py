@@ -1,6 +1,6 @@
 """What a save costs the step, and what goes on behind it.
 
-    python -m tests.trainer.save_cost --folder /data/scratch [--share 0.25] [--ranks 8] [--unprepared]
+    python -m tests.trainer.save_cost --folder DIR [--share 0.25] [--ranks 8] [--unprepared] [--window 1]
 
 The state of the 865M model (float32 master, two averages of AdamW, one averaged copy), or a share of it,
 split among ranks of one host that all save at once, is saved three times. Before that the memory of the
@@ -8,21 +8,28 @@ copies is made beside steps, as a run does after its first one; or it is not, an
 step here is a matrix product, an average of weights and small calls from Python, on one thread, so that it
 feels what the other thread takes: cores, caches, bandwidth, locks. After each step the ranks look after the
 checkpoint, as those of a run do.
+
+The whole model's state and its copies are 28 GB. With `--window` the tensors of the state lie over each
+other in a window of that many GiB, which a host with half the memory can hold: every byte of the copies is
+there, is written and goes to the disk, and as many are read, from a window that no cache holds.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import resource
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tests.trainer.ranks import run_ranks
 from tim_ds.config.load import load_recipe
@@ -45,13 +52,26 @@ def timed(action: Callable[[], object]) -> Timed:
     return time.perf_counter() - start, time.thread_time() - busy
 
 
-def measure(place: Path, share: float, prepared: bool) -> dict[str, Any]:
+def build_state(sizes: Mapping[str, int], window: int, device: torch.device) -> dict[str, dict[str, Tensor]]:
+    """A rank's state: tensors of their own, or one after the other around a window of so many elements."""
+    if not window:
+        return {kind: {name: torch.ones(n, device=device) for name, n in sizes.items()} for kind in KINDS}
+    room, end = torch.ones(max(window, *sizes.values()), device=device), 0
+    state: dict[str, dict[str, Tensor]] = {kind: {} for kind in KINDS}
+    for values in state.values():
+        for name, n in sizes.items():
+            start = end if end + n <= len(room) else 0
+            values[name], end = room[start : start + n], start + n
+    return state
+
+
+def measure(place: Path, share: float, prepared: bool, window: int) -> dict[str, Any]:
     """What one rank sees; called by all."""
     world = start_world()
     network = meta_network(load_recipe(RECIPE).model)
     own = share / world.size
     sizes = {name: max(1, round(own * p.numel())) for name, p in network.named_parameters()}
-    state = {kind: {name: torch.ones(n, device=world.device) for name, n in sizes.items()} for kind in KINDS}
+    state = build_state(sizes, window // world.size, world.device)
     weight, master, average, small = (
         torch.rand(1024, 1024),
         torch.rand((1 << 24) // world.size),
@@ -93,6 +113,7 @@ def measure(place: Path, share: float, prepared: bool) -> dict[str, Any]:
             beside.append(timed(step))
             looks.append(timed(folder.settle))
         found["saves"].append((held, time.perf_counter() - start, beside, looks))
+    found["from_disk"] = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
     start = time.perf_counter()
     assert folder.newest() is not None
     found["checked"] = time.perf_counter() - start
@@ -123,12 +144,21 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.25, help="of the model, over all ranks")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--unprepared", action="store_true", help="leave the memory to the first save")
+    parser.add_argument(
+        "--window", type=float, default=0.0, metavar="GIB", help="memory of the state, which lies over itself"
+    )
     options = parser.parse_args()
     place = options.folder / "save_cost"
     shutil.rmtree(place, ignore_errors=True)
     with tempfile.TemporaryDirectory() as out:
         ranks = run_ranks(
-            measure, place, options.share, not options.unprepared, world_size=options.ranks, out=Path(out)
+            measure,
+            place,
+            options.share,
+            not options.unprepared,
+            round(options.window * 2**28),
+            world_size=options.ranks,
+            out=Path(out),
         )
     shutil.rmtree(place)
 
@@ -137,7 +167,10 @@ def main() -> None:
 
     elements = sum(rank["elements"] for rank in ranks)
     device = ranks[0]["device"]
-    print(f"{elements:,} parameters, {16 * elements / 1e9:.2f} GB on {len(ranks)} ranks, {device}")
+    print(
+        f"{elements:,} parameters, {16 * elements / 1e9:.2f} GB on {len(ranks)} ranks, {device}; "
+        f"load average {os.getloadavg()[0]:.1f}; {sum(r['from_disk'] for r in ranks)} pages read from a disk"
+    )
     print(told("steps before", every("alone")))
     if not options.unprepared:
         print(f"memory: there after {_over([rank['made'] for rank in ranks])} s")

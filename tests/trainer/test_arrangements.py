@@ -169,11 +169,17 @@ def test_zero3_keeps_its_trace_and_gathers_the_same_every_step(groups: Groups, d
         assert all(watched["complete"][1:])
 
 
-def test_a_carried_derivative_gathers_every_parameter_as_often_as_flow_matching(groups: Groups) -> None:
-    """`paired` and `dde`, with nothing kept between modules: once in the forward and once in the backward."""
+@pytest.mark.parametrize("blocks", ["tight", "tight_recomputed"])
+def test_a_carried_derivative_gathers_every_parameter_as_often_as_flow_matching(
+    groups: Groups, blocks: str
+) -> None:
+    """`paired` and `dde`, with nothing kept between modules: once in the forward and once in the backward.
+
+    A block that the backward computes again is gathered for that and its gradients at once.
+    """
     for found in groups.results(2, "watch_trace"):
-        flow = found["flow_matching_tight"]
-        for carrying in (found["paired_tight"], found["dde_tight"]):
+        flow = found[f"flow_matching_{blocks}"]
+        for carrying in (found[f"paired_{blocks}"], found[f"dde_{blocks}"]):
             assert any(carrying["without_transition"]) and not all(carrying["without_transition"])
             (parameters,) = carrying["parameters"]
             assert set(carrying["elements"]) == set(flow["elements"]) == {2 * parameters}

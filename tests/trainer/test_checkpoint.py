@@ -4,9 +4,10 @@ import errno
 import json
 import logging
 import os
+import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,17 @@ import torch
 from safetensors.torch import load_file
 
 from tests.trainer.conftest import Groups
+from tests.trainer.disks import BadDisk
 from tim_ds.errors import CheckpointError
 from tim_ds.trainer import checkpoint as checkpoint_module
-from tim_ds.trainer.checkpoint import FORMAT, MANIFEST, CheckpointFolder, Piece, find_checkpoints
+from tim_ds.trainer.checkpoint import (
+    FORMAT,
+    MANIFEST,
+    CheckpointFolder,
+    CheckpointGoneError,
+    Piece,
+    find_checkpoints,
+)
 from tim_ds.trainer.rank_file import check_rank_file, write_rank_file
 from tim_ds.trainer.world import World
 
@@ -206,6 +215,103 @@ def test_a_write_that_fails_is_told_at_the_next_step_and_leaves_nothing(
             time.sleep(0.01)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_000000001"]
     folder.settle(wait=True)
+
+
+def test_whichever_call_of_a_save_the_disk_refuses_what_was_whole_stays_and_the_next_save_cleans_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Milestone 1, and of the others the newest two are kept: a save of step 4 makes 2 superfluous."""
+    # Hundreds of them, and no power cut: that they are asked for is what counts here.
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    template = tmp_path / "template"
+    for step in (1, 2, 3):
+        save(keeper(template, milestones=(1,)), step)
+
+    def save_refused(fails: Callable[[int], bool]) -> tuple[list[str], str | None, set[int]]:
+        place = tmp_path / "run"
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(template, place)
+        folder, refusal, disk = keeper(place, milestones=(1,)), None, BadDisk(fails)
+        with disk.mounted():
+            try:
+                save(folder, 4)
+            except CheckpointError as error:
+                refusal = str(error)
+        # Every folder that is named as a checkpoint is one.
+        found = find_checkpoints(place, strict=True)
+        assert {c.path.name for c in found} == {path.name for path in place.glob("step_*")}
+        for checkpoint in found:
+            checkpoint.check()
+        save(folder, 5)
+        left = {"latest", "step_000000001", "step_000000005"}
+        left.add("step_000000004" if 4 in {c.step for c in found} else "step_000000003")
+        assert {path.name for path in place.iterdir()} == left
+        return disk.calls, refusal, {c.step for c in found}
+
+    calls, refusal, steps = save_refused(lambda _: False)
+    assert refusal is None and steps == {1, 3, 4}
+    complete = calls.index("rename")
+    assert {"write", "fsync", "mkdir", "unlink"} <= set(calls[:complete]) and len(calls) > complete + 8
+    for number in range(len(calls)):
+        for fails in ((lambda n, at=number: n == at), (lambda n, at=number: n >= at)):
+            _, refusal, steps = save_refused(fails)
+            if number <= complete + 1:
+                # Up to the flush of the folder that it was renamed in.
+                assert refusal is not None and "cannot be written" in refusal and "Input/output" in refusal
+                assert steps == ({1, 2, 3} if number <= complete else {1, 2, 3, 4})
+            else:
+                assert refusal is None and {1, 3, 4} <= steps
+
+
+def test_what_an_interrupted_save_left_and_cannot_be_deleted_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(keeper(tmp_path), 1)
+    leftover = tmp_path / ".tmp-step_000000002"
+    leftover.mkdir()
+    (tmp_path / ".tmp-latest").write_text("torn")
+    with BadDisk(lambda _: True).mounted():
+        found = keeper(tmp_path).newest()
+    assert found is not None and found.step == 1
+    assert f"{leftover}: left by an interrupted save, and cannot be deleted: " in caplog.text
+    assert keeper(tmp_path).newest() is not None and not list(tmp_path.glob(".tmp-*"))
+
+
+def test_a_save_whose_folder_is_deleted_while_another_rank_is_waited_for_ends(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, World(rank=0, size=2), keep=2)
+    writing = checkpoint_module._Writing(tmp_path / "step_1", tmp_path / ".tmp-step_1", 0, {})
+    with pytest.raises(OSError, match=r"tmp-step_1: deleted while it was written"):
+        folder._receipts(writing)
+
+
+def test_checkpoints_that_a_run_replaces_while_they_are_listed_are_no_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = keeper(tmp_path, keep=1)
+    save(folder, 1)
+    plain, next_step = checkpoint_module.read_checkpoint, iter([2])
+
+    def read(path: Path) -> Any:
+        for step in next_step:
+            save(folder, step)
+        return plain(path)
+
+    monkeypatch.setattr(checkpoint_module, "read_checkpoint", read)
+    assert [c.step for c in find_checkpoints(tmp_path, strict=True)] == [2]
+    assert not caplog.records
+
+
+def test_a_checkpoint_that_is_deleted_while_it_is_read_says_so(tmp_path: Path) -> None:
+    folder = keeper(tmp_path, keep=1)
+    save(folder, 1)
+    (found,) = find_checkpoints(tmp_path)
+    (half_read,) = find_checkpoints(tmp_path)
+    half_read.fill("master", "w", 0, torch.empty(5))
+    save(folder, 2)
+    for checkpoint in (found, half_read):
+        for read in (checkpoint.check, lambda c=checkpoint: c.fill("master", "w", 0, torch.empty(12))):
+            with pytest.raises(CheckpointGoneError, match="step_000000001: deleted while it was read"):
+                read()
 
 
 def test_an_error_of_the_run_lets_the_write_become_complete(

@@ -20,7 +20,7 @@ from data_pipeline.encoders.footprint import (
 from data_pipeline.encoders.image import build_image_encoder
 from data_pipeline.encoders.text import build_text_encoder
 from data_pipeline.errors import DataError
-from data_pipeline.online import BATCH_PIXELS, encoder_footprints
+from data_pipeline.online import FEATURE_PIXELS, LATENT_PIXELS, encoder_footprints
 from data_pipeline.pictures import normalise
 from tests.data_pipeline.tiny_models import save_autoencoders, save_gemma, save_t5, save_vision
 from tests.memory import LiveBytes
@@ -112,8 +112,11 @@ def test_what_runs_follows_from_what_the_shards_leave(saved: Path) -> None:
     one = autoencoder_footprint(config.autoencoder, 1, 8, 8)
     assert everything["autoencoder"].peak == 4 * one.peak
     # However many pictures a pack has, a batch has no more than so many pixels.
-    most = autoencoder_footprint(config.autoencoder, BATCH_PIXELS // 64, 8, 8)
-    assert found(10**6, {"picture"})["autoencoder"] == most
+    most = found(10**6, {"picture"})
+    assert most["autoencoder"] == autoencoder_footprint(config.autoencoder, LATENT_PIXELS // 64, 8, 8)
+    assert config.image_encoder is not None
+    features = image_footprint(config.image_encoder, FEATURE_PIXELS // 64, 8, 8, (4, 4))
+    assert most["image_encoder"] == features
 
 
 def test_a_config_that_is_not_there_is_an_error(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,13 +12,13 @@ from safetensors.torch import load_file
 
 from tests.memory import peak_growth
 from tests.trainer.ranks import recipe
-from tests.trainer.test_checkpoint import flip_a_byte
+from tests.trainer.test_checkpoint import Held, flip_a_byte, start
 from tim_ds.config.recipe import to_dict
 from tim_ds.model.config import ModelConfig
 from tim_ds.model.export_folder import load_network, meta_network
 from tim_ds.model.tim import TiM
 from tim_ds.sampler.config import SamplerConfig
-from tim_ds.trainer.checkpoint import CheckpointFolder, Piece
+from tim_ds.trainer.checkpoint import Checkpoint, CheckpointFolder, Piece, find_checkpoints, remove_checkpoint
 from tim_ds.trainer.export import main
 from tim_ds.trainer.world import World
 
@@ -25,12 +26,15 @@ AVERAGES = "train.ema={use: slow, averages: [{name: fast, decay: 0.5}, {name: sl
 KINDS = ("master", "ema.fast", "ema.slow")
 
 
-def write_run(run: Path, *overrides: str) -> dict[str, dict[str, torch.Tensor]]:
-    """A run with checkpoints of steps 2 and 4, cut into two pieces a tensor; what it holds, by kind."""
+def write_run(
+    run: Path, *overrides: str, steps: tuple[int, ...] = (2, 4)
+) -> dict[str, dict[str, torch.Tensor]]:
+    """A run with checkpoints of some steps, cut into two pieces a tensor; what the last holds, by kind."""
     settings = recipe(run, AVERAGES, *overrides)
     folder = CheckpointFolder(run / "checkpoints", World(), keep=5)
     shapes = {name: value.shape for name, value in meta_network(settings.model).state_dict().items()}
-    for step in (2, 4):
+    held: dict[str, dict[str, torch.Tensor]] = {}
+    for step in steps:
         generator = torch.Generator().manual_seed(step)
         held = {
             kind: {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
@@ -107,6 +111,57 @@ def test_what_cannot_be_exported_is_told(tmp_path: Path, capsys: pytest.CaptureF
     flip_a_byte(run / "checkpoints" / "step_000000004" / "rank_00000.safetensors")
     assert main([str(run), "--out", str(tmp_path / "a")]) == 2
     assert "damaged" in capsys.readouterr().err and not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("moment", ["found", "half read"])
+def test_an_export_from_a_run_that_deletes_what_is_read_is_right_or_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], moment: str
+) -> None:
+    """While step 4 is read, the run saves step 6 and keeps that one alone."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    write_run(run)
+    newer = write_run(tmp_path / "later", steps=(6,))
+    plain = Checkpoint.check if moment == "found" else Checkpoint.fill
+    reads: list[Path] = []
+
+    def read(self: Checkpoint, *arguments: Any) -> None:
+        reads.append(self.path)
+        if len(reads) == (1 if moment == "found" else 20):
+            # Aside, as a save that is going on: it is none of the checkpoints until it is renamed.
+            (tmp_path / "later/checkpoints/step_000000006").rename(run / "checkpoints/step_000000006")
+            for old in find_checkpoints(run / "checkpoints")[1:]:
+                remove_checkpoint(old)
+        plain(self, *arguments)
+
+    monkeypatch.setattr(Checkpoint, plain.__name__, read)
+    assert main([str(run), "--out", str(out)]) == 0
+    said = capsys.readouterr()
+    assert "step_000000004: deleted while it was read" in said.err and "weights of step 6 from" in said.out
+    state = load_network(out)[0].state_dict()
+    assert all(torch.equal(state[name], value) for name, value in newer["ema.slow"].items())
+    # One that was asked for by its step is not replaced by another.
+    gone = find_checkpoints(run / "checkpoints")[0]
+    monkeypatch.setattr(Checkpoint, plain.__name__, lambda *_: (remove_checkpoint(gone), plain(*_)))
+    assert main([str(run), "--out", str(tmp_path / "other"), "--step", "6"]) == 2
+    assert "step_000000006: deleted while it was read" in capsys.readouterr().err
+    assert not list((tmp_path / "other").glob("*")), "nothing half-written is left"
+
+
+def test_an_export_takes_no_notice_of_a_checkpoint_that_is_being_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    held = write_run(run)
+    folder, writing = CheckpointFolder(run / "checkpoints", World(), keep=1), Held(monkeypatch)
+    start(folder, 6, torch.zeros(6))
+    assert (run / "checkpoints" / ".tmp-step_000000006").is_dir()
+    try:
+        assert main([str(run), "--out", str(tmp_path / "out")]) == 0
+    finally:
+        writing.go.set()
+        folder.settle(wait=True)
+    state = load_network(tmp_path / "out")[0].state_dict()
+    assert all(torch.equal(state[name], value) for name, value in held["ema.slow"].items())
 
 
 def test_an_export_holds_one_tensor_at_a_time(tmp_path: Path) -> None:

@@ -95,6 +95,22 @@ def test_mistakes_before_the_ranks_meet_are_one_line_and_exit_code_2(
     assert not run.exists()
 
 
+@pytest.mark.parametrize("count", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_tasks_that_nobody_made_ranks_are_refused(
+    files: tuple[Path, Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    count: str,
+) -> None:
+    """`srun python launch/train.py`: each would be a run of its own, in the same folder."""
+    recipe_file, engine, run = files
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv(count, "2")
+    assert main([str(recipe_file), "--ds", str(engine), "--run", str(run)]) == 2
+    assert f"{count} says that 2 processes were started together, but RANK" in capsys.readouterr().err
+    assert not run.exists()
+
+
 def _alone(folder: Path, shards: Path) -> dict[str, object]:
     """Mistakes that show when the run is assembled, in a process without a launcher."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):

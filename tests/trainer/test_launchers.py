@@ -1,5 +1,6 @@
-"""Runs under each launcher, on CPU. What a test machine does not have (hosts behind pdsh, Slurm) is stood in
-for by a script of a few lines that does what it does: it starts the same command for each host or task."""
+"""Runs under each launcher, on CPU. What a machine may not have (hosts behind pdsh, Slurm) is stood in for
+here by a script of a few lines that does what it does: it starts the same command for each host or task.
+`test_ssh.py` and `test_slurm.py` have the programs themselves."""
 
 from __future__ import annotations
 
@@ -57,6 +58,10 @@ case $1 in
 esac
 """
 
+SQUEUE = """#!/bin/bash
+echo "${STATE_OF_JOB:-RUNNING None}"
+"""
+
 
 def _programs(folder: Path, **scripts: str) -> dict[str, str]:
     """An environment in whose path these programs come first."""
@@ -66,6 +71,12 @@ def _programs(folder: Path, **scripts: str) -> dict[str, str]:
         (folder / name).chmod(0o755)
     environment = clean_environment()
     return {**environment, "PATH": f"{folder}{os.pathsep}{environment['PATH']}"}
+
+
+def _has_stepped(run: Path) -> bool:
+    """The file alone is made before the first step."""
+    log = run / "metrics.jsonl"
+    return log.exists() and log.stat().st_size > 0
 
 
 def _torchrun(recipe: Path, run: Path, *more: str) -> list[str]:
@@ -90,8 +101,8 @@ def test_torchrun_trains_on_two_ranks_and_passes_a_signal_on(tmp_path: Path, sha
     recipe, run = write_recipe(tmp_path, shards), tmp_path / "run"
     command = [*_torchrun(recipe, run, f"--master_port={free_port()}"), "train.steps=10000"]
     process = subprocess.Popen(command, env=clean_environment(), stderr=subprocess.PIPE, text=True)
-    end = time.monotonic() + 120
-    while not (run / "metrics.jsonl").exists() and time.monotonic() < end and process.poll() is None:
+    end = time.monotonic() + 240
+    while not _has_stepped(run) and time.monotonic() < end and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
@@ -111,7 +122,7 @@ def test_a_run_whose_launcher_ends_saves_and_leaves(tmp_path: Path, shards: Path
     with (tmp_path / "said").open("w") as said:
         process = subprocess.Popen(command, env=clean_environment(), stderr=said, stdout=said)
         end = time.monotonic() + 240
-        while not (run / "metrics.jsonl").exists() and time.monotonic() < end and process.poll() is None:
+        while not _has_stepped(run) and time.monotonic() < end and process.poll() is None:
             time.sleep(0.05)
         if which == "deepspeed":
             process.send_signal(signal.SIGTERM)
@@ -177,11 +188,51 @@ def test_torchrun_on_two_nodes_is_one_run_of_four_ranks(tmp_path: Path, shards: 
     assert find_checkpoints(run / "checkpoints")[0].manifest["world_size"] == 4
 
 
+@pytest.mark.parametrize(
+    ("code", "state", "requeued"),
+    [
+        (STOPPED, "RUNNING None", True),
+        (STOPPED, "COMPLETING TimeLimit", True),
+        # Cancelled, or requeued from outside.
+        (STOPPED, "COMPLETING None", False),
+        (STOPPED, "PENDING BeginTime", False),
+        # Slurm does not answer.
+        (STOPPED, "", True),
+        # SIGTERM while Python starts, SIGKILL, a mistake of the user, the end.
+        (143, "RUNNING None", True),
+        (137, "RUNNING None", False),
+        (2, "RUNNING None", False),
+        (0, "RUNNING None", False),
+    ],
+)
+@pytest.mark.parametrize("in_array", [False, True])
+def test_the_slurm_script_requeues_what_it_may(
+    tmp_path: Path, code: int, state: str, requeued: bool, in_array: bool
+) -> None:
+    srun = f'#!/bin/bash\necho "$@" > "$STATE/srun"\nexit {code}\n'
+    environment = _programs(tmp_path / "bin", srun=srun, scontrol=SCONTROL, squeue=SQUEUE)
+    environment |= {"STATE": str(tmp_path), "STATE_OF_JOB": state or " ", "SLURM_JOB_NODELIST": "n[1-2]"}
+    environment |= {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "12"}
+    if in_array:
+        environment |= {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
+    script = str(ROOT / "launch" / "slurm" / "train.sbatch")
+    done = subprocess.run(
+        ["bash", script, "recipe", "engine", str(tmp_path / "run")], env=environment, timeout=60, check=False
+    )
+    assert done.returncode == code
+    # srun does not take it from sbatch.
+    assert "--cpus-per-task=12" in (tmp_path / "srun").read_text().split()
+    told = tmp_path / "scontrol"
+    # The number of an array is the number of one of its elements, too.
+    job = "7_3" if in_array else "7"
+    assert (told.read_text() if told.exists() else "") == (f"requeue {job}\n" if requeued else "")
+
+
 @pytest.mark.slow
 def test_the_slurm_script_requeues_a_stopped_run_until_it_is_finished(tmp_path: Path, shards: Path) -> None:
     recipe, run = write_recipe(tmp_path, shards), tmp_path / "run"
     script = str(ROOT / "launch" / "slurm" / "train.sbatch")
-    environment = _programs(tmp_path / "bin", srun=SRUN, scontrol=SCONTROL)
+    environment = _programs(tmp_path / "bin", srun=SRUN, scontrol=SCONTROL, squeue=SQUEUE)
     environment |= {"STATE": str(tmp_path), "RUN": str(run), "SLURM_JOB_NODELIST": "n[1-2]"}
     codes, steps = [], []
     # Job numbers decide the port.

@@ -15,6 +15,7 @@ import torch
 
 import tim_kernels
 from data_pipeline.encoders.autoencoder import build_autoencoder, decode_bytes
+from data_pipeline.encoders.footprint import autoencoder_footprint, text_footprint
 from data_pipeline.online import encoder_footprints
 from tests.data_pipeline.tiny_models import save_autoencoders, save_t5, save_vision
 from tests.memory import LiveBytes
@@ -31,8 +32,10 @@ from tim_ds.trainer.engine import read_engine_file
 from tim_ds.trainer.memory import (
     GIB,
     IMAGE_SIDE_PIXELS,
+    Part,
     Ranks,
     _activations,
+    _encoders,
     _Pack,
     estimate,
     kept_around_blocks,
@@ -208,10 +211,9 @@ def test_frozen_encoders_are_counted_from_their_configs(tmp_path: Path) -> None:
     running = encoder_footprints(recipe.data, 4, (2, 2), patch_size=1, online=None)
     assert len(running) == 3 and found.unknown == ()
     assert found.part("frozen encoders").device == sum(one.weights for one in running.values()) > 50_000
-    assert found.part("encoders of previews").host == sum(
-        running[name].weights for name in ("autoencoder", "text_encoder")
-    )
     names = [part.name for part in found.parts]
+    # What runs while training is not loaded again to draw.
+    assert "decoder of pictures" not in names and "encoding of captions" not in names
     # So small a batch takes less than a step of this network, so large a picture more than of its packs.
     assert "encoding" not in names
     step = sum(part.device for part in _activations(recipe, _Pack.of(recipe, 4)))
@@ -220,7 +222,7 @@ def test_frozen_encoders_are_counted_from_their_configs(tmp_path: Path) -> None:
     # Guidance doubles the tokens of 32 x 32 pixels.
     work = sampling_bytes(recipe.model, 2 * (4096 // 32) ** 2)
     assert work > decode_bytes(build_autoencoder(recipe.data.autoencoder), 4096, 4096)
-    assert larger == work + found.part("encoders of previews").host - step
+    assert larger == work - step
     stored = estimate(recipe, zero2, Ranks(8, 8), image_tokens=4, online=())
     image_encoder = running["image_encoder"].weights
     assert stored.part("frozen encoders").device == image_encoder < found.part("frozen encoders").device
@@ -230,6 +232,38 @@ def test_frozen_encoders_are_counted_from_their_configs(tmp_path: Path) -> None:
         one.peak
         for one in encoder_footprints(recipe.data, 4, (256, 256), patch_size=1, online=("picture",)).values()
     )
+
+
+def test_one_rank_holds_what_pictures_are_drawn_with(tmp_path: Path) -> None:
+    """All ranks an autoencoder where they share the pictures of a benchmark, none a text encoder for long."""
+    save_autoencoders(tmp_path)
+    save_t5(tmp_path / "t5")
+    changes = [
+        f"data.autoencoder.path={tmp_path / 'dc_ae'}",
+        f"data.text_encoder={{kind: t5, path: {tmp_path / 't5'}, max_tokens: 12}}",
+        "train.preview={every_steps: 10, prompts: [a], sizes: [64x256], num_steps: [1]}",
+        "data.workers=0",
+    ]
+    recipe = load_recipe(XL, changes)
+    decoder = encoder_memory(recipe, 1, 4, ()).waiting
+    assert decoder == autoencoder_footprint(recipe.data.autoencoder, 1, 64, 64).weights > 10_000
+    found = estimate(recipe, engine("zero2"), Ranks(16, 8))
+    assert found.part("decoder of pictures").host == decoder
+    assert found.host_bytes - found.host_bytes_of_others == decoder
+    assert found.host_bytes_per_node == 8 * found.host_bytes_of_others + decoder
+    benchmark = "train.evaluation={every_steps: 9, kinds: [], benchmarks: [{kind: dpg, size: 64x64}]}"
+    shared = load_recipe(XL, [*changes, benchmark])
+    for stage, everywhere in (("zero2", True), ("zero3", False)):
+        node = estimate(shared, engine(stage), Ranks(16, 8))
+        assert (node.host_bytes == node.host_bytes_of_others) == everywhere, stage
+    # Beside nothing that comes later, a text encoder on its way counts.
+    memory, text_encoder = encoder_memory(recipe, 1, 4, ()), recipe.data.text_encoder
+    assert text_encoder is not None
+    assert memory.preparing == text_footprint(text_encoder, 1).weights > 1_000
+    later = [Part("loader", 0, 100, ""), Part("process", 0, 10**9, "")]
+    parts = {part.name: part for part in _encoders(memory, 0, later)}
+    assert parts["encoding of captions"].host == memory.preparing - 100
+    assert parts["encoding of captions"].main_only
 
 
 def test_encoders_whose_configs_are_not_here_are_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,12 +17,13 @@ from tim_ds.errors import TimError
 from tim_ds.pipeline import write_png
 from tim_ds.trainer.charts import MAX_POINTS, Point, Series, line_chart, number, stacked_chart, thinned, ticks
 from tim_ds.trainer.checkpoint import CheckpointFolder, Piece
+from tim_ds.trainer.events import Events
 from tim_ds.trainer.metrics import METRICS_FILE, NUM_BINS, MetricsLog
 from tim_ds.trainer.report import main, render
 from tim_ds.trainer.run_record import read_run
 from tim_ds.trainer.world import World
 
-VOID = {"meta", "img", "line", "circle", "path", "br"}
+VOID = {"meta", "img", "circle", "path", "br"}
 
 
 class Page(HTMLParser):
@@ -139,6 +140,56 @@ def test_a_page_is_whole_in_itself_and_can_be_read_aloud(tmp_path: Path) -> None
         "tokens_per_pack: 24",
     ):
         assert part in page.text, part
+
+
+def write_events(run: Path) -> None:
+    """Begun, two saves refused, stopped by a signal; continued, killed, continued."""
+    events = Events(run)
+    events.add("began", 0, ranks=2, zero_stage=3)
+    events.add("save failed", 8, reason="no space on <disk>")
+    events.add("save left out", 9, reason="step 8 is still being written")
+    events.add("saved again", 10, reason="after 1 that failed")
+    events.add("stopped", 12, reason="stopped and saved after step 12 (SIGTERM on rank 1)")
+    events.add("continued", 12, ranks=4, zero_stage=3)
+    events.add("continued", 10, ranks=1, zero_stage=1, reason="rank_00000.safetensors: damaged")
+    events.close()
+
+
+def test_interruptions_are_marked_in_the_charts_and_listed(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    with (run / "events.jsonl").open("w") as file:
+        file.write('not a line\n{"event": "began"}\n')
+    write_events(run)
+    page = Page(render([read_run(run)]))
+    for part in (
+        "save failed",
+        "no space on <disk>",
+        "SIGTERM on rank 1",
+        "ranks: 4, ZeRO stage 3",
+        "rank_00000.safetensors: damaged; the process before left no word",
+        "Skipped steps (1)",
+        "tick from below: skipped step",
+    ):
+        assert part in page.text, part
+    assert page.text.count("left no word") == 1, "the one that was stopped said so"
+    loss = next(c for c in page.all("svg") if (c["aria-label"] or "").startswith("Loss, unweighted"))
+    assert (loss["aria-label"] or "").endswith("Marked: continuations 2, failed saves 2, skipped steps 1")
+    charts = page.all("svg")
+    marks = [line for line in page.all("line") if (line.get("class") or "").startswith("mark ")]
+    # A tick for each failed save and skipped step, a line for each continuation.
+    assert len(marks) == 5 * sum("Marked: " in (c["aria-label"] or "") for c in charts) >= 5 * 12
+    for mark in marks:
+        assert 0 <= float(mark["y1"] or "nan") < float(mark["y2"] or "nan") <= 216
+
+
+def test_a_run_that_nothing_happened_to_says_so(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    assert "No events.jsonl" in Page(render([read_run(run)])).text
+    events = Events(run)
+    events.add("began", 0, ranks=1, zero_stage=1)
+    events.add("finished", 20)
+    page = Page(render([read_run(run)]))
+    assert "begun once, and every save went well" in page.text and "what happened" not in page.text.lower()
 
 
 def test_what_a_broken_run_lacks_is_named(tmp_path: Path) -> None:

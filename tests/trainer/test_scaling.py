@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.trainer.conftest import Groups
 from tim_ds.config.load import load_recipe
+from tim_ds.objective.config import GuidedTargetConfig
 from tim_ds.trainer.engine import read_engine_file
 from tim_ds.trainer.memory import Ranks, estimate
 from tim_ds.trainer.scaling import Hardware, even_pack, expected_flops, main, scale, step_volume
@@ -23,6 +25,8 @@ def engine(name: str) -> dict:
 
 
 PARAMETERS = estimate(RECIPE, engine("zero3"), Ranks(1, 8)).parameters
+DROPPED = 1 - 1e9 / (2 * PARAMETERS)
+"""Share of the weights that ZeRO-3 drops after the forward: its reuse distance is 1e9 parameters."""
 
 
 @pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3", "zero3_nodes"])
@@ -42,16 +46,17 @@ def test_one_gpu_only_computes_and_bandwidth_without_end_scales_perfectly(name: 
     [
         # Gradients go to everyone: a reduction and a gather.
         ("zero0", 4, 2),
-        # One reduction to shards, one gather of the weights, however many micro-steps.
-        ("zero1", 4, 2),
-        # A reduction a micro-step.
-        ("zero2", 4, 5),
-        # Two gathers and a reduction a micro-step.
-        ("zero3", 1, 3),
-        ("zero3", 4, 12),
+        # One sum for everyone, one gather of the weights, however many micro-steps.
+        ("zero1", 4, 3),
+        # A sum a micro-step.
+        ("zero2", 4, 9),
+        # A gather and a reduction to shards a micro-step, and one more gather of what the backward reaches
+        # only after more weights than are kept.
+        ("zero3", 1, 2 + DROPPED),
+        ("zero3", 4, 4 * (2 + DROPPED)),
     ],
 )
-def test_bytes_of_a_step_are_those_of_the_stage(name: str, packs: int, elements: int) -> None:
+def test_bytes_of_a_step_are_those_of_the_stage(name: str, packs: int, elements: float) -> None:
     recipe = replace(RECIPE, objective=replace(RECIPE.objective, derivative="paired"))
     volume = step_volume(recipe, engine(name), Ranks(64, 8), packs)
     # Weights and gradients in float32.
@@ -59,12 +64,31 @@ def test_bytes_of_a_step_are_those_of_the_stage(name: str, packs: int, elements:
     assert volume.in_node == 0
 
 
+@pytest.mark.parametrize(("name", "elements"), [("zero1", 2), ("zero2", 2), ("zero3", 1)])
+def test_a_teacher_costs_its_refresh_where_it_is_whole_and_its_gather_where_it_is_sharded(
+    name: str, elements: int
+) -> None:
+    guided = replace(RECIPE, objective=replace(RECIPE.objective, guided_target=GuidedTargetConfig()))
+    with_it, without = (step_volume(r, engine(name), Ranks(64, 8), 1).everywhere for r in (guided, RECIPE))
+    assert with_it - without == pytest.approx(63 / 64 * 4 * PARAMETERS * elements)
+
+
+def test_the_bytes_are_those_that_deepspeed_sends(groups: Groups) -> None:
+    """Counted on two ranks, at every stage, with and without a teacher."""
+    for found in groups.results(2, "count_traffic"):
+        assert len(found) == 9
+        for name, (sent, modelled) in found.items():
+            # A norm and a flag are a few bytes beside the 106 kB of the weights.
+            assert sent == pytest.approx(modelled, rel=1e-3), name
+
+
 def test_a_derivative_gathers_nothing_more_and_a_second_copy_in_the_node_keeps_a_gather_there() -> None:
     ranks, unit = Ranks(64, 8), 4 * PARAMETERS
     for derivative in ("paired", "dde"):
         recipe = replace(RECIPE, objective=replace(RECIPE.objective, derivative=derivative))
         split = step_volume(recipe, engine("zero3_nodes"), ranks, 1)
-        assert step_volume(recipe, engine("zero3"), ranks, 1).everywhere == pytest.approx(63 / 64 * 3 * unit)
+        one_ring = step_volume(recipe, engine("zero3"), ranks, 1)
+        assert one_ring.everywhere == pytest.approx(63 / 64 * (2 + DROPPED) * unit)
         assert split.everywhere == pytest.approx(63 / 64 * 2 * unit)
         assert split.in_node == pytest.approx(7 / 8 * unit)
 

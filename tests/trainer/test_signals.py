@@ -114,6 +114,34 @@ def test_launchers_are_known_above_a_rank_and_missed_when_they_end(tmp_path: Pat
         runner.wait()
 
 
+@pytest.mark.parametrize(("session", "counts"), [("sshd: me@notty", True), ("sshd: me@pts/0", False)])
+def test_on_a_host_of_several_the_connection_is_part_of_the_launcher(
+    tmp_path: Path, session: str, counts: bool
+) -> None:
+    """pdsh comes without a terminal. Who types commands into one may leave."""
+    (tmp_path / "session").write_text(
+        'bash -c \'bash "$0" deepspeed.launcher.launch "$1"; :\' "$1" "$2" & wait'
+    )
+    (tmp_path / "module").write_text('sleep 60 & echo $$ $PPID $! > "$2.part"; mv "$2.part" "$2"; wait')
+    told = tmp_path / "told"
+    named = ["bash", "-c", 'exec -a "$0" bash "$@"', session]
+    sshd = subprocess.Popen([*named, tmp_path / "session", tmp_path / "module", told])
+    assert within(20, told.exists)
+    module, shell, rank = map(int, told.read_text().split())
+    try:
+        above = launchers(rank)
+        assert above == ([module, shell, sshd.pid] if counts else [module])
+        sshd.kill()
+        sshd.wait()
+        assert ended(above, rank) == (sshd.pid if counts else None), "the shell is still there"
+    finally:
+        for process in (module, shell, rank):
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        sshd.kill()
+        sshd.wait()
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_a_launcher_that_ends_asks_the_run_to_stop(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], there: bool

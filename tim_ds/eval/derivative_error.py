@@ -1,6 +1,7 @@
 """How well, and at what price, each estimator finds dF/dt: tables for a trained or a random network.
 
 python -m tim_ds.eval.derivative_error runs/NAME/export --data runs/handwriting
+python -m tim_ds.eval.derivative_error --recipe launch/recipes/t2i_xl.yaml --images 2
 python -m tim_ds.eval.derivative_error --hidden-size 384 --depth 12 --num-heads 6 --grid 16x16
 
 Error: against forward mode in float64 of the same weights, over one pack in which every image has r < t.
@@ -29,11 +30,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from data_pipeline.errors import DataError
 from data_pipeline.index import load_index
 from data_pipeline.reader import ShardReader
+from tim_ds.config.load import load_recipe
 from tim_ds.errors import RequestError, TimError
 from tim_ds.model.blocks import TransitionBlock
 from tim_ds.model.config import ModelConfig
 from tim_ds.model.embed import PatchProjection, PreciseLinear
-from tim_ds.model.export_folder import load_network
+from tim_ds.model.export_folder import load_network, meta_network
 from tim_ds.model.ops import transition_loss_terms
 from tim_ds.model.tim import TiM
 from tim_ds.objective.config import ObjectiveConfig, TransportConfig, WeightConfig
@@ -218,7 +220,7 @@ def _round(module: nn.Module, args: object, output: Tensor) -> Tensor:
 
 def random_network(config: ModelConfig, seed: int) -> TiM:
     """No weight is zero, so every branch and every time takes part."""
-    network = TiM(config)
+    network = meta_network(config).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
@@ -292,26 +294,44 @@ def to_device(case: Case, device: torch.device | str) -> Case:
     return Case(case.network.to(device), case.pack.to(device))
 
 
-def tables(errors: Sequence[ErrorRow], costs: Sequence[CostRow]) -> str:
-    """Both tables, in Markdown."""
+def describe(case: Case) -> str:
+    """What the tables are of: which network and pack, in one line."""
+    config, segments = case.network.config, case.pack.segments
+    parameters = sum(p.numel() for p in case.network.parameters()) / 1e6
+    return (
+        f"{parameters:.1f}M parameters ({config.hidden_size} wide, {config.depth} blocks, "
+        f"{config.num_heads} heads, AdaLN {config.adaln_width}); {segments.num_segments} images, "
+        f"{segments.num_tokens} tokens; {case.pack.transport.name}"
+    )
+
+
+def error_table(rows: Sequence[ErrorRow]) -> str:
+    """In Markdown."""
     lines = ["| estimator | precision | e | relative error | cosine |", "|---|---|---|---|---|"]
-    for row in errors:
+    for row in rows:
         step = "-" if row.step is None else f"{row.step:g}"
         lines.append(f"| {row.estimator} | {row.precision} | {step} | {row.error:.2e} | {row.cosine:.5f} |")
-    lines += ["", "| step | FLOPs | time | peak memory |", "|---|---|---|---|"]
-    for row in costs:
+    return "\n".join(lines)
+
+
+def cost_table(rows: Sequence[CostRow]) -> str:
+    """In Markdown."""
+    lines = ["| step | FLOPs | time | peak memory |", "|---|---|---|---|"]
+    for row in rows:
         memory = "-" if row.memory is None else f"{row.memory:.3f}"
         lines.append(f"| {row.estimator} | {row.flops:.3f} | {row.seconds:.2f} | {memory} |")
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print both tables; returns the exit status."""
+    """Print both tables and what they are of; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m tim_ds.eval.derivative_error",
         description="Error and cost of the estimators of dF/dt, for an export folder or a random network.",
     )
-    parser.add_argument("export", type=Path, nargs="?", help="export folder; without it, a random network")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("export", type=Path, nargs="?", help="export folder; without it, random weights")
+    source.add_argument("--recipe", type=Path, help="whose network and transport the random weights are for")
     parser.add_argument("--data", type=Path, help="shards to take images from (default: noise for latents)")
     parser.add_argument("--images", type=int, default=8, help="in the pack (default: %(default)s)")
     parser.add_argument(
@@ -324,14 +344,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=5, help="timed steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
-    shape = parser.add_argument_group("random network")
+    shape = parser.add_argument_group("shape of the random network, without a recipe")
     shape.add_argument("--hidden-size", type=int, default=128)
     shape.add_argument("--depth", type=int, default=6)
     shape.add_argument("--num-heads", type=int, default=4)
     options = parser.parse_args(arguments)
     try:
         case = _case_of(options)
-        print(tables(measure_errors(case, options.steps), measure_cost(case, repeats=options.repeats)))
+        print(describe(case), flush=True)
+        print("", error_table(measure_errors(case, options.steps)), sep="\n", flush=True)
+        print("", cost_table(measure_cost(case, repeats=options.repeats)), sep="\n")
     except (TimError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -342,6 +364,10 @@ def _case_of(options: argparse.Namespace) -> Case:
     if options.export is not None:
         network, export = load_network(options.export)
         transport = build_transport(export.transport)
+    elif options.recipe is not None:
+        recipe = load_recipe(options.recipe)
+        network = random_network(recipe.model, options.seed)
+        transport = build_transport(recipe.objective.transport)
     else:
         config = ModelConfig(
             condition="text",

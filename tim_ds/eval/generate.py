@@ -20,7 +20,7 @@ from tqdm import tqdm
 from tim_ds.config.recipe import parse_size
 from tim_ds.errors import RequestError
 from tim_ds.model.weights import write_aside
-from tim_ds.pipeline import PNG_KEY, PipelineOutput, PromptLike, TiMPipeline, sha256, write_png
+from tim_ds.pipeline import PNG_KEY, OutputType, PipelineOutput, PromptLike, TiMPipeline, sha256, write_png
 
 MANIFEST_NAME = "pictures.json"
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -127,9 +127,13 @@ def generate(
             bar.update(len(part))
 
 
-def draw(pipeline: TiMPipeline, part: Sequence[Wanted], sampling: Sampling) -> PipelineOutput:
+def draw(
+    pipeline: TiMPipeline, part: Sequence[Wanted], sampling: Sampling, *, output_type: OutputType = "pil"
+) -> PipelineOutput:
     """The pictures of one call.
 
+    Args:
+        output_type: `latent` leaves them undecoded.
     Raises:
         RequestError: if the network cannot draw them.
         NonFiniteError: if a picture stops being finite on the way.
@@ -138,6 +142,7 @@ def draw(pipeline: TiMPipeline, part: Sequence[Wanted], sampling: Sampling) -> P
         [one.prompt for one in part],
         sampling.size,
         seeds=[one.seed for one in part],
+        output_type=output_type,
         **{name: getattr(sampling, name) for name in _OF_SAMPLER},
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from tim_ds.eval import benchmark_report, benchmarks
 from tim_ds.eval.generate import Sampling, Wanted, chunks, claim, draw, identity_of, open_pictures, write
 from tim_ds.eval.results import RESULTS_NAME, ResultRow, add_row
 from tim_ds.model.weights import write_aside
-from tim_ds.pipeline import PipelineOutput, TiMPipeline
+from tim_ds.pipeline import PipelineOutput, PromptLike, TiMPipeline
 from tim_ds.trainer.config import BenchmarkConfig, EvaluationConfig
 from tim_ds.trainer.in_step import InStep, told
 from tim_ds.trainer.metrics import MetricsLog
@@ -99,6 +99,11 @@ class Benchmarks:
         self._pipeline.request(wanted[0].prompt, config.size)
         return _Planned(config, benchmark, wanted, folder)
 
+    @property
+    def prompts(self) -> Iterator[PromptLike]:
+        """All that is drawn."""
+        return (wanted.prompt for one in self._planned for wanted in one.wanted)
+
     def __call__(self, step: int) -> tuple[dict[str, float | None], dict[str, str]]:
         """(scores by name, failures by name), the scores on rank 0 alone. Called by all ranks."""
         values: dict[str, float | None] = {}
@@ -150,8 +155,9 @@ class Benchmarks:
             self._agree(problem)
 
     def _draw_part(self, part: Sequence[Wanted], sampling: Sampling) -> PipelineOutput:
+        decodes = self._world.is_main or not self._in_step.needed
         with self._pipeline.encoders_beside_network():
-            return draw(self._pipeline, part, sampling)
+            return draw(self._pipeline, part, sampling, output_type="pil" if decodes else "latent")
 
     def _score(self, one: _Planned, folder: Path, step: int) -> ResultRow:
         device = str(self._world.device)

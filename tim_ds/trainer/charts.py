@@ -8,7 +8,7 @@ one picture serves light and dark pages.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
@@ -36,6 +36,20 @@ class Series:
     dashed: bool = False
 
 
+class Mark(NamedTuple):
+    """Something that happened at a step."""
+
+    step: float
+    kind: str
+    """A class of the style sheet: `continued` is drawn as a dashed line, `save` as a tick from above,
+    `skipped` as a tick from below."""
+    label: str
+
+
+_MARK_TICK = 12
+"""Height of a tick."""
+
+
 def number(value: float) -> str:
     """Short, for axes and legends."""
     if value == 0:
@@ -52,7 +66,13 @@ def number(value: float) -> str:
 
 
 def line_chart(
-    title: str, series: Sequence[Series], *, unit: str = "", may_log: bool = False, from_zero: bool = False
+    title: str,
+    series: Sequence[Series],
+    *,
+    unit: str = "",
+    may_log: bool = False,
+    from_zero: bool = False,
+    marks: Sequence[Mark] = (),
 ) -> str:
     """Curves over steps, or nothing where no curve has a point.
 
@@ -69,20 +89,24 @@ def line_chart(
     if from_zero and not log:
         low = min(low, 0.0)
     frame = _Frame.of(series, low, high, log=log)
-    marks = []
+    drawn = []
     for s in series:
         path = "M" + "L".join(f"{frame.x(p.step):.1f} {frame.y(p.value):.1f}" for p in s.points)
         dash = ' stroke-dasharray="5 3"' if s.dashed else ""
         name = escape(s.name)
         if len(s.points) == 1:
             x, y = frame.x(s.points[0].step), frame.y(s.points[0].value)
-            marks.append(f'<circle class="dot {s.colour}" cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>')
+            drawn.append(f'<circle class="dot {s.colour}" cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>')
         else:
-            marks.append(f'<path class="line {s.colour}" d="{path}"{dash}><title>{name}</title></path>')
-    return _figure(title + (" (log)" if log else ""), series, "".join([*frame.axes(), *marks]), unit)
+            drawn.append(f'<path class="line {s.colour}" d="{path}"{dash}><title>{name}</title></path>')
+    shown = frame.marks(marks)
+    content = "".join([*frame.axes(), *shown.values(), *drawn])
+    return _figure(title + (" (log)" if log else ""), series, content, unit, _counted(shown))
 
 
-def stacked_chart(title: str, series: Sequence[Series], *, unit: str = "%") -> str:
+def stacked_chart(
+    title: str, series: Sequence[Series], *, unit: str = "%", marks: Sequence[Mark] = ()
+) -> str:
     """Shares of a whole over steps, one above the other; every series has the same steps."""
     series = [thinned(s) for s in series if s.points]
     if not series:
@@ -90,15 +114,16 @@ def stacked_chart(title: str, series: Sequence[Series], *, unit: str = "%") -> s
     steps = [p.step for p in series[0].points]
     frame = _Frame.of(series, 0.0, 100.0, log=False)
     base = [0.0] * len(steps)
-    marks = []
+    drawn = []
     for s in series:
         top = [b + p.value for b, p in zip(base, s.points, strict=True)]
         outline = [(x, y) for x, y in zip(steps, top, strict=True)]
         outline += [(x, y) for x, y in zip(reversed(steps), reversed(base), strict=True)]
         path = "M" + "L".join(f"{frame.x(x):.1f} {frame.y(min(y, 100.0)):.1f}" for x, y in outline) + "Z"
-        marks.append(f'<path class="area {s.colour}" d="{path}"><title>{escape(s.name)}</title></path>')
+        drawn.append(f'<path class="area {s.colour}" d="{path}"><title>{escape(s.name)}</title></path>')
         base = top
-    return _figure(title, series, "".join([*marks, *frame.axes()]), unit)
+    shown = frame.marks(marks)
+    return _figure(title, series, "".join([*drawn, *frame.axes(), *shown.values()]), unit, _counted(shown))
 
 
 def thinned(series: Series) -> Series:
@@ -146,6 +171,23 @@ class _Frame:
         height = math.log10(value) if self.log else value
         return HEIGHT - _BOTTOM - (height - self.low) / (self.high - self.low) * (HEIGHT - _BOTTOM - _TOP)
 
+    def marks(self, marks: Sequence[Mark]) -> dict[tuple[str, int], str]:
+        """Those within the curves, by kind and place: of several at one place, the last is drawn."""
+        found = {}
+        for mark in marks:
+            if not self.first <= mark.step <= self.last:
+                continue
+            x, top, bottom = round(self.x(mark.step)), _TOP, HEIGHT - _BOTTOM
+            if mark.kind == "save":
+                bottom = top + _MARK_TICK
+            elif mark.kind == "skipped":
+                top = bottom - _MARK_TICK
+            found[mark.kind, x] = (
+                f'<line class="mark {mark.kind}" x1="{x}" x2="{x}" y1="{top}" y2="{bottom}">'
+                f"<title>{escape(mark.label)}</title></line>"
+            )
+        return found
+
     def axes(self) -> list[str]:
         parts = []
         for value in self._value_ticks():
@@ -185,7 +227,15 @@ def ticks(low: float, high: float, count: int, *, whole: bool = False) -> list[f
     return [n * size for n in range(start, end + 1)]
 
 
-def _figure(title: str, series: Sequence[Series], content: str, unit: str) -> str:
+def _counted(shown: Mapping[tuple[str, int], str]) -> str:
+    """Marks in words, for who cannot see them."""
+    kinds = [kind for kind, _ in shown]
+    told = {"continued": "continuations", "save": "failed saves", "skipped": "skipped steps"}
+    parts = [f"{name} {kinds.count(kind)}" for kind, name in told.items() if kind in kinds]
+    return f". Marked: {', '.join(parts)}" if parts else ""
+
+
+def _figure(title: str, series: Sequence[Series], content: str, unit: str, marked: str = "") -> str:
     suffix = f" {unit}" if unit else ""
     legend = "".join(
         f'<li><span class="key {s.colour}{" dashed" if s.dashed else ""}"></span>{escape(s.name)} '
@@ -197,6 +247,7 @@ def _figure(title: str, series: Sequence[Series], content: str, unit: str) -> st
         f"{number(s.points[-1].value)}{suffix} at step {number(s.points[-1].step)}"
         for s in series
     )
+    summary += marked
     return (
         f'<figure class="chart"><figcaption>{escape(title)}</figcaption><ul class="legend">{legend}</ul>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(summary, quote=True)}">'

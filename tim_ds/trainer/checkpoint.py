@@ -19,12 +19,14 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,8 +52,21 @@ DAMAGED = "damaged-"
 LEAVE_S = 60.0
 """How long a rank that ends with an error lets a checkpoint that is being written become complete."""
 
+WITH_NEXT_S = 10.0
+"""How long a save that falls due waits for one that is still being written, before it is left out."""
+
+_ABANDONED = "not written, because its rank failed or left"
+
+LISTINGS = 5
+"""How often checkpoints are listed, if all were deleted between listing and reading: the run that writes them
+has a newer one by then."""
+
 SPARE_BYTES = 1 << 20
 """Room asked for beside the tensors: manifest, headers, folder entries."""
+
+
+class CheckpointGoneError(CheckpointError):
+    """A checkpoint was deleted while it was read: the run that wrote it keeps only its newest few."""
 
 
 class Piece(NamedTuple):
@@ -95,13 +110,41 @@ class Checkpoint:
         """Stored pieces by `kind/name`."""
         found: dict[str, list[_Stored]] = {}
         for path in sorted(self.path.glob("rank_*.safetensors")):
-            with _opened(path) as stored:
+            with self._opened(path) as stored:
                 for key in stored.keys():  # noqa: SIM118  # not a mapping
                     whole, at, start = key.rpartition("@")
                     if at:
                         numel = stored.get_slice(key).get_shape()[0]
                         found.setdefault(whole, []).append(_Stored(int(start), numel, path, key))
         return found
+
+    def check(self) -> None:
+        """Read every file once from end to end.
+
+        Raises:
+            CheckpointError: if one is not what was written.
+        """
+        for name, record in self.files:
+            try:
+                check_rank_file(self.path / name, record)
+            except CheckpointError:
+                self.check_there()
+                raise
+
+    def check_there(self) -> None:
+        """Raises CheckpointGoneError if the checkpoint was deleted since it was found."""
+        if not (self.path / MANIFEST).exists():
+            raise CheckpointGoneError(
+                f"{self.path}: deleted while it was read: the run that writes there keeps the newest few and "
+                "its milestones. Read one of these"
+            )
+
+    def _opened(self, path: Path) -> Any:
+        try:
+            return _opened(path)
+        except CheckpointError:
+            self.check_there()
+            raise
 
     def fill(self, kind: str, name: str, start: int, target: Tensor) -> None:
         """Read elements [start, start + n) of a parameter's tensor into the flat `target`, from any file.
@@ -114,11 +157,12 @@ class Checkpoint:
         for piece in self._pieces.get(f"{kind}/{name}", []):
             first, last = max(start, piece.start), min(end, piece.start + piece.numel)
             if first < last:
-                with _opened(piece.path) as stored:
+                with self._opened(piece.path) as stored:
                     values = stored.get_slice(piece.key)[first - piece.start : last - piece.start]
                 target.narrow(0, first - start, last - first).copy_(values)
                 covered += last - first
         if covered != target.numel():
+            self.check_there()
             raise CheckpointError(
                 f"{self.path}: {kind} of {name}: expected elements {start} to {end}, received {covered} of "
                 f"{target.numel()}; the checkpoint is of another model, or a file of it was altered"
@@ -156,13 +200,20 @@ def find_checkpoints(folder: Path, *, strict: bool = False) -> list[Checkpoint]:
         CheckpointError: if there are checkpoints and none can be read (with `strict`, if one cannot be). A
             run that began anew there would overwrite its own metrics and weights.
     """
-    found = []
-    problems = []
-    for path in sorted(folder.glob(f"{PREFIX}*"), reverse=True):
-        try:
-            found.append(read_checkpoint(path))
-        except CheckpointError as error:
-            problems.append(str(error))
+    found: list[Checkpoint] = []
+    problems: list[str] = []
+    for _ in range(LISTINGS):
+        problems, gone = [], False
+        for path in sorted(folder.glob(f"{PREFIX}*"), reverse=True):
+            try:
+                found.append(read_checkpoint(path))
+            except CheckpointError as error:
+                if os.path.lexists(path):
+                    problems.append(str(error))
+                else:
+                    gone = True
+        if found or not gone:
+            break
     if problems and strict:
         raise CheckpointError(
             "; ".join(problems) + ". train.checkpoint.strict refuses to pass over it; move it away, or set "
@@ -204,11 +255,38 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def remove_checkpoint(checkpoint: Checkpoint) -> None:
-    """Delete a checkpoint from the disk. It is renamed first: a folder that is half deleted must not be taken
-    for a checkpoint."""
-    doomed = checkpoint.path.with_name(f"{ASIDE}{checkpoint.path.name}")
-    os.rename(checkpoint.path, doomed)
+    """Delete a checkpoint from the disk, or say why it stays."""
+    try:
+        _remove_folder(checkpoint.path)
+    except OSError as error:
+        logger.warning("%s: cannot be deleted, and stays: %s", checkpoint.path, error)
+
+
+def _remove_folder(path: Path) -> None:
+    """Delete the folder of a checkpoint. It is renamed first: one that is half deleted must not be taken for
+    a checkpoint.
+
+    Raises:
+        OSError: if something of it stays.
+    """
+    doomed = path.with_name(f"{ASIDE}deleted-{path.name}")
     shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(path, doomed)
+    shutil.rmtree(doomed)
+
+
+def _sweep(folder: Path) -> None:
+    """Delete what interrupted saves and deletions left, and name what stays."""
+    for leftover in folder.glob(f"{ASIDE}*"):
+        try:
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            logger.warning("%s: left by an interrupted save, and cannot be deleted: %s", leftover, error)
 
 
 @dataclass(eq=False)
@@ -257,6 +335,8 @@ class CheckpointFolder:
         self._strict = strict
         self._host = HostCopy(world.device)
         self._writing: _Writing | None = None
+        self.passed_over: list[str] = []
+        """What was wrong with the checkpoints that `newest` set aside."""
 
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint that is complete and undamaged, the same on every rank.
@@ -270,6 +350,7 @@ class CheckpointFolder:
         """
         found = self._world.together(self._find, (CheckpointError,))
         found = self._world.from_main(found)
+        self.passed_over.clear()
         for number, checkpoint in enumerate(found):
             problems = self._damage(checkpoint)
             if not problems:
@@ -290,23 +371,34 @@ class CheckpointFolder:
                         "begin anew"
                     )
                 )
-            if self._world.is_main:
-                logger.warning(
-                    "%s; the run goes back %d steps, to %s; the damaged one is kept as %s",
-                    told,
-                    checkpoint.step - found[number + 1].step,
-                    found[number + 1].path,
-                    _set_aside(checkpoint),
-                )
-                self._point_to(found[number + 1].path)
-            self._world.barrier()
+            self.passed_over.append(told)
+            self._world.together(
+                partial(self._go_back, checkpoint, found[number + 1], told), (CheckpointError,)
+            )
         return None
+
+    def _go_back(self, damaged: Checkpoint, before: Checkpoint, told: str) -> None:
+        if not self._world.is_main:
+            return
+        try:
+            kept_as = _set_aside(damaged)
+            self._point_to(before.path)
+        except OSError as error:
+            raise CheckpointError(
+                f"{told}. It cannot be set aside, so that the run could go on from {before.path}: {error}"
+            ) from error
+        logger.warning(
+            "%s; the run goes back %d steps, to %s; the damaged one is kept as %s",
+            told,
+            damaged.step - before.step,
+            before.path,
+            kept_as,
+        )
 
     def _find(self) -> list[Checkpoint]:
         if not self._world.is_main or not self.folder.is_dir():
             return []
-        for leftover in self.folder.glob(f"{ASIDE}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        _sweep(self.folder)
         return find_checkpoints(self.folder, strict=self._strict)
 
     def _damage(self, checkpoint: Checkpoint) -> list[str]:
@@ -385,30 +477,41 @@ class CheckpointFolder:
         threading.Thread(target=self._write, args=(writing, tensors), name=f"write {final.name}").start()
         return writing
 
-    def settle(self, *, wait: bool = False) -> None:
+    def settle(self, *, wait: bool = False, at_most: float = math.inf) -> Path | None:
         """Look after a checkpoint that is being written: called every step, it costs a message only while
         there is one.
 
         Args:
-            wait: until it is on the disk.
+            wait: until it is on the disk, or for `at_most` seconds.
+        Returns:
+            The checkpoint that has become complete since the last call; None where none has.
         Raises:
             CheckpointError: on every rank, if one could not write (full disk, no permission). Nothing of the
                 attempt is left, and earlier checkpoints are untouched.
         """
         writing = self._writing
         if writing is None:
-            return
+            return None
+        begun = time.monotonic()
         while True:
-            states = self._world.gather((writing.done.is_set(), writing.problem))
-            if any(problem for _, problem in states):
+            late = time.monotonic() - begun >= at_most
+            states = self._world.gather((writing.done.is_set(), writing.problem, late))
+            if any(problem for _, problem, _ in states):
                 writing.cancelled.set()
-            if all(done for done, _ in states):
+            if all(done for done, *_ in states):
                 break
-            if not wait:
-                return
+            # Rank 0's clock decides for all.
+            if not wait or states[0][-1]:
+                return None
             writing.done.wait(0.2)
         self._writing = None
-        self._raise(writing, [problem for _, problem in states if problem])
+        self._raise(writing, [problem for _, problem, _ in states if problem])
+        return writing.final
+
+    @property
+    def busy(self) -> bool:
+        """Whether `settle` knows of a checkpoint that is being written; the same on every rank."""
+        return self._writing is not None
 
     def leave(self) -> None:
         """Called by one rank alone, on its way out with an error: gives a checkpoint that is being written a
@@ -422,7 +525,8 @@ class CheckpointFolder:
         problem = None
         if self._world.is_main:
             try:
-                shutil.rmtree(aside, ignore_errors=True)
+                # Nothing is being written now, so all that is there was left.
+                _sweep(self.folder)
                 aside.mkdir(parents=True)
                 free = shutil.disk_usage(aside).free
                 if free < needed:
@@ -458,13 +562,16 @@ class CheckpointFolder:
             path = writing.aside / _receipt(rank)
             while not path.exists():
                 if writing.cancelled.wait(0.05):
-                    raise OSError(f"{path}: not written, because its rank failed or left")
+                    raise OSError(f"{path}: {_ABANDONED}")
+                if not writing.aside.is_dir():
+                    # Its rank may have written it: it will not write it again.
+                    raise OSError(f"{writing.aside}: deleted while it was written")
             content = ""
             while not content.endswith("}"):
                 # On a network disk, the name can be seen before the content.
                 content = path.read_text()
                 if writing.cancelled.wait(0 if content else 0.05):
-                    raise OSError(f"{path}: not written, because its rank failed or left")
+                    raise OSError(f"{path}: {_ABANDONED}")
             found[_rank_file(rank)] = FileRecord.from_json(json.loads(content))
         return found
 
@@ -477,11 +584,16 @@ class CheckpointFolder:
             (aside / _receipt(rank)).unlink()
         sync_folder(aside)
         if final.exists():
-            # Only a damaged checkpoint can be there: the run resumed before it.
-            shutil.rmtree(final)
+            # A damaged checkpoint, before which the run resumed, or a save of this step that is repeated.
+            _remove_folder(final)
         os.rename(aside, final)
-        self._point_to(final)
-        self._retire(final)
+        # Until this is on the disk, nothing that came before may go.
+        sync_folder(self.folder)
+        try:
+            self._point_to(final)
+            self._retire(final)
+        except (OSError, CheckpointError) as error:
+            logger.warning("%s: complete; what follows a save was not done: %s", final, error)
 
     def _point_to(self, newest: Path) -> None:
         latest = self.folder / f"{ASIDE}{LATEST}"
@@ -500,14 +612,14 @@ class CheckpointFolder:
         """On every rank, if there are problems; removes what was written."""
         if not problems:
             return
+        problems = [problem for problem in problems if not problem.endswith(_ABANDONED)] or problems
         if self._world.is_main:
             shutil.rmtree(writing.aside, ignore_errors=True)
         self._world.barrier()
         self._world.raise_everywhere(
             CheckpointError(
                 f"{writing.final}: the checkpoint cannot be written, {writing.needed:,} bytes needed, "
-                f"{free_bytes(self.folder):,} free: {'; '.join(problems)}. Earlier checkpoints are whole; "
-                "free space and run the same command again"
+                f"{_free_told(self.folder)} free: {'; '.join(problems)}. Earlier checkpoints are whole"
             )
         )
 
@@ -531,6 +643,14 @@ def _set_aside(checkpoint: Checkpoint) -> Path:
     shutil.rmtree(place, ignore_errors=True)
     os.rename(checkpoint.path, place)
     return place
+
+
+def _free_told(folder: Path) -> str:
+    """For a message: a disk that fails may not tell."""
+    try:
+        return f"{free_bytes(folder):,}"
+    except OSError:
+        return "unknown"
 
 
 def free_bytes(folder: Path) -> int:

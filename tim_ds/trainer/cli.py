@@ -19,6 +19,7 @@ from tim_ds.config.load import load_recipe, split_arguments
 from tim_ds.errors import TimError
 from tim_ds.trainer.engine import TIMEOUT_MARGIN_S, read_engine_file, start_world, stop_world
 from tim_ds.trainer.meeting import START_WITHIN_S, RankAbsentError
+from tim_ds.trainer.output import outlasting_readers
 from tim_ds.trainer.preflight import check
 from tim_ds.trainer.run import train
 from tim_ds.trainer.signals import STOPPED, RunStopped, StopSignals
@@ -29,6 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line of `launch/train.py`. Returns the exit status: 2 for what the user can put right,
     `STOPPED` after a signal, `LOST` where a rank did not start. (Where one is missing later, `LOST` does not
     return.)"""
+    with outlasting_readers():
+        return _parse_and_run(arguments)
+
+
+def _parse_and_run(arguments: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(description="Train, or continue, the run of a recipe under DeepSpeed.")
     parser.add_argument("recipe", nargs="+", help="a YAML file, and section.key=value to override settings")
     parser.add_argument("--ds", required=True, type=Path, help="engine file: ds_configs/*.json")

@@ -116,6 +116,10 @@ RECIPE_KEYS = {
 }
 
 
+_COUNTS_OF_TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+"""How srun and the kinds of mpirun tell a process how many were started with it; none of them sets RANK."""
+
+
 class StepResult(NamedTuple):
     applied: bool
     """Whether the optimiser moved the weights; the same on every rank."""
@@ -152,9 +156,11 @@ def start_world(timeout_s: float = TIMEOUT_S, start_within_s: float = START_WITH
         timeout_s: how long a collective waits for the other ranks before it fails.
         start_within_s: how long the first rank waits for the last one.
     Raises:
+        ConfigError: processes were started together, but nothing says which rank each is.
         RankAbsentError: if a rank did not start.
     """
     if "RANK" not in os.environ:
+        _refuse_tasks()
         # No launcher. DeepSpeed would look for MPI. Port 0: whichever is free when the one rank listens.
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     deepspeed_logger.setLevel(logging.WARNING)
@@ -179,6 +185,18 @@ def start_world(timeout_s: float = TIMEOUT_S, start_within_s: float = START_WITH
         on_host = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // on_host))
     return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+
+
+def _refuse_tasks() -> None:
+    for name in _COUNTS_OF_TASKS:
+        count = os.environ.get(name, "1")
+        if count.isdecimal() and int(count) > 1:
+            raise ConfigError(
+                f"{name} says that {count} processes were started together, but RANK is not set, so that "
+                "each would be a run of its own. Start them in a way of launch/README.md (under Slurm: "
+                "launch/slurm/train.sbatch), or set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and "
+                "MASTER_PORT for each"
+            )
 
 
 def stop_world(world: World, *, failed: bool = False) -> None:

@@ -4,7 +4,7 @@ steps."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from tim_ds.eval.resolution import Picture
 from tim_ds.eval.sheet import Section, gallery
 from tim_ds.pipeline import PipelineOutput, PromptLike, TiMPipeline
 from tim_ds.trainer.config import EvaluationConfig
+from tim_ds.trainer.drawing import draw_for_main
 from tim_ds.trainer.in_step import InStep
 from tim_ds.trainer.metrics import MetricsLog
 from tim_ds.trainer.world import World
@@ -38,14 +39,14 @@ class _Set:
 
 
 class Evaluations:
-    """Draws on every rank, since under ZeRO-3 each holds a part of the weights; rank 0 scores and logs.
+    """Draws on rank 0, and on the others where ZeRO-3 gave each a part of the weights; rank 0 scores.
 
     Everything that an evaluation needs is loaded here, so that what is missing ends the run before its
     first step. Prompts and seeds are fixed: an evaluation depends on the weights alone, before and after a
     resume.
 
     Args:
-        pipeline: as `drawing_pipeline`; its sampler decides all but the step counts.
+        pipeline: of `drawing_pipeline`; its sampler decides all but the step counts.
         entered: told of progress, so that a long evaluation is not taken for a hung one.
         stopping: whether this rank was asked to stop; then benchmarks are given up.
     Raises:
@@ -118,9 +119,24 @@ class Evaluations:
                 logger.error("step %d: NO EVALUATION of %s: %s", step, name, reason)
             self._log.evaluated(step, values, failures)
 
-    def _draw(self, one: _Set, num_steps: int) -> PipelineOutput:
-        with self._pipeline.encoders_beside_network():
-            return self._pipeline(one.captions, one.sizes, num_steps=num_steps, seeds=one.seeds)
+    @property
+    def prompts(self) -> Iterator[PromptLike]:
+        """All that is drawn."""
+        for one in self._sets:
+            yield from one.captions
+        if self._benchmarks is not None:
+            yield from self._benchmarks.prompts
+
+    def _draw(self, one: _Set, num_steps: int) -> PipelineOutput | None:
+        return draw_for_main(
+            self._pipeline,
+            self._in_step,
+            self._world,
+            one.captions,
+            one.sizes,
+            num_steps=num_steps,
+            seeds=one.seeds,
+        )
 
 
 def _nfe_sets(config: EvaluationConfig, data: Path, pipeline: TiMPipeline, device: str) -> list[_Set]:

@@ -28,16 +28,18 @@ from tim_ds.config.recipe import Recipe, from_dict, recipe_hash
 from tim_ds.errors import CheckpointError, TimError
 from tim_ds.model.export_folder import Export, meta_network, stream_export
 from tim_ds.model.weights import stream_weights, write_aside
-from tim_ds.trainer.checkpoint import Checkpoint, find_checkpoints, read_checkpoint
+from tim_ds.trainer.checkpoint import Checkpoint, CheckpointGoneError, find_checkpoints, read_checkpoint
 from tim_ds.trainer.ema import piece_kind
 from tim_ds.trainer.preview import describe_export
-from tim_ds.trainer.rank_file import check_rank_file
 
 RAW = "raw"
 """Name of the trained weights themselves, among the averages."""
 
 CHECKPOINTS = "checkpoints"
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+TRIES = 3
+"""How often the newest checkpoint is read, if the run that writes them deletes it meanwhile."""
 
 Read = Callable[[str, Sequence[int]], Tensor]
 
@@ -46,6 +48,7 @@ def find_checkpoint(path: Path, step: int | None = None) -> Checkpoint:
     """A checkpoint of a run folder: the newest, or that of `step`; or the checkpoint that `path` is.
 
     Raises:
+        CheckpointGoneError: if the run that writes them deleted it meanwhile.
         CheckpointError: if there is none, or its files are damaged.
     """
     if (path / CHECKPOINTS).is_dir():
@@ -62,8 +65,7 @@ def find_checkpoint(path: Path, step: int | None = None) -> Checkpoint:
         checkpoint = read_checkpoint(path)
     else:
         raise CheckpointError(f"{path}: no such folder; name a run or one of its checkpoints")
-    for name, record in checkpoint.files:
-        check_rank_file(checkpoint.path / name, record)
+    checkpoint.check()
     return checkpoint
 
 
@@ -163,6 +165,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace an export that is there")
     options = parser.parse_args(arguments)
     try:
+        told = _export(options)
+    except TimError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(told)
+    return 0
+
+
+def _export(options: argparse.Namespace, tries: int = TRIES) -> str:
+    """What was written, from the newest checkpoint again if a run that trains replaced it meanwhile."""
+    try:
         checkpoint = find_checkpoint(options.run, options.step)
         export = export_checkpoint(
             checkpoint,
@@ -171,11 +184,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             layout=options.layout,
             overwrite=options.overwrite,
         )
-    except TimError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{options.out}: {export.source.average} weights of step {export.step} from {checkpoint.path}")
-    return 0
+    except CheckpointGoneError as error:
+        if options.step is not None or tries == 1 or not (options.run / CHECKPOINTS).is_dir():
+            raise
+        print(f"{error}; trying again", file=sys.stderr)
+        return _export(options, tries - 1)
+    return f"{options.out}: {export.source.average} weights of step {export.step} from {checkpoint.path}"
 
 
 if __name__ == "__main__":

@@ -33,6 +33,11 @@ class OutOfStepError(RuntimeError):
     """The ranks may stand at different collectives: the run cannot go on."""
 
 
+def is_split(network: nn.Module, world: World) -> bool:
+    """Whether ZeRO-3 split the weights among several ranks, which then have to draw together."""
+    return world.size > 1 and any(hasattr(p, "ds_id") for p in network.parameters())
+
+
 class InStep:
     """What ranks do together with a network.
 
@@ -44,7 +49,7 @@ class InStep:
     def __init__(self, network: nn.Module, world: World) -> None:
         self._network = network
         self._world = world
-        self.needed = world.size > 1 and any(hasattr(p, "ds_id") for p in network.parameters())
+        self.needed = is_split(network, world)
         """Whether a forward of the network is one of all ranks."""
         # Made here: a rank that has no memory left has to say so.
         self._flag = torch.zeros((), device=world.device)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, TextIO, cast
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from data_pipeline.loader import StepLoader
-from tim_ds.errors import NonFiniteError
+from tim_ds.errors import CheckpointError, NonFiniteError
 from tim_ds.objective.loss import LossTerms, non_finite_samples
 from tim_ds.trainer.config import TrainConfig
 from tim_ds.trainer.ema import Ema
@@ -22,6 +23,7 @@ from tim_ds.trainer.inputs import StepInputs
 from tim_ds.trainer.lr import learning_rate
 from tim_ds.trainer.metrics import MetricsLog, Sums, largest_memory, memory_of_process
 from tim_ds.trainer.phases import PhaseClock, over_ranks
+from tim_ds.trainer.saves import Saves
 from tim_ds.trainer.signals import RunStopped, StopAgreement
 from tim_ds.trainer.step import StepOutput
 from tim_ds.trainer.watch import Watch
@@ -63,17 +65,40 @@ class _Seen(NamedTuple):
     terms: LossTerms
 
 
+class LossyStream:
+    """A stream whose writes may fail: the log of a run may lie on the disk that is full.
+
+    Everything else is the stream's own; it equals the stream, by which tqdm knows a terminal.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __eq__(self, other: object) -> bool:
+        return other is self or other is self._stream
+
+    def __hash__(self) -> int:
+        return hash(self._stream)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 @dataclass(eq=False)
 class Loop:
     """Everything a run needs between its first and its last step.
 
     Args:
         teacher: frozen parameters that follow the average, by the name of the trained one; may be empty.
-        save: begins to write a checkpoint of the given progress; called by all ranks.
-        settle: looks after a checkpoint that is being written, every step; told to wait, until it is on the
-            disk. Called by all ranks.
-        prepare: called once, after the first step, by all ranks: has what saves need made beside later steps.
-        snapshot: writes the averages that `post_hoc` combines; called by all ranks.
+        saves: checkpoints and snapshots; called by all ranks.
         clock: times the phases of a step; `forward_phase` is the name of the forward, with all that it holds.
         preview, evaluate: sample pictures at a step; called by all ranks, while the module has the averaged
             weights.
@@ -89,10 +114,7 @@ class Loop:
     world: World
     sums: Sums
     progress: Progress
-    save: Callable[[Progress], None]
-    settle: Callable[[bool], None]
-    prepare: Callable[[], None]
-    snapshot: Callable[[Progress], None]
+    saves: Saves
     teacher: dict[str, nn.Parameter]
     clock: PhaseClock
     forward_phase: str = "forward"
@@ -101,6 +123,8 @@ class Loop:
     log: MetricsLog | None = None
     stop: StopAgreement | None = None
     watch: Watch | None = None
+    unsaved: str | None = None
+    """Why the checkpoint that the run ends with could not be written."""
     _lr: float = 0.0
     _retries_told: int = 0
     _last_refusal: str = ""
@@ -110,8 +134,9 @@ class Loop:
 
         Raises:
             RunStopped: on every rank, where one was asked to stop; a checkpoint is written before.
+            CheckpointError: in place of it, on every rank, if that checkpoint could not be written.
             NonFiniteError: on every rank, after `config.max_skipped_steps` refused steps in a row; a
-                checkpoint is written before.
+                checkpoint is written before, or the message says why not.
         """
         config = self.config
         bar = tqdm(
@@ -121,6 +146,7 @@ class Loop:
             unit="step",
             disable=not self.world.is_main,
             mininterval=0.5 if sys.stderr.isatty() else 30.0,
+            file=cast(TextIO, LossyStream(sys.stderr)),
         )
         if self.stop is not None and self.stop.before_first():
             self.world.raise_everywhere(
@@ -130,11 +156,11 @@ class Loop:
         with bar:
             for micro_batches in self._steps():
                 self._step(micro_batches)
-                self.settle(False)
+                self.saves.look()
                 step = self.progress.step
                 if step == first:
                     # Only now the optimiser has its averages, and the device's memory has had its peak.
-                    self.prepare()
+                    self.saves.prepare()
                 if step % config.log_every == 0 or step == config.steps:
                     self._report(bar)
                 if self.preview is not None and step % config.preview.every_steps == 0:
@@ -145,25 +171,32 @@ class Loop:
                         self._on_average(self.evaluate, step)
                 if self._is_snapshot_step(step):
                     with self.clock.phase("save"):
-                        self.snapshot(self.progress)
+                        self.saves.snapshot(self.progress)
                 exhausted = self.progress.consecutive_skips >= config.max_skipped_steps
                 stopped = self.stop is not None and self.stop.after(step)
-                if exhausted or stopped or self._is_checkpoint_step(step):
+                last = exhausted or stopped or step == config.steps
+                if last or self._is_checkpoint_step(step):
                     with self.clock.phase("save"):
-                        self.save(self.progress)
+                        self.unsaved = self.saves.save(self.progress, last=last)
                 if exhausted:
-                    self.settle(True)
                     self._give_up()
                 bar.update()
-                if self.stop is not None and stopped and step < config.steps:
-                    self.settle(True)
-                    self.world.raise_everywhere(
-                        RunStopped(f"stopped and saved after step {step} ({self.stop.reason})")
-                    )
+                if stopped and step < config.steps:
+                    self._stop(step)
                 if self.watch is not None:
                     self.watch.begin_step(step)
-        self.settle(True)
         return self.progress
+
+    def _stop(self, step: int) -> None:
+        reason = "" if self.stop is None else self.stop.reason
+        if self.unsaved is not None:
+            self.world.raise_everywhere(
+                CheckpointError(
+                    f"stopped after step {step} ({reason}), and NOT SAVED: {self.unsaved}. See to the disk; "
+                    f"the same command continues after step {self.saves.saved_step}"
+                )
+            )
+        self.world.raise_everywhere(RunStopped(f"stopped and saved after step {step} ({reason})"))
 
     def _steps(self) -> Iterator[Sequence[StepInputs]]:
         """The loader's steps, with the time that each was waited for."""
@@ -215,6 +248,8 @@ class Loop:
             phases=over_ranks([phases for phases, _, _ in told]),
             memory=largest_memory([memory for _, memory, _ in told]),
             retries=sum(count for _, _, count in told),
+            unsaved_steps=progress.step - self.saves.saved_step,
+            failed_saves=self.saves.failed,
         )
         if means["denoising"] is not None:
             bar.set_postfix(denoising=f"{means['denoising']:.4f}", refresh=False)
@@ -236,11 +271,14 @@ class Loop:
 
     def _give_up(self) -> None:
         progress = self.progress
+        saved = "A checkpoint holds the weights of the last applied step"
+        if self.unsaved is not None:
+            saved = f"The last checkpoint is of step {self.saves.saved_step}: {self.unsaved}"
         self.world.raise_everywhere(
             NonFiniteError(
                 f"train.max_skipped_steps: {progress.consecutive_skips} steps in a row were skipped, up to "
-                f"step {progress.step}: {self.world.from_main(self._last_refusal)}. A checkpoint holds the "
-                "weights of the last applied step; inspect the samples, or lower the learning rate"
+                f"step {progress.step}: {self.world.from_main(self._last_refusal)}. {saved}; inspect the "
+                "samples, or lower the learning rate"
             )
         )
 

@@ -48,6 +48,9 @@ SLACK = 0.10
 IMAGE_SIDE_PIXELS = 1024
 """Side of the images of a pack, where nothing else is said: how many images share a pack."""
 
+_LOADER, _COPY = "loader", "copy of a checkpoint"
+"""Parts that are there from the first step on."""
+
 _FLOAT32 = 4
 _ALIGNMENT = 2
 """ZeRO 1 and 2 pad the flat tensor of all weights to a multiple of this times the number of ranks."""
@@ -67,7 +70,7 @@ class Ranks:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One line of the table, per rank."""
+    """One line of the table: of rank 0, which the others do not exceed."""
 
     name: str
     device: int
@@ -77,6 +80,8 @@ class Part:
     note: str
     spread: float = 0.0
     """Share by which `device` may be off, either way."""
+    main_only: bool = False
+    """Whether `host` is rank 0's alone."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +110,20 @@ class MemoryEstimate:
         return round(sum(part.device * part.spread for part in self.parts))
 
     @property
+    def host_bytes(self) -> int:
+        """Of rank 0, which holds more than others."""
+        return sum(part.host for part in self.parts)
+
+    @property
+    def host_bytes_of_others(self) -> int:
+        """Of every other rank."""
+        return sum(part.host for part in self.parts if not part.main_only)
+
+    @property
     def host_bytes_per_node(self) -> int:
-        return min(self.ranks.per_node, self.ranks.size) * sum(part.host for part in self.parts)
+        """Of the node that has rank 0."""
+        others = min(self.ranks.per_node, self.ranks.size) - 1
+        return self.host_bytes + others * self.host_bytes_of_others
 
     def part(self, name: str) -> Part:
         return next(part for part in self.parts if part.name == name)
@@ -130,9 +147,11 @@ class MemoryEstimate:
         for part in self.parts:
             lines.append(f"{part.name:<30} {_gib(part.device)} {_gib(part.host)}  {part.note}".rstrip())
         lines += [
-            f"{'total':<30} {_gib(self.device_bytes)} {_gib(sum(part.host for part in self.parts))}"
+            f"{'total':<30} {_gib(self.device_bytes)} {_gib(self.host_bytes)}"
             f"  GPU +- {self.device_spread / GIB:.1f}",
             "",
+            f"host memory a rank   {self.host_bytes / GIB:.1f} GiB"
+            + (f", {self.host_bytes_of_others / GIB:.1f} of ranks other than 0" if ranks.size > 1 else ""),
             f"host memory a node   {self.host_bytes_per_node / GIB:.1f} GiB",
             f"one checkpoint       {self.checkpoint_bytes / GIB:.1f} GiB on the disk",
             f"exported weights     {self.export_bytes / GIB:.1f} GiB on the disk",
@@ -184,13 +203,20 @@ def estimate(
     activations = list(_activations(recipe, pack))
     encoders = EncoderMemory(resident=encoder_bytes or 0, running="as given")
     if encoder_bytes is None:
-        encoders = encoder_memory(recipe, pack.images, pack.tokens // pack.images, online)
+        encoders = encoder_memory(
+            recipe,
+            pack.images,
+            pack.tokens // pack.images,
+            online,
+            split=split.stage == 3 and world.size > 1,
+        )
+    others = list(_others(recipe, pack, split, copies))
     parts = [
         *_states(recipe, split, copies, frozen, world),
         *_buffers(recipe, engine_config, split, network),
         *activations,
-        *_encoders(encoders, sum(part.device for part in activations)),
-        *_others(recipe, pack, split, copies),
+        *_encoders(encoders, sum(part.device for part in activations), others),
+        *others,
     ]
     total = sum(sizes)
     return MemoryEstimate(
@@ -495,12 +521,27 @@ def _activations(recipe: Recipe, pack: _Pack) -> Iterator[Part]:
         yield Part("derivative", round(3 * pack.moving * pack.tokens * passing), 0, "forward mode", 0.5)
 
 
-def _encoders(encoders: EncoderMemory, activations: int) -> Iterator[Part]:
+def _encoders(encoders: EncoderMemory, activations: int, others: Sequence[Part]) -> Iterator[Part]:
     """They encode and draw between steps, when the activations of a step are gone."""
     yield Part("frozen encoders", encoders.resident, 0, encoders.running)
     yield Part("encoding", max(0, encoders.encoding - activations), 0, "beyond what a step takes later", 0.3)
-    yield Part("encoders of previews", 0, encoders.waiting, "on the host between them")
+    everywhere = encoders.waiting_everywhere
+    yield Part(
+        "decoder of pictures",
+        0,
+        encoders.waiting,
+        "on the host between drawings" + ("" if everywhere else ", rank 0 alone"),
+        main_only=not everywhere,
+    )
     # Of two that are never at the same time, the second counts beyond the first.
+    later = sum(part.host for part in others if part.name in (_LOADER, _COPY))
+    yield Part(
+        "encoding of captions",
+        0,
+        max(0, encoders.preparing - later),
+        "rank 0 alone, before what it takes later",
+        main_only=True,
+    )
     taken = max(activations, encoders.encoding)
     yield Part("drawing", max(0, encoders.drawing - taken), 0, "beyond what a step takes later", 0.3)
 
@@ -515,11 +556,11 @@ def _others(recipe: Recipe, pack: _Pack, split: _Split, copies: int) -> Iterator
     yield Part("process", 0, PROCESS_HOST_BYTES, "assumed")
     if recipe.data.workers:
         yield Part(
-            "loader", 0, recipe.data.workers * WORKER_HOST_BYTES, f"{recipe.data.workers} workers, assumed"
+            _LOADER, 0, recipe.data.workers * WORKER_HOST_BYTES, f"{recipe.data.workers} workers, assumed"
         )
     pieces = split.real if split.stage else split.own
     yield Part(
-        "copy of a checkpoint",
+        _COPY,
         0,
         _FLOAT32 * pieces * (1 + len(STATE_KEYS) + copies),
         "from the first step on",

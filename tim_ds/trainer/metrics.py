@@ -11,8 +11,7 @@ import json
 import os
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,12 @@ import torch
 from torch import Tensor
 
 from tim_ds.errors import CheckpointError
-from tim_ds.eval.board import keep_board_thread_quiet
 from tim_ds.objective.loss import LossTerms
 from tim_ds.objective.transport import Transport
+from tim_ds.trainer.board import Board
 from tim_ds.trainer.flops import StepFlops
 from tim_ds.trainer.inputs import StepInputs
+from tim_ds.trainer.line_file import LineFile
 from tim_ds.trainer.world import World
 
 NUM_BINS = 8
@@ -150,7 +150,8 @@ class MetricsLog:
         seconds_before: `interval_seconds` at the checkpoint that the run continues after, whose images the
             first line counts too.
     Raises:
-        CheckpointError: from every method but `close`, if the disk refuses.
+        CheckpointError: from the constructor, if the disk refuses. Later, what it refuses is kept and written
+            when it takes it.
     """
 
     def __init__(
@@ -163,20 +164,20 @@ class MetricsLog:
         peak_flops: float | None = None,
         seconds_before: float = 0.0,
     ) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._path = folder / METRICS_FILE
+        path = folder / METRICS_FILE
         self._tokens_per_pack = tokens_per_pack
         self._num_devices = num_devices
         self._peak_flops = peak_flops
-        keep_board_thread_quiet()
-        with self._writing():
+        try:
             folder.mkdir(parents=True, exist_ok=True)
-            _drop_after(self._path, start_step)
-            self._file = self._path.open("a", encoding="utf-8")
-            self._board = SummaryWriter(
-                str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else None, flush_secs=30
-            )
+            _drop_after(path, start_step)
+            self._file = LineFile(path)
+            self._board = Board(folder / "tensorboard", start_step + 1 if start_step else None)
+        except OSError as error:
+            raise CheckpointError(
+                f"{folder}: metrics cannot be written: {error.strerror or error}. Checkpoints are "
+                "whole; free space and run the same command again"
+            ) from error
         self._since = time.perf_counter() - seconds_before
 
     @property
@@ -195,6 +196,8 @@ class MetricsLog:
         phases: Mapping[str, Mapping[str, float]] | None = None,
         memory: Mapping[str, float | None] | None = None,
         retries: int = 0,
+        unsaved_steps: int = 0,
+        failed_saves: int = 0,
     ) -> None:
         """One line and its scalars at a log step.
 
@@ -202,6 +205,8 @@ class MetricsLog:
             phases: seconds of each phase since the last line, mean and largest over the ranks.
             memory: of the ranks that have most (`largest_memory`); by default of this process.
             retries: requests for data that failed or took too long since the last line, of all ranks.
+            unsaved_steps: since the last complete checkpoint.
+            failed_saves: saves since then that could not be written.
         """
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
@@ -224,13 +229,15 @@ class MetricsLog:
             "tokens_per_s": means["tokens"] / seconds,
             "data_wait_share": phases["data_wait"]["mean"] / seconds if "data_wait" in phases else None,
             "retries": retries,
+            "unsaved_steps": unsaved_steps,
+            "failed_saves": failed_saves,
             "tflops_per_device": per_device["model"] / 1e12 if per_device else None,
             "mfu": self._share_of_peak(per_device.get("model")),
             "hfu": self._share_of_peak(per_device.get("executed")),
             **(memory or memory_of_process()),
             "phases": phases,
         }
-        self._write({"step": step, **train, "speed": speed})
+        self._file.add({"step": step, **train, "speed": speed})
         for group, values in (("train", train), ("speed", speed)):
             for name, value in values.items():
                 self._add(f"{group}/{name}", value, step)
@@ -247,56 +254,37 @@ class MetricsLog:
             for i, entry in enumerate(value):
                 self._add(f"{tag}/{i / NUM_BINS:.3f}-{(i + 1) / NUM_BINS:.3f}", entry, step)
         elif value is not None:
-            with self._writing():
-                self._board.add_scalar(tag, value, step)
+            self._board.scalar(tag, value, step)
 
     def skipped(self, step: int, reason: str, samples: Sequence[str]) -> None:
         """A line about a step that was refused."""
-        self._write({"step": step, "skipped": reason, "samples": list(samples)})
+        self._file.add({"step": step, "skipped": reason, "samples": list(samples)})
 
     def evaluated(
         self, step: int, values: Mapping[str, float | None], failures: Mapping[str, str] | None = None
     ) -> None:
         """A line and the scalars of an evaluation, with what failed in it and why."""
         line: dict[str, Any] = {"step": step, "evaluation": dict(values)}
-        self._write(line | ({"failed": dict(failures)} if failures else {}))
+        self._file.add(line | ({"failed": dict(failures)} if failures else {}))
         self._add("evaluation/failures", len(failures or {}), step)
         for name, value in values.items():
             self._add(f"evaluation/{name}", value, step)
 
     def image(self, tag: str, image: Any, step: int) -> None:
         """A picture for TensorBoard: uint8 [height, width, 3]."""
-        with self._writing():
-            self._board.add_image(tag, image, step, dataformats="HWC")
+        self._board.image(tag, image, step)
 
     def flush(self) -> None:
-        """Put the lines on the disk: a checkpoint must not know of steps that the file does not."""
-        with self._writing():
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._board.flush()
+        """Put the lines on the disk: a checkpoint must not know of steps that the file does not. They are
+        written again where the file was deleted under the run."""
+        self._file.take_up()
+        self._file.write(flush=True)
+        self._board.flush()
 
     def close(self) -> None:
-        """Raises nothing: what had to be written was flushed, and a disk that refuses must not hide the error
-        that ended the run."""
-        for part in (self._file, self._board):
-            with suppress(OSError):
-                part.close()
-
-    def _write(self, line: dict[str, Any]) -> None:
-        with self._writing():
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise CheckpointError(
-                f"{self._path.parent}: metrics cannot be written: {error.strerror or error}. Checkpoints are "
-                "whole; free space and run the same command again"
-            ) from error
+        """Raises nothing: a disk that refuses must not hide the error that ended the run."""
+        self._file.close()
+        self._board.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

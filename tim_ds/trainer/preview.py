@@ -6,12 +6,12 @@ import logging
 from functools import partial
 from pathlib import Path
 
-from torch import nn
-
 from tim_ds.config.recipe import Recipe
+from tim_ds.errors import CheckpointError
 from tim_ds.eval.sheet import SheetBlock, SheetRow, contact_sheet
 from tim_ds.model.export_folder import Export, SourceConfig
 from tim_ds.pipeline import PipelineOutput, TiMPipeline, write_png
+from tim_ds.trainer.drawing import draw_for_main
 from tim_ds.trainer.in_step import InStep
 from tim_ds.trainer.metrics import MetricsLog
 from tim_ds.trainer.world import World
@@ -43,26 +43,11 @@ def describe_export(recipe: Recipe, step: int, recipe_sha256: str, *, average: s
     )
 
 
-def drawing_pipeline(export: Export, network: nn.Module) -> TiMPipeline:
-    """What previews and evaluations of a run draw with. Its encoders wait on the host.
-
-    Args:
-        export: as `describe_export`.
-        network: the network that is sampled from, inside the root module.
-    Raises:
-        RequestError, DataError: if an encoder is not there or does not fit.
-    """
-    pipeline = TiMPipeline(network, export)
-    # Memory differs between ranks, and a rank that refused alone would leave the others waiting.
-    pipeline.checks_memory = False
-    return pipeline
-
-
 class Previews:
-    """Samples on every rank, since under ZeRO-3 each holds a part of the weights; rank 0 keeps the pictures.
+    """Samples on rank 0, and on the others where ZeRO-3 gave each a part of the weights; rank 0 decodes.
 
     Args:
-        pipeline: as `drawing_pipeline`; its sampler decides all but the step counts.
+        pipeline: of `drawing_pipeline`; its sampler decides all but the step counts.
     """
 
     def __init__(
@@ -87,20 +72,32 @@ class Previews:
         for num_steps in config.num_steps:
             # The weights are finite, or the step would have been refused: a picture is no reason to stop.
             output, problem = self._in_step.attempt(partial(self._draw, num_steps))
+            if not self._world.is_main:
+                continue
             if output is None:
-                if self._world.is_main:
-                    logger.warning("step %d: no preview at %d steps: %s", step, num_steps, problem)
+                logger.warning("step %d: no preview at %d steps: %s", step, num_steps, problem)
                 continue
             rows.append(SheetRow(f"{num_steps} steps" if num_steps > 1 else "1 step", output.pixels))
-        if not rows or not self._world.is_main:
+        if not rows:
             return
         sheet = contact_sheet(config.prompts, [SheetBlock("", rows)], footnote=f"EMA weights of step {step}")
         settings = {"step": step, "seed": config.seed, "num_steps": list(config.num_steps)}
-        write_png(self._folder / f"step_{step:09d}.png", sheet, settings)
+        try:
+            write_png(self._folder / f"step_{step:09d}.png", sheet, settings)
+        except CheckpointError as error:
+            # Nor is a full disk.
+            logger.warning("step %d: the preview is not kept: %s", step, error)
         if self._log is not None:
             self._log.image("preview", sheet, step)
 
-    def _draw(self, num_steps: int) -> PipelineOutput:
+    def _draw(self, num_steps: int) -> PipelineOutput | None:
         config = self._config
-        with self._pipeline.encoders_beside_network():
-            return self._pipeline(config.prompts, config.sizes, num_steps=num_steps, seeds=config.seed)
+        return draw_for_main(
+            self._pipeline,
+            self._in_step,
+            self._world,
+            config.prompts,
+            config.sizes,
+            num_steps=num_steps,
+            seeds=config.seed,
+        )

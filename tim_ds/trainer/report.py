@@ -12,6 +12,7 @@ import base64
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,18 @@ from typing import Any
 from tim_ds import __version__
 from tim_ds.errors import TimError
 from tim_ds.model.weights import write_aside
-from tim_ds.trainer.charts import Point, Series, line_chart, number, stacked_chart
+from tim_ds.trainer.charts import Mark, Point, Series, line_chart, number, stacked_chart
+from tim_ds.trainer.events import (
+    BEGAN,
+    CONTINUED,
+    ENDS,
+    EVENTS_FILE,
+    FINISHED,
+    SAVE_FAILED,
+    SAVE_LEFT_OUT,
+    SNAPSHOT_FAILED,
+    STARTS,
+)
 from tim_ds.trainer.metrics import NUM_BINS
 from tim_ds.trainer.report_style import STYLE
 from tim_ds.trainer.run_record import EvaluationFolder, RunRecord, read_run
@@ -29,6 +41,7 @@ MAX_PREVIEWS = 8
 """Sheets that a page embeds of each run, evenly spread, the first and the last among them."""
 _NUM_COLOURS = 8
 _LISTED_SKIPS = 20
+_LISTED_EVENTS = 40
 _LISTED_SAMPLES = 6
 
 # Bottom to top in the breakdown, with the class of its colour; a phase that is none of these follows.
@@ -50,6 +63,8 @@ _LABELS = {
     "optimizer": "optimiser",
 }
 
+_MARKED = {CONTINUED: "continued", SAVE_FAILED: "save", SAVE_LEFT_OUT: "save", SNAPSHOT_FAILED: "save"}
+
 
 def render(records: Sequence[RunRecord], *, max_previews: int = MAX_PREVIEWS) -> str:
     """The page."""
@@ -59,6 +74,7 @@ def render(records: Sequence[RunRecord], *, max_previews: int = MAX_PREVIEWS) ->
     links = [
         ("curves", "Curves"),
         ("steps", "Time of a step"),
+        ("interruptions", "Interruptions"),
         ("samples", "Samples"),
         ("evaluations", "Evaluations"),
         ("runs", "Runs"),
@@ -80,6 +96,7 @@ def render(records: Sequence[RunRecord], *, max_previews: int = MAX_PREVIEWS) ->
             ),
             *_curves(records, labels),
             *_breakdowns(records, labels),
+            *_interruptions(records, labels),
             *_samples(records, labels, max_previews),
             *_evaluations(records, labels),
             *_details(records, labels),
@@ -110,6 +127,8 @@ def _summary(record: RunRecord, label: str, position: int) -> str:
             ("MFU", _percent(speed.get("mfu"))),
             ("packing fill", _percent(last.get("fill"))),
             ("skipped steps", _value(last.get("skipped_steps"))),
+            ("continued", _value(_count(record, CONTINUED)) if record.events else ""),
+            ("failed saves", _value(_count(record, SAVE_FAILED)) if record.events else ""),
             ("replaced samples", _value(sum(line.get("replaced", 0) for line in record.lines))),
         ]
     shown = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts if value)
@@ -128,6 +147,8 @@ def _summary(record: RunRecord, label: str, position: int) -> str:
 def _curves(records: Sequence[RunRecord], labels: Sequence[str]) -> Iterator[str]:
     """One chart a quantity, one curve a run."""
     alone = len(records) == 1
+    marks = _marks(records[0]) if alone else []
+    chart = partial(line_chart, marks=marks)
 
     def across(get: Callable[[dict[str, Any]], Any], name: str = "") -> list[Series]:
         return [
@@ -146,37 +167,36 @@ def _curves(records: Sequence[RunRecord], labels: Sequence[str]) -> Iterator[str
         return get
 
     charts = [
-        line_chart("Loss, unweighted", across(field("denoising"), "denoising"), may_log=True),
-        line_chart("Objective", across(field("loss"), "weighted loss"), may_log=True),
+        chart("Loss, unweighted", across(field("denoising"), "denoising"), may_log=True),
+        chart("Objective", across(field("loss"), "weighted loss"), may_log=True),
         *(
-            line_chart(title, across(field(name), name), may_log=True)
+            chart(title, across(field(name), name), may_log=True)
             for name, title in (("directional", "Directional term"), ("alignment", "Alignment term"))
             if any(line.get(name) for record in records for line in record.lines)
         ),
-        line_chart("Gradient norm", across(field("grad_norm"), "before clipping"), may_log=True),
-        line_chart("Learning rate", across(field("lr"), "lr"), from_zero=True),
-        line_chart("Images a second", across(speed("images_per_s"), "images/s"), from_zero=True),
-        line_chart("Tokens a second", across(speed("tokens_per_s"), "tokens/s"), from_zero=True),
-        line_chart("TFLOP/s a device", across(speed("tflops_per_device"), "model"), from_zero=True),
-        line_chart("Utilisation (MFU)", across(speed("mfu", 100), "MFU"), unit="%", from_zero=True),
-        line_chart("Packing fill", across(lambda line: _times(line.get("fill"), 100), "fill"), unit="%"),
-        line_chart("Memory of the device", across(speed("memory_gib"), "peak"), unit="GiB", from_zero=True),
-        line_chart(
-            "Memory of the host", across(speed("host_memory_gib"), "peak"), unit="GiB", from_zero=True
-        ),
-        line_chart("Skipped steps", across(field("skipped_steps"), "skipped"), from_zero=True),
-        line_chart("Replaced samples", across(field("replaced"), "in an interval"), from_zero=True),
+        chart("Gradient norm", across(field("grad_norm"), "before clipping"), may_log=True),
+        chart("Learning rate", across(field("lr"), "lr"), from_zero=True),
+        chart("Images a second", across(speed("images_per_s"), "images/s"), from_zero=True),
+        chart("Tokens a second", across(speed("tokens_per_s"), "tokens/s"), from_zero=True),
+        chart("TFLOP/s a device", across(speed("tflops_per_device"), "model"), from_zero=True),
+        chart("Utilisation (MFU)", across(speed("mfu", 100), "MFU"), unit="%", from_zero=True),
+        chart("Packing fill", across(lambda line: _times(line.get("fill"), 100), "fill"), unit="%"),
+        chart("Memory of the device", across(speed("memory_gib"), "peak"), unit="GiB", from_zero=True),
+        chart("Memory of the host", across(speed("host_memory_gib"), "peak"), unit="GiB", from_zero=True),
+        chart("Skipped steps", across(field("skipped_steps"), "skipped"), from_zero=True),
+        chart("Replaced samples", across(field("replaced"), "in an interval"), from_zero=True),
         *(
-            [line_chart("Requests made again", across(speed("retries"), "in an interval"), from_zero=True)]
+            [chart("Requests made again", across(speed("retries"), "in an interval"), from_zero=True)]
             if any(line.get("speed", {}).get("retries") for record in records for line in record.lines)
             else []
         ),
     ]
     yield '<section id="curves"><h2>Curves</h2>'
+    yield _mark_legend(marks)
     yield _grid(charts) or "<p>No curve: no line was written.</p>"
     for record, label in zip(records, labels, strict=True):
         bins = [
-            line_chart(title, _bins(record, name, symbol), may_log=True)
+            chart(title, _bins(record, name, symbol), may_log=True)
             for name, title, symbol in (
                 ("denoising_by_t", "Loss by time", "t"),
                 ("denoising_by_interval", "Loss by interval", "t - r"),
@@ -186,6 +206,21 @@ def _curves(records: Sequence[RunRecord], labels: Sequence[str]) -> Iterator[str
             of = "" if alone else f", {escape(label)}"
             yield f"<h3>By eighths of the transport's range{of}</h3>{_grid(bins)}"
     yield "</section>"
+
+
+def _mark_legend(marks: Sequence[Mark]) -> str:
+    """What the marks of the charts mean; as they are drawn, so that nobody needs colours."""
+    shown = {mark.kind for mark in marks}
+    parts = [
+        f'<li><span class="mark-key {kind}"></span>{told}</li>'
+        for kind, told in (
+            ("continued", "dashed line: continued after an interruption"),
+            ("save", "tick from above: not saved"),
+            ("skipped", "tick from below: skipped step"),
+        )
+        if kind in shown
+    ]
+    return f'<ul class="legend marks">{"".join(parts)}</ul>' if parts else ""
 
 
 def _bins(record: RunRecord, name: str, symbol: str) -> list[Series]:
@@ -203,7 +238,8 @@ def _breakdowns(records: Sequence[RunRecord], labels: Sequence[str]) -> Iterator
     charts = []
     for record, label in zip(records, labels, strict=True):
         title = "Share of the time" if len(records) == 1 else f"Share of the time, {label}"
-        charts.append(stacked_chart(title, _shares(record)))
+        marks = _marks(record)
+        charts.append(stacked_chart(title, _shares(record), marks=marks))
         waits = [
             Series(name, _points(record, _phase_per_step(record, "data_wait", which)), colour)
             for name, which, colour in (("mean of the ranks", "mean", "c4"), ("slowest rank", "max", "c7"))
@@ -212,7 +248,7 @@ def _breakdowns(records: Sequence[RunRecord], labels: Sequence[str]) -> Iterator
             # One rank, or one line.
             waits = [Series("data wait", waits[0].points, waits[0].colour)]
         if len(records) == 1:
-            charts.append(line_chart("Data wait a step", waits, unit="ms", from_zero=True))
+            charts.append(line_chart("Data wait a step", waits, unit="ms", from_zero=True, marks=marks))
     grid = _grid(charts)
     yield grid or "<p>No run recorded the phases of its steps.</p>"
     if grid:
@@ -316,7 +352,6 @@ def _details(records: Sequence[RunRecord], labels: Sequence[str]) -> Iterator[st
     for record, label in zip(records, labels, strict=True):
         yield f"<h3>{escape(label)}</h3>"
         yield _checkpoint_table(record)
-        yield _skip_table(record)
         if record.versions:
             listed = ", ".join(f"{name} {value}" for name, value in record.versions.items())
             yield f"<p>Versions: {escape(listed)}</p>"
@@ -353,6 +388,57 @@ def _checkpoint_table(record: RunRecord) -> str:
     return _table("Checkpoints", ("checkpoint", "step", "size", "ranks", "ZeRO stage"), rows) + snapshots
 
 
+def _count(record: RunRecord, event: str) -> int:
+    return sum(happened["event"] == event for happened in record.events)
+
+
+def _marks(record: RunRecord) -> list[Mark]:
+    """What interrupted a run, for its charts."""
+    skipped = [
+        Mark(line["step"], "skipped", f"step {line['step']}: {line['skipped']}") for line in record.skipped
+    ]
+    return skipped + [
+        Mark(event["step"], _MARKED[event["event"]], f"step {event['step']}: {event['event']}")
+        for event in record.events
+        if event["event"] in _MARKED
+    ]
+
+
+def _interruptions(records: Sequence[RunRecord], labels: Sequence[str]) -> Iterator[str]:
+    yield '<section id="interruptions"><h2>Interruptions</h2>'
+    for record, label in zip(records, labels, strict=True):
+        if len(records) > 1:
+            yield f"<h3>{escape(label)}</h3>"
+        yield _event_table(record)
+        yield _skip_table(record)
+    yield "</section>"
+
+
+def _event_table(record: RunRecord) -> str:
+    if not record.events:
+        return (
+            f"<p>No {EVENTS_FILE}: when the run was continued, and what it could not save, is not known.</p>"
+        )
+    rows = []
+    ended = True
+    for event in record.events:
+        what, told = event["event"], [str(event[key]) for key in ("reason",) if event.get(key)]
+        if what in STARTS:
+            told.insert(0, f"ranks: {event.get('ranks', '?')}, ZeRO stage {event.get('zero_stage', '?')}")
+            if not ended:
+                told.append("the process before left no word: it was killed, or a rank was lost")
+        ended = what in ENDS or (ended and what not in STARTS)
+        rows.append(
+            (str(event.get("time", ""))[:16].replace("T", " "), f"{event['step']:,}", what, "; ".join(told))
+        )
+    if all(row[2] in (BEGAN, FINISHED) for row in rows) and len(rows) <= 2:
+        return "<p>None: begun once, and every save went well.</p>"
+    title = "What happened (times are UTC)"
+    if len(rows) > _LISTED_EVENTS:
+        title += f", the last {_LISTED_EVENTS} of {len(rows)}"
+    return _table(title, ("time", "step", "what", "how and why"), rows[-_LISTED_EVENTS:], words=True)
+
+
 def _skip_table(record: RunRecord) -> str:
     if not record.skipped:
         return "<p>No step was skipped.</p>"
@@ -364,10 +450,11 @@ def _skip_table(record: RunRecord) -> str:
     title = f"Skipped steps ({len(record.skipped)})"
     if len(record.skipped) > _LISTED_SKIPS:
         title += f", the last {_LISTED_SKIPS}"
-    return _table(title, ("step", "why", "samples"), rows)
+    return _table(title, ("step", "why", "samples"), rows, words=True)
 
 
-def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], *, words: bool = False) -> str:
+    """With `words`, cells are read, not compared: they begin at the left and break."""
     columns = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
     body = "".join(
         f'<tr><th scope="row">{escape(row[0])}</th>'
@@ -376,7 +463,8 @@ def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> st
         for row in rows
     )
     return (
-        f'<div class="scroll" tabindex="0"><table><caption>{escape(title)}</caption>'
+        f'<div class="scroll" tabindex="0"><table class="{"words" if words else "figures"}">'
+        f"<caption>{escape(title)}</caption>"
         f"<thead><tr>{columns}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 

@@ -78,6 +78,19 @@ svg text {{ font-size: 12.5px; fill: var(--soft); font-family: inherit }}
 .area {{ opacity: .9; stroke: var(--card); stroke-width: .6 }}
 .grid {{ stroke: var(--rule); stroke-width: 1 }}
 .axis, .tick {{ stroke: var(--soft); stroke-width: 1 }}
+.mark {{ stroke-width: 1.4 }}
+.mark.continued {{ stroke: var(--ink); stroke-dasharray: 2 4; opacity: .75 }}
+.mark.save {{ stroke: var(--warn); stroke-width: 3 }}
+.mark.skipped {{ stroke: var(--c3); stroke-width: 3 }}
+.marks {{ margin: -4px 0 12px }}
+.mark-key {{ display: inline-block; height: 14px; margin-right: 8px; vertical-align: -2px;
+  border-left: 2px dashed var(--ink) }}
+.mark-key.save {{ height: 8px; border-left: 3px solid var(--warn); vertical-align: 4px }}
+.mark-key.skipped {{ height: 8px; border-left: 3px solid var(--c3) }}
+.words td, .words th {{ text-align: left; padding-right: 18px }}
+.words th, .words td:nth-child(2) {{ white-space: nowrap }}
+.words td:last-child {{ overflow-wrap: anywhere; min-width: 24ch; max-width: 90ch }}
+.scroll + .scroll {{ margin-top: 18px }}
 .sheets {{ display: grid; gap: 16px; align-items: start;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)) }}
 img {{ display: block; max-width: 100%; height: auto; margin-top: 8px; border-radius: 6px; background: #fff }}

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import platform
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -25,6 +23,7 @@ from tim_ds.config.recipe import Recipe, recipe_hash, to_dict
 from tim_ds.errors import CheckpointError, ConfigError, TimError
 from tim_ds.model.export_folder import EXPORT_FILE, meta_network, write_export
 from tim_ds.model.ops import prove_attention
+from tim_ds.pipeline import PromptLike
 from tim_ds.trainer.agreement import DataFacts, check_parts, check_same_encoders, check_same_run
 from tim_ds.trainer.assembly import (
     UNITS,
@@ -42,9 +41,9 @@ from tim_ds.trainer.checkpoint import (
     CheckpointFolder,
     Piece,
     free_bytes,
-    write_flushed,
 )
 from tim_ds.trainer.config import EmaConfig
+from tim_ds.trainer.drawing import drawing_pipeline, prepare_captions
 from tim_ds.trainer.ema import Ema, piece_kind
 from tim_ds.trainer.engine import (
     STATE_KEYS,
@@ -54,14 +53,17 @@ from tim_ds.trainer.engine import (
     read_engine_file,
     zero_stage,
 )
+from tim_ds.trainer.events import BEGAN, CONTINUED, FAILED, FINISHED, STOPPED, Events
 from tim_ds.trainer.initial import read_initial
 from tim_ds.trainer.inputs import StepInputs
 from tim_ds.trainer.loop import Loop, Progress
 from tim_ds.trainer.lora import merged, write_adapter
 from tim_ds.trainer.memory import snapshot_copies
 from tim_ds.trainer.metrics import MetricsLog, Sums
-from tim_ds.trainer.preview import Previews, describe_export, drawing_pipeline
-from tim_ds.trainer.signals import StopAgreement, StopSignals
+from tim_ds.trainer.preview import Previews, describe_export
+from tim_ds.trainer.run_folder import RunFolder, held_by_this_run
+from tim_ds.trainer.saves import Saves
+from tim_ds.trainer.signals import RunStopped, StopAgreement, StopSignals
 from tim_ds.trainer.snapshots import SNAPSHOTS, Snapshots
 from tim_ds.trainer.step import TransitionStep
 from tim_ds.trainer.watch import Watch
@@ -97,7 +99,7 @@ def train(
         TimError, DataError: for everything that the user can put right.
     """
     engine_config, data = world.together(lambda: _read(recipe, engine_file, world), (TimError, DataError))
-    with _only_run(run_dir, world):
+    with held_by_this_run(run_dir, world) as run_folder:
         folder = CheckpointFolder(
             run_dir / CHECKPOINTS,
             world,
@@ -116,13 +118,23 @@ def train(
         watch = watch or Watch(world)
         watch.before_end = folder.leave
         return _run(
-            recipe, run_dir, engine_config, world, data, folder, checkpoint, signals or StopSignals(), watch
+            recipe,
+            run_dir,
+            run_folder,
+            engine_config,
+            world,
+            data,
+            folder,
+            checkpoint,
+            signals or StopSignals(),
+            watch,
         )
 
 
 def _run(
     recipe: Recipe,
     run_dir: Path,
+    run_folder: RunFolder | None,
     engine_config: Mapping[str, Any],
     world: World,
     data: DataFacts,
@@ -146,20 +158,17 @@ def _run(
     teacher = teacher_parameters(root)
     if teacher:
         ema.write_into(teacher)
-    log = _open_log(recipe, run_dir, engine, world, checkpoint) if world.is_main else None
-    preview, evaluate = _viewers(recipe, run_dir, root, world, progress, log, signals, watch)
+    log, events = world.together(
+        partial(_open_logs, recipe, run_folder, engine, world, folder, checkpoint), (CheckpointError,)
+    )
+    preview, evaluate = _viewers(recipe, run_dir, root, world, loader, progress, log, signals, watch)
 
-    def save(progress: Progress) -> None:
-        if log is not None:
-            log.flush()
+    def describe(progress: Progress) -> dict[str, Any]:
         manifest = _manifest(recipe, progress, engine, world, data)
         manifest |= {"encoders": encoders, "initial_weights": initial_digest}
         if log is not None:
             manifest["interval_seconds"] = log.interval_seconds
-        folder.start(progress.step, state_pieces(engine, ema), sums.state(), manifest)
-
-    def prepare() -> None:
-        folder.prepare(state_pieces(engine, ema), sums.state())
+        return manifest
 
     clock, forward_phase = build_clock(recipe, root, world)
     loader.watch_encoders(partial(clock.phase, "encoders"))
@@ -168,10 +177,23 @@ def _run(
     snapshots = Snapshots(run_dir / SNAPSHOTS, world, config.ema.snapshots)
     snapshots.drop_after(progress.step)
 
-    def snapshot(progress: Progress) -> None:
+    def save_snapshot(progress: Progress) -> None:
         manifest = {"progress": asdict(progress), "recipe": to_dict(recipe), "versions": versions()}
         snapshots.save(progress.step, ema, manifest)
 
+    saves = Saves(
+        checkpoints=folder,
+        world=world,
+        pieces=partial(state_pieces, engine, ema),
+        own=sums.state,
+        describe=describe,
+        save_snapshot=save_snapshot,
+        milestones=config.checkpoint.milestones,
+        saved_step=progress.step,
+        run_folder=run_folder,
+        log=log,
+        events=events,
+    )
     loop = Loop(
         config=config,
         engine=engine,
@@ -180,10 +202,7 @@ def _run(
         world=world,
         sums=sums,
         progress=progress,
-        save=save,
-        settle=lambda wait: folder.settle(wait=wait),
-        prepare=prepare,
-        snapshot=snapshot,
+        saves=saves,
         clock=clock,
         forward_phase=forward_phase,
         teacher=teacher,
@@ -195,15 +214,45 @@ def _run(
     )
     try:
         progress = loop.run()
-    except BaseException:
+        watch.enter("export")
+        _export_last(recipe, run_dir, ema, world, loop)
+        if events is not None:
+            events.add(FINISHED, progress.step)
+    except BaseException as error:
         folder.leave()
+        if events is not None:
+            event = STOPPED if isinstance(error, RunStopped) else FAILED
+            events.add(event, loop.progress.step, reason=f"{error or type(error).__name__}".splitlines()[0])
         raise
     finally:
-        if log is not None:
-            log.close()
-    watch.enter("export")
-    export(recipe, run_dir, ema, world, progress.step)
+        for file in (log, events):
+            if file is not None:
+                file.close()
     return f"{run_dir}: finished at step {progress.step}. Weights: {run_dir / EXPORT}"
+
+
+def _export_last(recipe: Recipe, run_dir: Path, ema: Ema, world: World, loop: Loop) -> None:
+    """Export what the run ends with, also where its last checkpoint failed: that is four times as large.
+
+    Raises:
+        CheckpointError: on every rank, if one of the two could not be written.
+    """
+    step, problem = loop.progress.step, loop.unsaved
+    exported = f"the averaged weights of step {step} are in {run_dir / EXPORT}"
+    try:
+        export(recipe, run_dir, ema, world, step)
+    except CheckpointError as error:
+        if problem is None:
+            raise
+        exported = f"nor could the averaged weights be exported ({error})"
+    if problem is not None:
+        world.raise_everywhere(
+            CheckpointError(
+                f"{run_dir}: trained up to step {step}, but its last checkpoint is NOT SAVED: {problem}; "
+                f"{exported}. See to the disk; the same command repeats what comes after step "
+                f"{loop.saves.saved_step}, to the same bits"
+            )
+        )
 
 
 def _open_data(
@@ -247,6 +296,7 @@ def _viewers(
     run_dir: Path,
     root: TransitionStep,
     world: World,
+    loader: StepLoader[StepInputs],
     progress: Progress,
     log: MetricsLog | None,
     signals: StopSignals,
@@ -258,9 +308,11 @@ def _viewers(
         return None, None
     described = describe_export(recipe, progress.step, recipe_hash(recipe))
     errors = (TimError, DataError)
-    pipeline = world.together(partial(drawing_pipeline, described, root.network), errors)
+    pipeline = drawing_pipeline(recipe, described, root.network, run_dir, world, loader)
     preview = None
+    prompts: list[PromptLike] = []
     if config.preview.every_steps:
+        prompts += config.preview.prompts
         preview = world.together(partial(Previews, recipe, pipeline, run_dir, world, log), errors)
     evaluate = None
     if config.evaluation.every_steps:
@@ -273,18 +325,35 @@ def _viewers(
             ),
             errors,
         )
+        prompts += evaluate.prompts
+    watch.enter("captions")
+    prepare_captions(pipeline, prompts, world, loader)
     return preview, evaluate
 
 
-def _open_log(
-    recipe: Recipe, run_dir: Path, engine: Engine, world: World, checkpoint: Checkpoint | None
-) -> MetricsLog:
-    """Begin the run folder with its settings, and its log. On rank 0."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_flushed(run_dir / "recipe.yaml", dump(recipe))
-    write_flushed(run_dir / "engine.json", json.dumps(engine.config, indent=2) + "\n")
-    return MetricsLog(
-        run_dir,
+def _open_logs(
+    recipe: Recipe,
+    run_folder: RunFolder | None,
+    engine: Engine,
+    world: World,
+    folder: CheckpointFolder,
+    checkpoint: Checkpoint | None,
+) -> tuple[MetricsLog | None, Events | None]:
+    """Begin the run folder with its settings, its metrics and its events; on rank 0.
+
+    Raises:
+        CheckpointError: if the disk refuses.
+    """
+    if run_folder is None:
+        return None, None
+    path = run_folder.path
+    try:
+        run_folder.write_settings("recipe.yaml", dump(recipe))
+        run_folder.write_settings("engine.json", json.dumps(engine.config, indent=2) + "\n")
+    except OSError as error:
+        raise CheckpointError(f"{path}: its settings cannot be written: {error}") from error
+    log = MetricsLog(
+        path,
         tokens_per_pack=recipe.data.tokens_per_pack,
         start_step=0 if checkpoint is None else checkpoint.step,
         num_devices=world.size,
@@ -292,6 +361,14 @@ def _open_log(
         # Of earlier versions without it.
         seconds_before=0.0 if checkpoint is None else checkpoint.manifest.get("interval_seconds", 0.0),
     )
+    events = Events(path)
+    facts = {"ranks": world.size, "zero_stage": engine.zero_stage}
+    if checkpoint is None:
+        events.add(BEGAN, 0, **facts)
+    else:
+        reason = "; ".join(folder.passed_over)
+        events.add(CONTINUED, checkpoint.step, **facts, **({"reason": reason} if reason else {}))
+    return log, events
 
 
 def _manifest(
@@ -409,28 +486,6 @@ def _check_room(run_dir: Path, engine: Engine, world: World, config: EmaConfig) 
                 f"weights, {free:,} are free; free space or choose another run folder"
             )
         )
-
-
-@contextmanager
-def _only_run(run_dir: Path, world: World) -> Iterator[None]:
-    """Keeps a second process from training in the folder: rank 0's lock, which ends with the process."""
-    with ExitStack() as stack:
-        problem = None
-        if world.is_main:
-            try:
-                run_dir.mkdir(parents=True, exist_ok=True)
-                file = stack.enter_context((run_dir / ".lock").open("w"))
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                problem = (
-                    f"{run_dir}: another process is training there; wait for it or choose another folder"
-                )
-            except OSError as error:
-                problem = f"{run_dir}: cannot be used as a run folder: {error.strerror}"
-        problem = world.from_main(problem)
-        if problem is not None:
-            world.raise_everywhere(CheckpointError(problem))
-        yield
 
 
 def _exported_step(run_dir: Path) -> int | None:

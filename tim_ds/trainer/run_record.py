@@ -14,11 +14,12 @@ from tim_ds.config.recipe import to_dict
 from tim_ds.errors import TimError
 from tim_ds.pipeline import read_settings
 from tim_ds.trainer.checkpoint import Checkpoint, find_checkpoints
+from tim_ds.trainer.events import read_events
 from tim_ds.trainer.metrics import METRICS_FILE, read_metrics
 from tim_ds.trainer.preview import PREVIEWS
+from tim_ds.trainer.run_folder import LOCK_FILE
 from tim_ds.trainer.snapshots import SNAPSHOTS
 
-LOCK_FILE = ".lock"
 _OWN_FOLDERS = (PREVIEWS, SNAPSHOTS, "checkpoints", "export", "tensorboard", "post_hoc")
 """Folders of a run in which no evaluation is sought."""
 
@@ -55,6 +56,8 @@ class RunRecord:
     """Log lines, oldest first."""
     skipped: tuple[dict[str, Any], ...]
     """Lines of refused steps."""
+    events: tuple[dict[str, Any], ...]
+    """What happened to the run, in order; empty for runs of versions that did not write it."""
     previews: tuple[Preview, ...]
     checkpoints: tuple[Checkpoint, ...]
     """Oldest first."""
@@ -126,6 +129,7 @@ def read_run(folder: Path) -> RunRecord:
         engine_text=engine_text,
         lines=lines,
         skipped=tuple(line for line in everything if "skipped" in line),
+        events=tuple(read_events(folder)),
         previews=previews,
         checkpoints=checkpoints,
         snapshots=_checkpoints(folder / SNAPSHOTS, missing),

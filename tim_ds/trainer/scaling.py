@@ -23,7 +23,7 @@ from tim_ds.config.load import load_recipe, split_arguments
 from tim_ds.config.recipe import Recipe, latent_stride
 from tim_ds.errors import ConfigError, TimError
 from tim_ds.model.export_folder import meta_network
-from tim_ds.trainer.engine import read_engine_file, zero_settings, zero_stage
+from tim_ds.trainer.engine import GATHER_ELEMENTS, read_engine_file, zero_settings, zero_stage
 from tim_ds.trainer.flops import PackShape, StepFlops, step_flops
 from tim_ds.trainer.memory import IMAGE_SIDE_PIXELS, Ranks, trained_sizes
 
@@ -143,22 +143,37 @@ def step_volume(recipe: Recipe, engine: Mapping[str, Any], ranks: Ranks, packs_p
     if stage < 3:
         # Stage 1 reduces once a step, stage 2 after every micro-step; both gather the new weights once.
         reductions = packs_per_gpu if stage == 2 else 1
+        if settings.use_multi_rank_bucket_allreduce or not settings.reduce_scatter:
+            # DeepSpeed's default: the sum goes to everyone, who keep their part.
+            reductions *= 2
         gathers = math.ceil(weights / max(1, int(settings.allgather_bucket_size)))
         volume = ring * (reductions * gradients + weights)
-        return Volume(volume, 0.0, (reductions * buckets + gathers) * (N - 1))
-    # Twice a micro-step, for forward and backward: dF/dt comes with the forward.
+        messages = (reductions * buckets + gathers) * (N - 1)
+        if recipe.objective.guided_target is not None:
+            # The teacher is whole on every GPU; after each step the parts of the average are summed into it.
+            volume += 2 * ring * gradients
+            messages += 2 * math.ceil(trained / GATHER_ELEMENTS) * (N - 1)
+        return Volume(volume, 0.0, messages)
+    # For the forward, with which dF/dt comes, and where it was dropped since for the backward. A teacher is
+    # gathered for its forward.
     own, networks = weight_bytes * whole, 1 if recipe.objective.guided_target is None else 2
-    # A teacher is gathered for its forward.
+    again = _dropped_share(whole, int(settings.max_reuse_distance))
     first = packs_per_gpu * networks * own
-    second = packs_per_gpu * own
+    second = packs_per_gpu * again * own
     units = recipe.model.depth + 1
-    messages = packs_per_gpu * ((1 + networks) * units + buckets) * (N - 1)
+    messages = packs_per_gpu * ((again + networks) * units + buckets) * (N - 1)
     group = min(settings.zero_hpz_partition_size, N)
     if group > 1:
         # Hierarchical partitioning: the backward gathers from a second copy inside the node.
         in_node = (group - 1) / group * second
         return Volume(ring * (first + packs_per_gpu * gradients), in_node, messages)
     return Volume(ring * (first + second + packs_per_gpu * gradients), 0.0, messages)
+
+
+def _dropped_share(parameters: int, reuse_distance: int) -> float:
+    """Share of the weights that ZeRO-3 drops after the forward: those that the backward reaches only after
+    more than `reuse_distance` parameters, of which what follows in the forward counts twice."""
+    return max(0.0, 1.0 - reuse_distance / (2 * parameters))
 
 
 def scale(

@@ -38,7 +38,9 @@ SAME_PRESS_S = 1.0
 LOOK_EVERY_S = 2.0
 """How often a rank looks whether its launcher is still there."""
 
-LAUNCHERS = ("deepspeed", "deepspeed.launcher.runner", "deepspeed.launcher.launch")
+REMOTE = "deepspeed.launcher.launch"
+"""The launcher that is on every host of a run."""
+LAUNCHERS = ("deepspeed", "deepspeed.launcher.runner", REMOTE)
 """Programs and modules that start ranks and should be there as long as these run. A shell is none of them: a
 run may outlive the terminal that started it. Nor is torchrun: the ranks' key-value store ends with it, which
 the watch notices."""
@@ -116,14 +118,30 @@ class StopSignals:
 
 
 def launchers(process: int | None = None) -> list[int]:
-    """The launchers that a process runs under, nearest first: deepspeed is two, one above the other. Empty
-    without one, and on systems without /proc."""
+    """What a process was started by and should be there as long as it runs, nearest first: deepspeed is two
+    processes, one above the other; where it starts several hosts the second is elsewhere, and what is here of
+    it is the connection that it came by. Empty without a launcher, and on systems without /proc."""
     found: list[int] = []
     above = _parent(process or os.getpid())
     while above is not None and _is_launcher(above):
         found.append(above)
         above = _parent(above)
+    if found and _runs(found[-1], REMOTE):
+        return found + _connection(above)
     return found
+
+
+def _connection(process: int | None) -> list[int]:
+    """From a process up to the ssh session without a terminal that it is part of; empty where there is none.
+    A shell between the two may stay when the session ends."""
+    found: list[int] = []
+    while process is not None and process > 1:
+        found.append(process)
+        program = _arguments(process)[0]
+        if program.startswith(b"sshd") and program.rstrip().endswith(b"@notty"):
+            return found
+        process = _parent(process)
+    return []
 
 
 def ended(above: list[int], process: int | None = None) -> int | None:
@@ -145,12 +163,19 @@ def _parent(process: int) -> int | None:
 
 
 def _is_launcher(process: int) -> bool:
-    try:
-        arguments = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
-    except OSError:
-        return False
+    return any(_runs(process, launcher) for launcher in LAUNCHERS)
+
+
+def _runs(process: int, program: str) -> bool:
     # Interpreter, its options, program or module; what the program is given comes later.
-    return any(PurePath(os.fsdecode(argument)).name in LAUNCHERS for argument in arguments[:4])
+    return any(PurePath(os.fsdecode(argument)).name == program for argument in _arguments(process)[:4])
+
+
+def _arguments(process: int) -> list[bytes]:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return [b""]
 
 
 def _nothing(*_: object) -> None:

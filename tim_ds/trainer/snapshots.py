@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tim_ds.errors import CheckpointError
 from tim_ds.trainer.checkpoint import Checkpoint, CheckpointFolder, find_checkpoints, remove_checkpoint
 from tim_ds.trainer.config import SnapshotConfig
 from tim_ds.trainer.ema import Ema
@@ -46,6 +47,9 @@ class Snapshots:
             CheckpointError: on every rank, if one cannot write.
         """
         self._writer.save(step, ema.pieces(power_only=True), {}, manifest)
+        self._world.together(self._thin_out, (CheckpointError,))
+
+    def _thin_out(self) -> None:
         if self._world.is_main:
             kept = sorted(find_checkpoints(self._folder), key=lambda snapshot: snapshot.step)
             while len(kept) > self._config.keep:
