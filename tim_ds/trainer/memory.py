@@ -25,6 +25,7 @@ from tim_ds.model.config import ModelConfig
 from tim_ds.model.embed import PreciseLinear
 from tim_ds.model.export_folder import meta_network
 from tim_ds.model.tim import TiM
+from tim_ds.trainer.config import EmaConfig
 from tim_ds.trainer.encoder_memory import EncoderMemory, encoder_memory
 from tim_ds.trainer.engine import (
     STATE_KEYS,
@@ -94,6 +95,8 @@ class MemoryEstimate:
     checkpoint_bytes: int
     """One checkpoint on the disk, of all ranks."""
     export_bytes: int
+    snapshot_bytes: int
+    """One snapshot of the power-function averages on the disk; 0 where the run makes none."""
     unknown: tuple[str, ...] = ()
     """Encoders that are not in it, and why."""
 
@@ -154,6 +157,8 @@ class MemoryEstimate:
             f"one checkpoint       {self.checkpoint_bytes / GIB:.1f} GiB on the disk",
             f"exported weights     {self.export_bytes / GIB:.1f} GiB on the disk",
         ]
+        if self.snapshot_bytes:
+            lines.append(f"one EMA snapshot     {self.snapshot_bytes / GIB:.1f} GiB on the disk")
         lines += [f"not counted          {text}" for text in self.unknown]
         if card_gib is not None:
             answer = {True: "fits", False: "does not fit", None: "may fit: the uncertainty does not tell"}
@@ -221,6 +226,7 @@ def estimate(
         parts=tuple(part for part in parts if part.device or part.host),
         checkpoint_bytes=_FLOAT32 * total * (1 + len(STATE_KEYS) + copies),
         export_bytes=_FLOAT32 * (frozen or total),
+        snapshot_bytes=_FLOAT32 * total * snapshot_copies(recipe.train.ema),
         unknown=encoders.unknown,
     )
 
@@ -241,6 +247,11 @@ def trained_sizes(recipe: Recipe, network: TiM) -> list[int]:
 def average_copies(recipe: Recipe) -> int:
     """Averages of the weights that a run keeps."""
     return len(recipe.train.ema.averages)
+
+
+def snapshot_copies(config: EmaConfig) -> int:
+    """Averages that a snapshot holds; 0 where there are no snapshots."""
+    return sum(one.sigma_rel is not None for one in config.averages) if config.snapshots.every_steps else 0
 
 
 @dataclass(frozen=True, slots=True)
