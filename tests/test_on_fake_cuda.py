@@ -51,10 +51,10 @@ OBJECTIVES = {
     "paired, guided, aligned": ObjectiveConfig(
         guided_target=GuidedTargetConfig(start=0.0, end=1.0), repa_weight=0.5
     ),
-    "dde, by kind, vp": ObjectiveConfig(
+    "dde, by image, vp": ObjectiveConfig(
         derivative="dde",
         transport=TransportConfig(kind="vp"),
-        weight=WeightConfig(adaptive_over="kind", time_type="soft_min_snr"),
+        weight=WeightConfig(adaptive_over="image", time_type="soft_min_snr"),
     ),
 }
 
@@ -159,7 +159,8 @@ def _is_shipped(launch: Launch) -> bool:
 
 def test_the_definitions_do_so_too_in_a_bfloat16_network(monkeypatch):
     model = replace(MODEL, condition="class", text_dim=None, num_classes=3, z_dim=None, depth=1)
-    objective = ObjectiveConfig(derivative="dde", guided_target=GuidedTargetConfig(start=0.0, end=1.0))
+    guided = GuidedTargetConfig(start=0.0, end=1.0)
+    objective = ObjectiveConfig(derivative="dde", diffusion_share=0.5, guided_target=guided)
     with device(monkeypatch) as seen, use_path("torch"):
         network = network_on_device(model, BF16)
         _train(network, objective, GRIDS[:4])

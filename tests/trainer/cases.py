@@ -642,7 +642,11 @@ TIGHT = {
 def watch_trace(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[str, dict[str, list[Any]]]:
     """All-gathers of each step under ZeRO-3, with packs of which many hold no transition image."""
     mixed = ("objective.diffusion_share=0.9", "objective.consistency_share=0.05")
-    flow_matching = ("objective.diffusion_share=1.0", "sampler.mode=diffusion")
+    flow_matching = (
+        "objective.diffusion_share=1.0",
+        "objective.consistency_share=0.0",
+        "sampler.mode=diffusion",
+    )
     variants: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         "dde": (mixed, {}),
         "paired": ((*mixed, PAIRED), {}),

@@ -117,7 +117,7 @@ def measure_errors(case: Case, steps: Sequence[float | None]) -> list[ErrorRow]:
     truth = case.widened().exact()
     rows = []
     for precision in get_args(Precision):
-        with _precision(case.network, precision):
+        with at_precision(case.network, precision):
             estimates = [("dde", step, case.difference(step)) for step in steps]
             estimates.append(("paired", None, case.carried()))
         for name, step, estimate in estimates:
@@ -202,7 +202,8 @@ def _seconds(step: Callable[[], None], device: torch.device) -> float:
 
 
 @contextmanager
-def _precision(network: TiM, precision: Precision) -> Iterator[None]:
+def at_precision(network: nn.Module, precision: Precision) -> Iterator[None]:
+    """Within the block the forward passes of `network` compute in `precision`."""
     with ExitStack() as stack:
         if precision != "float32":
             device = next(network.parameters()).device.type
