@@ -10,7 +10,7 @@ import json
 import sys
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from data_pipeline.config import AutoencoderConfig
+from data_pipeline.command import command
+from data_pipeline.config import AutoencoderConfig, TextEncoderConfig
 from data_pipeline.encoders.autoencoder import Autoencoder, build_autoencoder
 from data_pipeline.errors import DataError
 from data_pipeline.index import Index, load_index
@@ -122,8 +123,50 @@ def report(
         f"slowest pack     {plan.balance():.3f} x the mean cost of its step",
         f"left out         {plan.left_out_per_epoch} samples an epoch",
         *_drops(index, _places(index.folder, kept_in)),
+        "in a recipe      what these shards decide, with the packs above",
+        *_recipe(index, patch_size, tokens_per_pack, packs_per_step, kept_in),
     ]
     return "\n".join(lines)
+
+
+def _recipe(
+    index: Index, patch_size: int, tokens_per_pack: int, packs_per_step: int, kept_in: str | None
+) -> list[str]:
+    """The settings of a recipe that these shards decide, as its YAML has them."""
+    model = [f"  condition: {'text' if index.has_text else 'class'}", f"  in_channels: {index.channels}"]
+    if patch_size != 1:
+        model.append(f"  patch_size: {patch_size}")
+    if index.has_text:
+        model.append(f"  text_dim: {index.text_width}")
+    else:
+        model.append(f"  num_classes: {index.num_classes}")
+    data = [f"  shards: {json.dumps(str(index.folder))}"]
+    if kept_in is not None:
+        data.append(f"  index: {json.dumps(kept_in)}")
+    data += [f"  tokens_per_pack: {tokens_per_pack}", f"  packs_per_step: {packs_per_step}"]
+    if index.online:
+        data.append("  encode_online: true")
+    data += _encoders(_places(index.folder, kept_in))
+    return ["model:", *model, "data:", *data]
+
+
+def _encoders(places: Sequence[str]) -> list[str]:
+    try:
+        manifest = json.loads(read_beside(places, MANIFEST_NAME)[1])
+        found = {name: manifest[name] for name in ("autoencoder", "text_encoder") if manifest.get(name)}
+        kinds = {"autoencoder": AutoencoderConfig, "text_encoder": TextEncoderConfig}
+        lines = []
+        for name, values in found.items():
+            plain = asdict(kinds[name](kind=values["kind"], path=values.get("path")))
+            lines.append(f"  {name}:")
+            lines += [
+                f"    {key}: {json.dumps(value) if key == 'path' else value}"
+                for key, value in values.items()
+                if key == "kind" or value != plain[key] or (key == "path" and value is not None)
+            ]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ["  # autoencoder, text_encoder: not recorded by a manifest"]
+    return lines
 
 
 def _places(folder: Path | str, kept_in: str | None) -> tuple[str, ...]:
@@ -216,6 +259,7 @@ def manifest_autoencoder(folder: Path | str, *, kept_in: str | None = None) -> A
         ) from error
 
 
+@command(DataError, OSError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Describe a folder of shards."""
     parser = argparse.ArgumentParser(prog="python -m data_pipeline.inspect", description=main.__doc__)
@@ -236,28 +280,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--no-sheet", action="store_true")
     options = parser.parse_args(arguments)
-    try:
-        index = load_index(options.folder, kept_in=options.index)
-        largest = int(index.groups(options.patch_size).lengths[-1])
-        print(
-            report(
-                index,
-                patch_size=options.patch_size,
-                tokens_per_pack=options.tokens_per_pack or 4 * largest,
-                packs_per_step=options.packs_per_step,
-                kept_in=options.index,
-            )
+    index = load_index(options.folder, kept_in=options.index)
+    largest = int(index.groups(options.patch_size).lengths[-1])
+    print(
+        report(
+            index,
+            patch_size=options.patch_size,
+            tokens_per_pack=options.tokens_per_pack or 4 * largest,
+            packs_per_step=options.packs_per_step,
+            kept_in=options.index,
         )
-        if not options.no_sheet:
-            if options.sheet is None and not isinstance(index.folder, Path):
-                raise DataError("--sheet: required for shards at a URL, or --no-sheet")
-            path = options.sheet or Path(options.folder) / "contact_sheet.png"
-            autoencoder = build_autoencoder(manifest_autoencoder(index.folder, kept_in=options.index))
-            contact_sheet(index, autoencoder, count=options.samples, seed=options.seed).save(path)
-            print(f"contact sheet    {path}")
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    )
+    if not options.no_sheet:
+        if options.sheet is None and not isinstance(index.folder, Path):
+            raise DataError("--sheet: required for shards at a URL, or --no-sheet")
+        path = options.sheet or Path(options.folder) / "contact_sheet.png"
+        autoencoder = build_autoencoder(manifest_autoencoder(index.folder, kept_in=options.index))
+        contact_sheet(index, autoencoder, count=options.samples, seed=options.seed).save(path)
+        print(f"contact sheet    {path}")
     return 0
 
 

@@ -34,6 +34,7 @@ import torch
 from safetensors.torch import save
 from tqdm import tqdm
 
+from data_pipeline.command import command
 from data_pipeline.config import AutoencoderConfig, TextEncoderConfig
 from data_pipeline.encoders.identity import latent_shape, revision
 from data_pipeline.errors import DataError
@@ -495,7 +496,7 @@ def choose_devices(name: str, local_rank: int) -> tuple[str, ...]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m data_pipeline.prepare", description=main.__doc__)
     add = parser.add_argument
-    add("path", type=Path, help="a folder, a .jsonl or .parquet list, or a .tar")
+    add("path", type=Path, help="a folder, a .jsonl or .parquet list ('*.parquet' for several), or a .tar")
     add("--out", type=Path, required=True, help="folder to create")
     add("--source", default="auto", choices=("auto", *KINDS), help="layout of the source")
     add("--root", type=Path, default=None, help="folder that a list's paths start from and must stay in")
@@ -709,14 +710,15 @@ def prepare(options: argparse.Namespace) -> str:
     return f"{describe(job, whole)}\n{job.out}: finished"
 
 
+@command(DataError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Turn pictures and captions (or labels) into shards."""
     options = _parser().parse_args(arguments)
     try:
-        print(prepare(options))
+        done = prepare(options)
     except (DataError, OSError) as error:
-        print(f"error: {_by_option(str(error))}", file=sys.stderr)
-        return 1
+        raise DataError(_by_option(str(error))) from error
+    print(done)
     return 0
 
 

@@ -6,7 +6,8 @@ can be cut into fixed parts, started again, or spread over processes without any
 | kind | what lies there |
 |---|---|
 | folder | pictures with `.txt` or `.json` beside them |
-| list | a `.jsonl` or `.parquet` file: path, caption(s) or label, further columns |
+| list | a `.jsonl` or `.parquet` file: path (parquet: or picture), caption(s) or label, further columns; or a
+         folder as Hugging Face has them: `metadata.jsonl` beside the pictures, or parquet files alone |
 | webdataset | `*.tar` shards with jpg/png/webp/... and txt/json/cls members |
 | tim_toy | the toy set of TiM: `data_info.jsonl` (`image_file`, `bucket`, `captions`) and its pictures |
 | tim_latents | latents of TiM: `<wnid>/<name>.safetensors`, each `latent` [2, C, h, w] and `label` |
@@ -45,6 +46,9 @@ CAPTION_KEYS = ("captions", "caption", "text", "prompt")
 LABEL_KEYS = ("label", "class", "cls")
 
 TOY_LIST = "data_info.jsonl"
+
+METADATA = "metadata"
+"""Stem of the list that Hugging Face's image folders have beside their pictures."""
 
 MISSING = "file missing"
 UNREADABLE = "file cannot be read"
@@ -112,10 +116,16 @@ def detect_kind(path: Path) -> str:
     Raises:
         DataError: if it does not exist or looks like none.
     """
-    if path.is_file() and path.suffix.lower() in (".jsonl", ".parquet"):
+    if path.suffix.lower() in (".jsonl", ".parquet") and (path.is_file() or "*" in path.name):
         return "tim_toy" if path.name == TOY_LIST else "list"
     if path.is_file() and path.suffix.lower() == ".tar":
         return "webdataset"
+    if path.is_file() and path.suffix.lower() == ".csv":
+        raise DataError(
+            f"{path}: lists are .jsonl or .parquet; a .csv with a heading becomes one by\n"
+            "  python -c 'import csv, json, sys; [print(json.dumps(r)) for r in csv.DictReader(sys.stdin)]' "
+            f"< {path} > {path.with_suffix('.jsonl')}"
+        )
     if not path.is_dir():
         raise DataError(f"{path}: expected a folder, a .jsonl, .parquet or .tar file; received no such path")
     if (path / TOY_LIST).is_file():
@@ -124,7 +134,46 @@ def detect_kind(path: Path) -> str:
         return "webdataset"
     if next(path.glob("*/*.safetensors"), None) is not None:
         return "tim_latents"
-    return "folder"
+    return "folder" if _list_in(path) is None else "list"
+
+
+def _list_in(folder: Path) -> Path | None:
+    """The list of a folder in one of Hugging Face's layouts, as a file or a pattern; None for another folder.
+
+    Raises:
+        DataError: if there are several, or the only one is a .csv.
+    """
+
+    def near(pattern: str) -> list[Path]:
+        found = [*folder.glob(pattern), *folder.glob(f"*/{pattern}")]
+        return sorted(path for path in found if path.is_file() and not path.name.startswith("."))
+
+    lists = near(f"{METADATA}.jsonl") + near(f"{METADATA}.parquet")
+    if not lists and not any(next(folder.glob(p), None) for p in ("*.txt", "*.json", "*/*.txt", "*/*.json")):
+        for table in near(f"{METADATA}.csv")[:1]:
+            detect_kind(table)
+    tables = [] if lists else near("*.parquet")
+    if len(lists) > 1:
+        raise DataError(f"{folder}: several lists, {_names(lists, folder)}; give one of them")
+    if tables and any(
+        path.suffix.lower()[1:] in PICTURE_ENDINGS for p in ("*", "*/*") for path in folder.glob(p)
+    ):
+        # What came with the pictures, such as img2dataset's tables of addresses.
+        return None
+    if len(lists + tables) <= 1:
+        return next(iter(lists + tables), None)
+    patterns = {path.parent / f"{path.name.partition('-')[0]}-*.parquet" for path in tables}
+    if len(patterns) == 1 and all("-" in path.name for path in tables):
+        return patterns.pop()
+    raise DataError(
+        f"{folder}: parquet files of several names, {_names(tables, folder)}; give one of them, or those "
+        "of one split as a pattern in quotes, such as 'FOLDER/train-*.parquet'"
+    )
+
+
+def _names(paths: list[Path], folder: Path) -> str:
+    shown = [path.relative_to(folder).as_posix() for path in paths[:4]]
+    return ", ".join(shown) + (", ..." if len(paths) > 4 else "")
 
 
 def open_source(
@@ -133,7 +182,7 @@ def open_source(
     """List the source at `path`.
 
     Args:
-        path: a folder or a list file.
+        path: a folder, a list file, or a pattern of parquet files.
         kind: one of `KINDS`, or `auto`.
         root: folder that the paths of a list start from and must stay in (default: the list's own).
         keep: names of further columns to carry into the samples' json.
@@ -142,6 +191,11 @@ def open_source(
         DataError: if it is not there, not readable or empty.
     """
     kind = detect_kind(path) if kind == "auto" else kind
+    if kind == "list" and path.is_dir():
+        found = _list_in(path)
+        if found is None:
+            raise DataError(f"{path}: no list in this folder; expected a {METADATA}.jsonl, or parquet files")
+        path = found
     source: Source
     if kind == "folder":
         source = FolderSource(path, keep)
@@ -406,13 +460,21 @@ class JsonlSource:
 
 
 def _row_item(where: str, row: dict[str, Any], root: Path, keep: tuple[str, ...]) -> Item:
-    name = next((row[key] for key in PATH_KEYS if isinstance(row.get(key), str)), None)
-    if name is None:
-        raise Refused(BAD_ROW, f"{where}: expected a path under one of {', '.join(PATH_KEYS)}")
+    found = next((row[key] for key in PATH_KEYS if isinstance(row.get(key), (str, bytes, dict))), None)
+    # A picture of Hugging Face's `datasets` is {bytes, path}, either of which may be missing.
+    name, picture = (found.get("path"), found.get("bytes")) if isinstance(found, dict) else (found, None)
+    if isinstance(name, bytes):
+        name, picture = "", name
+    if not isinstance(picture, bytes):
+        if not isinstance(name, str):
+            raise Refused(
+                BAD_ROW, f"{where}: expected a path or a picture under one of {', '.join(PATH_KEYS)}"
+            )
+        picture = _read_inside(root, name)
     number, class_name = label_of(row, where)
     return Item(
-        f"{where} {name}"[:500].encode(errors="backslashreplace").decode(),
-        _read_inside(root, name),
+        f"{where} {name or ''}"[:500].rstrip().encode(errors="backslashreplace").decode(),
+        picture,
         captions=captions_of(row, where),
         label=number,
         class_name=class_name,
@@ -421,40 +483,60 @@ def _row_item(where: str, row: dict[str, Any], root: Path, keep: tuple[str, ...]
 
 
 class ParquetSource:
-    """A parquet table with the columns of a jsonl list. Needs pyarrow."""
+    """Parquet tables with the columns of a jsonl list, whose pictures may lie in the tables. Needs pyarrow.
+
+    Args:
+        path: a file, or a pattern of files that are read in the order of their names.
+    """
 
     kind = "list"
 
     def __init__(self, path: Path, root: Path, keep: tuple[str, ...] = ()) -> None:
-        self._path = path
+        self._paths = [path] if path.is_file() else sorted(path.parent.glob(path.name), key=lambda p: p.name)
+        if not self._paths:
+            raise DataError(f"{path}: no such file")
         self._root = root
         self._keep = keep
-        self._file: Any = None
+        self._file: tuple[int, Any] | None = None
         self._group: tuple[int, list[dict[str, Any]]] | None = None
-        try:
-            table = self._open()
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: not a readable parquet file ({error})") from error
-        metadata = table.metadata
-        sizes = [metadata.row_group(n).num_rows for n in range(metadata.num_row_groups)]
-        self._ends = np.cumsum(sizes, dtype=np.int64).tolist()
-        names = table.schema_arrow.names
-        if not set(PATH_KEYS) & set(names):
-            raise DataError(f"{path}: expected a column named {', '.join(PATH_KEYS)}; received {names}")
+        # Of every row group: its file, its number there, and the rows of the file before it.
+        self._groups: list[tuple[int, int, int]] = []
+        sizes: list[int] = []
+        self._columns: list[list[str]] = []
+        self._holds_pictures = False
         wanted = {*PATH_KEYS, *CAPTION_KEYS, *LABEL_KEYS, *keep}
-        self._columns = [name for name in names if name in wanted]
+        for number, one in enumerate(self._paths):
+            try:
+                table = self._open(number)
+            except (OSError, ValueError) as error:
+                raise DataError(f"{one}: not a readable parquet file ({error})") from error
+            schema_of = table.schema_arrow
+            if not set(PATH_KEYS) & set(schema_of.names):
+                raise DataError(
+                    f"{one}: expected a column named {', '.join(PATH_KEYS)}; received {schema_of.names}"
+                )
+            self._columns.append([name for name in schema_of.names if name in wanted])
+            self._holds_pictures |= any(
+                "binary" in str(schema_of.field(name).type) for name in {*PATH_KEYS} & {*schema_of.names}
+            )
+            before = 0
+            for group in range(table.metadata.num_row_groups):
+                self._groups.append((number, group, before))
+                sizes.append(table.metadata.row_group(group).num_rows)
+                before += sizes[-1]
+        self._ends = np.cumsum(sizes, dtype=np.int64).tolist()
 
-    def _open(self) -> Any:
-        if self._file is None:
+    def _open(self, number: int) -> Any:
+        if self._file is None or self._file[0] != number:
             try:
                 from pyarrow import parquet
             except ImportError as error:
                 raise DataError(
-                    f"{self._path}: reading parquet needs pyarrow; install it (pip install pyarrow), or give "
-                    f"a .jsonl list"
+                    f"{self._paths[number]}: reading parquet needs pyarrow; install it (pip install "
+                    "pyarrow), or give a .jsonl list"
                 ) from error
-            self._file = parquet.ParquetFile(self._path)
-        return self._file
+            self._file = (number, parquet.ParquetFile(self._paths[number]))
+        return self._file[1]
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -464,18 +546,31 @@ class ParquetSource:
         return ()
 
     def fingerprint(self) -> str:
-        return hash_file(self._path)
+        if len(self._paths) == 1 and not self._holds_pictures:
+            return hash_file(self._paths[0])
+        lister = _Lister()
+        for path in self._paths:
+            # The footer has size, place and statistics of every column; the pictures may be terabytes.
+            with open(path, "rb") as stream:
+                stream.seek(-8, os.SEEK_END)
+                length = int.from_bytes(stream.read(4), "little")
+                stream.seek(-8 - length, os.SEEK_END)
+                lister.add(path.name, path.stat().st_size, stream.read(length).hex())
+        return lister.hexdigest()
 
     def read(self, number: int) -> Item:
-        group = bisect_right(self._ends, number)
-        if self._group is None or self._group[0] != group:
+        found = bisect_right(self._ends, number)
+        file, group, before = self._groups[found]
+        if self._group is None or self._group[0] != found:
             try:
-                rows = self._open().read_row_group(group, columns=self._columns).to_pylist()
+                table = self._open(file).read_row_group(group, columns=self._columns[file])
+                rows = table.to_pylist()
             except (OSError, ValueError) as error:
-                raise DataError(f"{self._path}: row group {group} cannot be read ({error})") from error
-            self._group = (group, rows)
-        row = self._group[1][number - (self._ends[group - 1] if group else 0)]
-        return _row_item(f"{self._path.name}:{number}", row, self._root, self._keep)
+                raise DataError(f"{self._paths[file]}: row group {group} cannot be read ({error})") from error
+            self._group = (found, rows)
+        place = number - (self._ends[found - 1] if found else 0)
+        where = f"{self._paths[file].name}:{before + place}"
+        return _row_item(where, self._group[1][place], self._root, self._keep)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_file": None, "_group": None}

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -158,6 +158,31 @@ class Segments:
         return Segments.from_lengths(lengths).to(self.cu_seqlens.device, non_blocking=True)
 
 
+class Condition(Protocol):
+    """What the images of a pack are made from. Objective and sampler ask no more of one, so that a network of
+    another kind may read a condition of another kind; `TiM` reads `TextCondition` and `ClassCondition`.
+    """
+
+    @property
+    def num_segments(self) -> int:
+        """Images."""
+        ...
+
+    def select(self, indices: Sequence[int]) -> Condition:
+        """That of the images `indices`, in that order (an index may repeat)."""
+        ...
+
+    def repeat(self, times: int) -> Condition:
+        """For a pack in which every image stands `times` times, one behind the other."""
+        ...
+
+    def join(self, others: Sequence[Any]) -> Condition:
+        """This one, then `others`, which are of the same class."""
+        ...
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Condition: ...
+
+
 @dataclass(frozen=True, eq=False)
 class TextCondition:
     """Captions of the pack's images, packed as a sequence of their own.
@@ -200,6 +225,20 @@ class TextCondition:
         """For a pack in which every image stands `times` times, one behind the other."""
         return replace(self, images_per_caption=self.images_per_caption * times)
 
+    def join(self, others: Sequence[TextCondition]) -> TextCondition:
+        """The captions of several packs, one after the other.
+
+        Raises:
+            ShapeError: if captions have different numbers of images.
+        """
+        parts = [self, *others]
+        images_per_caption = {part.images_per_caption for part in parts}
+        if len(images_per_caption) > 1:
+            raise ShapeError(f"conditions with {sorted(images_per_caption)} images a caption do not join")
+        states = torch.cat([part.states_LE for part in parts])
+        segments = Segments.from_lengths([n for part in parts for n in part.segments.lengths])
+        return replace(self, states_LE=states, segments=segments.to(states.device, non_blocking=True))
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> TextCondition:
         return replace(
             self,
@@ -226,11 +265,12 @@ class ClassCondition:
         """For a pack in which every image stands `times` times, one behind the other."""
         return ClassCondition(self.labels_S.repeat_interleave(times))
 
+    def join(self, others: Sequence[ClassCondition]) -> ClassCondition:
+        """The labels of several packs, one after the other."""
+        return ClassCondition(torch.cat([part.labels_S for part in (self, *others)]))
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> ClassCondition:
         return ClassCondition(self.labels_S.to(device, non_blocking=non_blocking))
-
-
-Condition = TextCondition | ClassCondition
 
 
 @dataclass(frozen=True, eq=False)
@@ -325,24 +365,12 @@ def concatenate(parts: Sequence[Condition]) -> Condition:
     """The conditions of several packs, one after the other.
 
     Raises:
-        ShapeError: if captions and labels are mixed, captions have different numbers of images, or there is
-            no part.
+        ShapeError: unless they are of one kind, at least one, and join.
     """
-    texts = [p for p in parts if isinstance(p, TextCondition)]
-    classes = [p for p in parts if isinstance(p, ClassCondition)]
-    if texts and not classes:
-        states = torch.cat([p.states_LE for p in texts])
-        lengths = [n for p in texts for n in p.segments.lengths]
-        segments = Segments.from_lengths(lengths).to(states.device, non_blocking=True)
-        images_per_caption = {p.images_per_caption for p in texts}
-        if len(images_per_caption) > 1:
-            raise ShapeError(f"conditions with {sorted(images_per_caption)} images a caption do not join")
-        return TextCondition(states, segments, images_per_caption.pop())
-    if classes and not texts:
-        return ClassCondition(torch.cat([p.labels_S for p in classes]))
-    raise ShapeError(
-        f"conditions of one kind expected, received {len(texts)} of text and {len(classes)} of class"
-    )
+    kinds = sorted({type(part).__name__ for part in parts})
+    if len(kinds) != 1:
+        raise ShapeError(f"conditions of one kind expected, received {', '.join(kinds) or 'none'}")
+    return parts[0].join(parts[1:])
 
 
 def patchify(latent: Tensor, patch_size: int) -> Tensor:

@@ -109,6 +109,7 @@ def test_authors_constructor_arguments_give_the_network_they_mean(
         **_COMMON,
         "separate_interval_embedder": False,
         "distance_aware": False,
+        "z_dim": 768,
         "rope_layout": "reference",
     }
     assert config_from_authors(kind, {**_COMMON, **arguments}) == ModelConfig(**{**common, **expected})

@@ -146,9 +146,9 @@ def test_whole_number_for_a_float_field_becomes_a_float():
         ("pair: [1, x]", ["pair[1]: expected a number, received 'x'"]),
         ("names: [a, 3]", ["names[1]: expected text, received the number 3"]),
         ("names: word", ["names: expected a list, received 'word'"]),
-        ("inner: 3", ["inner: expected a section of keys, received the number 3"]),
-        ("inner:", ["inner: expected a section of keys, received nothing (null); {} is one of defaults"]),
-        ("extra: [1]", ["extra: expected a section of keys, received a list of 1"]),
+        ("inner: 3", ["inner: expected a section of keys (width, ratio), received the number 3"]),
+        ("inner:", ["inner: expected a section of keys (", "received nothing (null); {} is one of defaults"]),
+        ("extra: [1]", ["extra: expected a section of keys (", "), received a list of 1"]),
     ],
 )
 def test_mistyped_value_is_refused_by_its_dotted_key(text: str, parts: list[str]):

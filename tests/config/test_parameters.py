@@ -18,6 +18,7 @@ XL = ModelConfig(
     num_heads=16,
     adaln_hidden=384,
     text_dim=1152,
+    z_dim=768,
 )
 
 

@@ -78,6 +78,32 @@ def parquet(root: Path, count: int) -> Path:
     return path
 
 
+def metadata(root: Path, count: int) -> Path:
+    """Hugging Face's image folder: a list beside the pictures, a level below."""
+    inner = root / "train"
+    inner.mkdir()
+    found = [{**row, "file_name": row.pop("path"), "text": row.pop("captions")} for row in rows(inner, count)]
+    (inner / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    return root
+
+
+def embedded(root: Path, count: int) -> Path:
+    """Hugging Face's data set of images: parquet files of one split with the pictures in them."""
+    import pyarrow
+    from pyarrow import parquet as writer
+
+    found = [
+        {"image": {"bytes": data, "path": f"{number}.png"}, "text": captions(number)}
+        for number, data in enumerate(pictures(count))
+    ]
+    (root / "data").mkdir()
+    half = count // 2
+    for n, part in enumerate((found[:half], found[half:])):
+        table = pyarrow.Table.from_pylist(part)
+        writer.write_table(table, root / "data" / f"train-0000{n}-of-00002.parquet", row_group_size=3)
+    return root
+
+
 def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     info = tarfile.TarInfo(name)
     info.size = len(data)

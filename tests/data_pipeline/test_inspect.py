@@ -12,7 +12,9 @@ from data_pipeline import inspect
 from data_pipeline.encoders.autoencoder import build_autoencoder
 from data_pipeline.handwriting import Settings, build
 from data_pipeline.index import build_index, load_index
+from data_pipeline.loader import build_loader
 from tests.data_pipeline.conftest import write_tar
+from tim_ds.config.load import load_recipe
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def test_command_prints_the_figures_and_draws_the_sheet(folder, tmp_path, capsys
 
 
 def test_shards_without_a_manifest_need_no_sheet(text_folder, capsys):
-    assert inspect.main([str(text_folder)]) == 1
+    assert inspect.main([str(text_folder)]) == 2
     assert "does not say which autoencoder" in capsys.readouterr().err
     assert inspect.main([str(text_folder), "--no-sheet"]) == 0
     assert not list(text_folder.glob("*.png"))
@@ -56,8 +58,31 @@ def test_class_data_are_described(class_folder, capsys):
     assert re.search(r"^classes\s+10, 10 of them present$", capsys.readouterr().out, re.M)
 
 
+@pytest.mark.parametrize("kind", ["text", "class"])
+def test_the_printed_settings_are_a_recipe_that_the_shards_agree_with(
+    kind, folder, class_folder, tmp_path, capsys
+):
+    shards = folder if kind == "text" else class_folder
+    assert inspect.main([str(shards), "--no-sheet", "--packs-per-step", "2"]) == 0
+    printed = capsys.readouterr().out.split("\nmodel:\n", 1)[1]
+    lines = ["model:", "  hidden_size: 32", "  depth: 2", "  num_heads: 4", printed.rstrip()]
+    if kind == "class":
+        # Those shards were not prepared: nothing says what made them.
+        assert "# autoencoder, text_encoder: not recorded" in printed
+        lines.append("  autoencoder: {kind: sd_vae, path: vae}")
+    written = tmp_path / "recipe.yaml"
+    written.write_text("\n".join(["name: mine", "train: {steps: 1}", *lines]) + "\n")
+    recipe = load_recipe(str(written), [])
+    index = load_index(shards)
+    assert (recipe.model.in_channels, recipe.model.condition) == (index.channels, kind)
+    assert (recipe.data.shards, recipe.data.packs_per_step) == (str(shards), 2)
+    if kind == "text":
+        loader = build_loader(recipe.data, patch_size=1, num_steps=1)
+        assert len(next(iter(loader))) == 2
+
+
 def test_a_folder_that_is_no_data_set_is_one_error(tmp_path, capsys):
-    assert inspect.main([str(tmp_path)]) == 1
+    assert inspect.main([str(tmp_path)]) == 2
     assert "error:" in capsys.readouterr().err
 
 

@@ -189,6 +189,7 @@ def test_a_picture_depends_on_its_seed_and_not_on_its_batch(condition: str, stoc
 def _null(condition: Condition, segments: Segments) -> Condition:
     if isinstance(condition, ClassCondition):
         return ClassCondition(torch.full_like(condition.labels_S, 5))
+    assert isinstance(condition, TextCondition)
     width = condition.states_LE.shape[1]
     states = torch.full((segments.num_segments, width), 0.3, dtype=torch.float64)
     return TextCondition(states, Segments.from_lengths([1] * segments.num_segments))

@@ -48,6 +48,31 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"zero_optimization": 1}, "zero_optimization: expected an object"),
     ({"zero_optimization": {"stage": "auto"}}, "zero_optimization.stage: expected a value, received 'auto'"),
     ({"timers": 3}, "timers: expected an object, received 3"),
+    ({"timers": {"throughputt": {}}}, "timers.throughputt: unknown key; did you mean 'throughput'?"),
+    (
+        {"timers": {"throughput": {"enable": False}}},
+        "timers.throughput.enable: unknown key; did you mean 'enabled'?",
+    ),
+    ({"timers": {"throughput": 3}}, "timers.throughput: expected an object, received 3"),
+    (
+        {"flops_profiler": {"profile_stp": 3}},
+        "flops_profiler.profile_stp: unknown key; did you mean 'profile_step'?",
+    ),
+    (
+        {"flops_profiler": {"enabled": "yes"}},
+        "flops_profiler.enabled: expected a value like the default False, received 'yes'",
+    ),
+    (
+        {"flops_profiler": {"profile_step": True}},
+        "flops_profiler.profile_step: expected a value like the default 1, received True",
+    ),
+    ({"flops_profiler": {"output_file": 3}}, "flops_profiler.output_file: expected a value like"),
+    ({"aio": {"block_sizee": 1}}, "aio.block_sizee: unknown key; did you mean 'block_size'?"),
+    ({"aio": {"queue_depth": 1.5}}, "aio.queue_depth: expected a value like the default 8, received 1.5"),
+    ({"comms_logger": {"verbos": True}}, "comms_logger.verbos: unknown key; did you mean 'verbose'?"),
+    ({"comms_logger": {"prof_ops": 3}}, "comms_logger.prof_ops: Input should be a valid list, received 3"),
+    ({"compile": {"deepcompil": True}}, "compile.deepcompil: unknown key; did you mean 'deepcompile'?"),
+    ({"compile": {"deepcompile": "auto"}}, "compile.deepcompile: expected a value, received 'auto'"),
     ({"steps_per_print": "ten"}, "steps_per_print: expected a number above 0, received 'ten'"),
     (
         {"gradient_clipping": 1.0},
@@ -86,6 +111,19 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "zero_force_ds_cpu_optimizer: chooses the optimiser of an offloaded",
     ),
 ]
+
+
+def test_what_deepspeed_reads_within_a_key_is_accepted(tmp_path: Path) -> None:
+    content = {
+        "timers": {"throughput": {"enabled": True, "synchronized": False}},
+        "flops_profiler": {"enabled": True, "recompute_fwd_factor": 1, "output_file": "flops.txt"},
+        "aio": {"block_size": 1 << 20, "overlap_events": True},
+        "comms_logger": {"enabled": True, "prof_ops": ["all_reduce"]},
+        "compile": {"deepcompile": False, "passes": ["z1"]},
+    }
+    path = tmp_path / "engine.json"
+    path.write_text(json.dumps(content))
+    assert read_engine_file(path) == content
 
 
 @pytest.mark.parametrize(("content", "message"), WRONG, ids=[message[:30] for _, message in WRONG])

@@ -60,7 +60,7 @@ _GEMMA = TextEncoderConfig(
 def _model(condition: Literal["text", "class"], **values: Any) -> ModelConfig:
     if condition == "class":
         values = {"num_classes": 1000, **values}
-    return ModelConfig(condition=condition, **values, **_switches("model"))
+    return ModelConfig(condition=condition, z_dim=768, **values, **_switches("model"))
 
 
 _XL: dict[str, Any] = {"hidden_size": 1152, "depth": 28, "num_heads": 16, "adaln_hidden": 384}
@@ -113,7 +113,7 @@ _RENAMED = {
     "distance_aware": "distance_aware",
     "lora_hidden_size": "adaln_hidden",
 }
-_DEFAULTS: dict[str, Any] = {"use_new_embed": False, "distance_aware": False}
+_DEFAULTS: dict[str, Any] = {"use_new_embed": False, "distance_aware": False, "z_dim": 768}
 """Where the authors' default differs from that of ModelConfig."""
 
 

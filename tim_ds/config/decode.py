@@ -139,8 +139,9 @@ class _Decoder:
         if not isinstance(node, Section):
             empty = isinstance(node, Scalar) and node.value is None
             advice = "; {} is one of defaults" if path and empty else ""
+            keys = ", ".join(f.name for f in fields(cls) if f.init)
             return self.problem(
-                path, f"expected a section of keys, received {node.describe()}{advice}", node.where
+                path, f"expected a section of keys ({keys}), received {node.describe()}{advice}", node.where
             )
         hints = get_type_hints(cls)
         known = {f.name: f for f in fields(cls) if f.init}

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from data_pipeline.command import command
 from data_pipeline.errors import DataError
 from data_pipeline.index import load_index
 from data_pipeline.reader import ShardReader
@@ -324,6 +325,7 @@ def cost_table(rows: Sequence[CostRow]) -> str:
     return "\n".join(lines)
 
 
+@command(TimError, DataError, OSError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print both tables and what they are of; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -350,14 +352,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shape.add_argument("--depth", type=int, default=6)
     shape.add_argument("--num-heads", type=int, default=4)
     options = parser.parse_args(arguments)
-    try:
-        case = _case_of(options)
-        print(describe(case), flush=True)
-        print("", error_table(measure_errors(case, options.steps)), sep="\n", flush=True)
-        print("", cost_table(measure_cost(case, repeats=options.repeats)), sep="\n")
-    except (TimError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    case = _case_of(options)
+    print(describe(case), flush=True)
+    print("", error_table(measure_errors(case, options.steps)), sep="\n", flush=True)
+    print("", cost_table(measure_cost(case, repeats=options.repeats)), sep="\n")
     return 0
 
 

@@ -254,7 +254,11 @@ def read_manifest(data: Path) -> dict[str, Any]:
             f"`python -m data_pipeline.handwriting --out {path.parent}`"
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RequestError(f"{path}: not the manifest of a handwriting data set ({error!r})") from error
+        raise RequestError(
+            f"{path}: not the manifest of a handwriting data set ({error!r}). This evaluation is of "
+            "handwriting alone; for other pictures: `launch/evaluate.py resolution --prompts-file`, and the "
+            "published benchmarks"
+        ) from error
 
 
 @dataclass(eq=False)

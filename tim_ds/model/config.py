@@ -35,7 +35,7 @@ class ModelConfig:
     """Number of classes; required for condition: class. The null label is num_classes."""
     class_dropout: bool = True
     """Whether the label table has the extra null row that guidance needs."""
-    z_dim: int | None = 768
+    z_dim: int | None = None
     """Width of the REPA target (RADIO v2.5-B: 768); null for a network without a projector."""
     projector_dim: int = 2048
     time_condition: TimeCondition = "t-r"

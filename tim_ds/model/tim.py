@@ -22,7 +22,7 @@ from tim_ds.model.embed import CaptionEmbedder, LabelEmbedder, Linear, PatchEmbe
 from tim_ds.model.init import initialise
 from tim_ds.model.shapes import check_pack
 from tim_ds.model.tangent import TangentStream
-from tim_ds.packed import Condition, Copies, Direction, NetworkOutput, Segments, TextCondition
+from tim_ds.packed import ClassCondition, Condition, Copies, Direction, NetworkOutput, Segments, TextCondition
 
 
 class TiM(nn.Module):
@@ -97,7 +97,7 @@ class TiM(nn.Module):
             text_LD = ops.plain_norm(self.y_embedder(condition.states_LE))
             readers = segments.joined(condition.images_per_caption)
             cross_plan = ops.plan_attention(readers, condition.segments)
-        else:
+        elif isinstance(condition, ClassCondition):
             label_SD = self.y_embedder(condition.labels_S)
             modulation_SD = modulation_SD + label_SD
         x_TD = ops.at_least_float32(self.x_embedder(x_TC, None if carried is None else carried.x))

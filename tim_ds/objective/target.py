@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import NamedTuple, cast
 
 import torch
@@ -40,7 +41,8 @@ def output_and_parts(
     without gradient come before the main call, so that their activations are gone before its graph is built.
 
     Raises:
-        ConfigError: if guidance is configured and `teacher` or `null_condition` is missing.
+        ConfigError: if guidance is configured and `teacher` or `null_condition` is missing; if the network
+            takes no direction and `paired` has one for it.
     """
     main = (pack.x_t_TC, pack.c_t_S, pack.c_r_S, pack.segments, pack.condition)
     if not _comes_with_the_main_call(config, network):
@@ -52,7 +54,17 @@ def output_and_parts(
     if not moving:
         output, estimate_TC = carrying(*main, with_features=with_features), None
     elif config.derivative == "paired":
-        output = carrying(*main, with_features=with_features, direction=path_direction(pack, moving))
+        try:
+            output = carrying(*main, with_features=with_features, direction=path_direction(pack, moving))
+        except TypeError as error:
+            if _takes_direction(network):
+                raise
+            name = getattr(network, "__name__", type(network).__name__)
+            raise ConfigError(
+                f"objective.derivative: 'paired' hands the network a direction to carry, {name} takes none "
+                "(`CarryingNetwork` in tim_ds/packed.py); use 'jvp' (forward mode, exact) or 'dde' (central "
+                "difference), which any network can do"
+            ) from error
         estimate_TC = output.dF_TC
     else:
         sides = two_sides(pack, moving, config.derivative_step)
@@ -60,6 +72,11 @@ def output_and_parts(
         assert output.copies_F_TC is not None, "copies were given"
         estimate_TC = sides.difference(output.copies_F_TC)
     return output, TargetParts(_on_the_pack(estimate_TC, pack), guided_TC)
+
+
+def _takes_direction(network: Network) -> bool:
+    parameters = inspect.signature(getattr(network, "forward", network)).parameters.values()
+    return any(p.name == "direction" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def _comes_with_the_main_call(config: ObjectiveConfig, network: Network) -> bool:

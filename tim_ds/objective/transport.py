@@ -3,11 +3,11 @@
 Direction of time, everywhere in the project: **t = 1 is noise, t = 0 is data, r <= t** (in each
 transport's own units: T_max is noise, T_min is data).
 
-A transport states the coefficients of one row of Table 1. Interpolation, prediction (Eq. 4), step (Eqs. 5-6)
-and target (Eq. 9) are derived from them once, in the base class. `x` is clean data, `z` unit noise, `F` the
-network's output. Times are tensors of any shape that broadcasts with the data: [T, 1] for packed tokens [T,
-C]. Coefficients have the dtype of the times, which should be float32 or float64: a bfloat16 time cannot hold
-t + 0.005.
+A transport states the path and the target of one row of Table 1. Interpolation, prediction (Eq. 4), step
+(Eqs. 5-6) and target (Eq. 9) are derived from them once, in the base class; a row may state closed forms.
+`x` is clean data, `z` unit noise, `F` the network's output. Times are tensors of any shape that broadcasts
+with the data: [T, 1] for packed tokens [T, C]. Coefficients have the dtype of the times, which should be
+float32 or float64: a bfloat16 time cannot hold t + 0.005.
 """
 
 from __future__ import annotations
@@ -92,21 +92,38 @@ class Transport(ABC):
     @abstractmethod
     def d_sigma_hat(self, t: Tensor) -> Tensor: ...
 
-    @abstractmethod
+    # A row overrides the next four where it has closed forms. Here they follow from the path, in float64: the
+    # difference in B cancels for r near t.
+
     def A(self, t: Tensor, r: Tensor) -> Tensor:
-        """Coefficient of x_t in Eq. 6: (alpha_r sigma_hat_t - sigma_r alpha_hat_t) / D_t, in closed form."""
+        """Coefficient of x_t in Eq. 6: (alpha_r sigma_hat_t - sigma_r alpha_hat_t) / D_t."""
+        t_, r_ = t.double(), r.double()
+        A = (self.alpha(r_) * self.sigma_hat(t_) - self.sigma(r_) * self.alpha_hat(t_)) / self.D(t_)
+        return A.to(t.dtype)
 
-    @abstractmethod
     def B(self, t: Tensor, r: Tensor) -> Tensor:
-        """Coefficient of F in Eq. 6: (sigma_r alpha_t - alpha_r sigma_t) / D_t, in closed form."""
+        """Coefficient of F in Eq. 6: (sigma_r alpha_t - alpha_r sigma_t) / D_t."""
+        t_, r_ = t.double(), r.double()
+        return (self._B_numerator(t_, r_) / self.D(t_)).to(t.dtype)
 
-    @abstractmethod
     def dB(self, t: Tensor, r: Tensor) -> Tensor:
         """dB/dt at fixed r."""
+        t_, r_ = t.double(), r.double()
+        d_numerator = self.sigma(r_) * self.d_alpha(t_) - self.alpha(r_) * self.d_sigma(t_)
+        D, numerator = self.D(t_), self._B_numerator(t_, r_)
+        return ((d_numerator - numerator * self._d_D(t_) / D) / D).to(t.dtype)
 
-    @abstractmethod
     def B_over_dB(self, t: Tensor, r: Tensor) -> Tensor:
-        """B / (dB/dt), exactly 0 at r = t, without the cancellation of the quotient."""
+        """B / (dB/dt), exactly 0 at r = t."""
+        t_, r_ = t.double(), r.double()
+        return (Transport.B(self, t_, r_) / Transport.dB(self, t_, r_)).to(t.dtype)
+
+    def _B_numerator(self, t: Tensor, r: Tensor) -> Tensor:
+        return self.sigma(r) * self.alpha(t) - self.alpha(r) * self.sigma(t)
+
+    def _d_D(self, t: Tensor) -> Tensor:
+        gain = self.d_sigma_hat(t) * self.alpha(t) + self.sigma_hat(t) * self.d_alpha(t)
+        return gain - self.d_alpha_hat(t) * self.sigma(t) - self.alpha_hat(t) * self.d_sigma(t)
 
     @abstractmethod
     def c_noise(self, t: Tensor) -> Tensor:

@@ -127,7 +127,8 @@ def check_same_run(checkpoint: Checkpoint, recipe: Recipe, data: DataFacts) -> N
         lines.append(f"  data: index {stored_hash} in the checkpoint, {data.hash} now ({data.folder})")
     if lines:
         raise CheckpointError(
-            f"{checkpoint.path}: not a checkpoint of this run; choose another run folder, or give back\n"
+            f"{checkpoint.path}: not a checkpoint of this run. Another run may begin with its weights "
+            f"(--run, train.init_from={checkpoint.path.parents[1]}); to continue this one, give back\n"
             + "\n".join(lines)
         )
 

@@ -14,20 +14,24 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from data_pipeline.command import USER_ERROR, command
 from data_pipeline.errors import DataError
 from tim_ds.config.load import load_recipe, split_arguments
 from tim_ds.errors import TimError
 from tim_ds.trainer.engine import TIMEOUT_MARGIN_S, read_engine_file, start_world, stop_world
+from tim_ds.trainer.meeting import START_WITHIN_S, RankAbsentError
 from tim_ds.trainer.output import outlasting_readers
 from tim_ds.trainer.preflight import check
 from tim_ds.trainer.run import train
 from tim_ds.trainer.signals import STOPPED, RunStopped, StopSignals
-from tim_ds.trainer.watch import DEAD_AFTER_S, HUNG_AFTER_S, Watch
+from tim_ds.trainer.watch import DEAD_AFTER_S, HUNG_AFTER_S, LOST, Watch
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line of `launch/train.py`. Returns the exit status: 2 for what the user can put right,
-    `STOPPED` after a signal. (`LOST`, where another rank is missing, does not return.)"""
+    `STOPPED` after a signal, `LOST` where a rank did not start. (Where one is missing later, `LOST` does not
+    return.)"""
     with outlasting_readers():
         return _parse_and_run(arguments)
 
@@ -68,6 +72,14 @@ def _parse_and_run(arguments: Sequence[str] | None) -> int:
         metavar="SECONDS",
         help="end the job, naming the rank, when one gives no sign of life for so long (default %(default)g)",
     )
+    parser.add_argument(
+        "--start-within",
+        type=float,
+        default=START_WITHIN_S,
+        metavar="SECONDS",
+        help="end the job, naming the ranks, when some have not started so long after the first "
+        "(default %(default)g)",
+    )
     # The deepspeed launcher adds it; the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args(arguments)
@@ -80,19 +92,24 @@ def _parse_and_run(arguments: Sequence[str] | None) -> int:
     logging.basicConfig(
         level=logging.INFO if is_main else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
     )
-    if options.check:
-        return check(
-            paths[0],
-            overrides,
-            options.ds,
-            options.run,
-            ranks=options.ranks,
-            per_node=options.per_node,
-            card_gib=options.card_gib,
-            with_step=not options.no_step,
-        )
-    with StopSignals().installed() as signals:
-        return _main(options, paths[0], overrides, signals, is_main)
+    try:
+        if options.check:
+            return check(
+                paths[0],
+                overrides,
+                options.ds,
+                options.run,
+                ranks=options.ranks,
+                per_node=options.per_node,
+                card_gib=options.card_gib,
+                with_step=not options.no_step,
+                start_within_s=options.start_within,
+            )
+        with StopSignals().installed() as signals:
+            return _main(options, paths[0], overrides, signals, is_main)
+    except RankAbsentError as error:
+        print(f"error (rank {os.environ['RANK']}): {error}", file=sys.stderr)
+        return LOST
 
 
 def _main(
@@ -103,7 +120,8 @@ def _main(
         recipe = load_recipe(path, overrides)
         read_engine_file(options.ds)
         # The watch names who is missing before a collective fails without a name.
-        world = start_world(timeout_s=options.hung_after + TIMEOUT_MARGIN_S)
+        timeout_s = options.hung_after + TIMEOUT_MARGIN_S
+        world = start_world(timeout_s=timeout_s, start_within_s=options.start_within)
         with Watch(world, options.hung_after, options.dead_after) as watch:
             message = train(recipe, options.run, options.ds, world, signals=signals, watch=watch)
     except RunStopped as stopped:
@@ -120,7 +138,7 @@ def _main(
             print(f"error{rank}: {error}", file=sys.stderr)
         if world is not None:
             stop_world(world, failed=True)
-        return 2
+        return USER_ERROR
     stop_world(world)
     if is_main:
         print(message)

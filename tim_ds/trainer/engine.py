@@ -29,13 +29,19 @@ if not torch.cuda.is_available():
 import deepspeed
 import deepspeed.ops
 from deepspeed.accelerator import get_accelerator
+from deepspeed.comm.config import CommsLoggerConfig
+from deepspeed.compile.config import CompileConfig
+from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
+from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import groups
 from deepspeed.utils import logger as deepspeed_logger
-from pydantic import ValidationError
+from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
+from pydantic import BaseModel, ValidationError
 
 from tim_ds.errors import ConfigError
 from tim_ds.trainer.config import OptimizerConfig, TrainConfig
+from tim_ds.trainer.meeting import START_WITHIN_S, meet
 from tim_ds.trainer.watch import HUNG_AFTER_S
 from tim_ds.trainer.world import World
 
@@ -71,8 +77,20 @@ ENGINE_KEYS = (
     "compile",
 )
 
-# Of these, the ones that hold an object, and the ones that hold a number; the rest are switches or words.
-_OBJECTS = ("zero_optimization", "comms_logger", "flops_profiler", "timers", "aio", "compile")
+# What DeepSpeed reads within those that hold an object: as a model that checks itself, or as defaults beside
+# which it ignores other keys.
+_MODELS: dict[str, type[BaseModel]] = {
+    "zero_optimization": DeepSpeedZeroConfig,
+    "comms_logger": CommsLoggerConfig,
+    "compile": CompileConfig,
+    "timers.throughput": DeepSpeedThroughputTimerConfig,
+}
+_DEFAULTS: dict[str, Mapping[str, Any]] = {
+    "flops_profiler": vars(DeepSpeedFlopsProfilerConfig({})),
+    "aio": AIO_DEFAULT_DICT,
+    "timers": {"throughput": {}},
+}
+# Keys that hold a number; the rest are switches or words.
 _NUMBERS = ("steps_per_print", "gradient_predivide_factor")
 
 # Keys that follow from the recipe, with the recipe's key.
@@ -131,14 +149,15 @@ class Shard:
         return self.master.numel()
 
 
-def start_world(timeout_s: float = TIMEOUT_S) -> World:
+def start_world(timeout_s: float = TIMEOUT_S, start_within_s: float = START_WITHIN_S) -> World:
     """Join the process group of the launcher, or be a group of one without a launcher.
 
     Args:
         timeout_s: how long a collective waits for the other ranks before it fails.
-
+        start_within_s: how long the first rank waits for the last one.
     Raises:
         ConfigError: processes were started together, but nothing says which rank each is.
+        RankAbsentError: if a rank did not start.
     """
     if "RANK" not in os.environ:
         _refuse_tasks()
@@ -153,11 +172,13 @@ def start_world(timeout_s: float = TIMEOUT_S) -> World:
     accelerator: Any = get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    met_on = meet(start_within_s)
     deepspeed.init_distributed(
         dist_backend=accelerator.communication_backend_name(),
         timeout=timedelta(seconds=timeout_s),
         verbose=False,
     )
+    del met_on
     device = torch.device(accelerator.current_device_name())
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # Every rank would take all cores, and they would wait for each other.
@@ -244,9 +265,7 @@ def check_engine_config(config: Mapping[str, Any], source: str) -> None:
             problems.append(f"{source}: {key}: follows from {RECIPE_KEYS[key]} in the recipe; remove it here")
         elif key not in ENGINE_KEYS:
             problems.append(f"{source}: {key}: unknown key{_nearest(key, (*ENGINE_KEYS, *RECIPE_KEYS))}")
-    for key in _OBJECTS:
-        if not isinstance(config.get(key, {}), dict):
-            problems.append(f"{source}: {key}: expected an object, received {config[key]!r}")
+    problems += [f"{source}: {problem}" for problem in _object_problems(config)]
     for key in _NUMBERS:
         value = config.get(key)
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -254,16 +273,6 @@ def check_engine_config(config: Mapping[str, Any], source: str) -> None:
             problems.append(f"{source}: {key}: expected a number above 0, received {value!r}")
     zero = config.get("zero_optimization", {})
     if isinstance(zero, dict):
-        # DeepSpeed leaves such keys to the program that calls it.
-        problems += [
-            f"{source}: zero_optimization.{key}: expected a value, received 'auto'; give one"
-            for key, value in zero.items()
-            if value == "auto"
-        ]
-        try:
-            DeepSpeedZeroConfig(**zero)
-        except ValidationError as error:
-            problems += [_zero_problem(detail, source) for detail in error.errors()]
         if zero.get("compute_grad_norm") is False:
             problems.append(
                 f"{source}: zero_optimization.compute_grad_norm: expected true, because the guard against "
@@ -277,6 +286,57 @@ def check_engine_config(config: Mapping[str, Any], source: str) -> None:
             )
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def _object_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong within the keys that hold an object: also what DeepSpeed would ignore."""
+    for path in sorted({*_MODELS, *_DEFAULTS}):
+        content: Any = config
+        for part in path.split("."):
+            content = content.get(part, {}) if isinstance(content, dict) else {}
+        if not isinstance(content, dict):
+            yield f"{path}: expected an object, received {content!r}"
+        elif path in _MODELS:
+            yield from _model_problems(path, _MODELS[path], content)
+        else:
+            yield from _default_problems(path, _DEFAULTS[path], content)
+
+
+def _model_problems(path: str, model: type[BaseModel], content: dict[str, Any]) -> Iterator[str]:
+    for key, value in content.items():
+        if value == "auto":
+            # DeepSpeed leaves such keys to the program that calls it.
+            yield f"{path}.{key}: expected a value, received 'auto'; give one"
+    try:
+        model(**content)
+    except ValidationError as error:
+        known = [field.alias or name for name, field in model.model_fields.items()]
+        for detail in error.errors():
+            key = ".".join(str(part) for part in detail["loc"])
+            if detail["type"] == "extra_forbidden":
+                yield f"{path}.{key}: unknown key{_nearest(key, known)}"
+            else:
+                yield f"{path}.{key}: {detail['msg']}, received {detail['input']!r}"
+
+
+def _default_problems(path: str, defaults: Mapping[str, Any], content: dict[str, Any]) -> Iterator[str]:
+    for key, value in content.items():
+        if key not in defaults:
+            yield f"{path}.{key}: unknown key{_nearest(key, list(defaults))}"
+        elif not _is_like(value, defaults[key]):
+            yield f"{path}.{key}: expected a value like the default {defaults[key]!r}, received {value!r}"
+
+
+def _is_like(value: Any, default: Any) -> bool:
+    """Whether a value is of the kind of a default. An object is looked at by itself."""
+    if isinstance(default, dict):
+        return True
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(value, bool) and isinstance(default, bool)
+    if isinstance(default, int | float):
+        return isinstance(value, int if isinstance(default, int) else int | float)
+    # None: the name of a file, which may be left out.
+    return value is None or isinstance(value, str)
 
 
 def _partition_problems(zero: Mapping[str, Any]) -> Iterator[str]:
@@ -317,15 +377,6 @@ def offloads(config: Mapping[str, Any], part: str) -> bool:
 def _nearest(key: str, known: Sequence[str]) -> str:
     found = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     return f"; did you mean {found[0]!r}?" if found else ""
-
-
-def _zero_problem(detail: Any, source: str) -> str:
-    key = ".".join(str(part) for part in detail["loc"])
-    if detail["type"] == "extra_forbidden":
-        fields = DeepSpeedZeroConfig.model_fields
-        known = [field.alias or name for name, field in fields.items()]
-        return f"{source}: zero_optimization.{key}: unknown key{_nearest(key, known)}"
-    return f"{source}: zero_optimization.{key}: {detail['msg']}, received {detail['input']!r}"
 
 
 def merge_config(

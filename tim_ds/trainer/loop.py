@@ -21,7 +21,7 @@ from tim_ds.trainer.ema import Ema
 from tim_ds.trainer.engine import Engine, StepResult
 from tim_ds.trainer.inputs import StepInputs
 from tim_ds.trainer.lr import learning_rate
-from tim_ds.trainer.metrics import MetricsLog, Sums
+from tim_ds.trainer.metrics import MetricsLog, Sums, largest_memory, memory_of_process
 from tim_ds.trainer.phases import PhaseClock, over_ranks
 from tim_ds.trainer.saves import Saves
 from tim_ds.trainer.signals import RunStopped, StopAgreement
@@ -234,7 +234,7 @@ class Loop:
     def _report(self, bar: tqdm) -> None:  # type: ignore[type-arg]  # tqdm is generic in its stubs alone
         means = self.sums.take(self.world)
         retries = self.loader.num_retries
-        told = self.world.gather((self.clock.take(), retries - self._retries_told))
+        told = self.world.gather((self.clock.take(), memory_of_process(), retries - self._retries_told))
         self._retries_told = retries
         if self.log is None:
             return
@@ -245,8 +245,9 @@ class Loop:
             lr=self._lr,
             applied_steps=progress.applied_steps,
             skipped_steps=progress.skipped_steps,
-            phases=over_ranks([phases for phases, _ in told]),
-            retries=sum(count for _, count in told),
+            phases=over_ranks([phases for phases, _, _ in told]),
+            memory=largest_memory([memory for _, memory, _ in told]),
+            retries=sum(count for _, _, count in told),
             unsaved_steps=progress.step - self.saves.saved_step,
             failed_saves=self.saves.failed,
         )

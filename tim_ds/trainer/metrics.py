@@ -194,6 +194,7 @@ class MetricsLog:
         applied_steps: int,
         skipped_steps: int,
         phases: Mapping[str, Mapping[str, float]] | None = None,
+        memory: Mapping[str, float | None] | None = None,
         retries: int = 0,
         unsaved_steps: int = 0,
         failed_saves: int = 0,
@@ -202,6 +203,7 @@ class MetricsLog:
 
         Args:
             phases: seconds of each phase since the last line, mean and largest over the ranks.
+            memory: of the ranks that have most (`largest_memory`); by default of this process.
             retries: requests for data that failed or took too long since the last line, of all ranks.
             unsaved_steps: since the last complete checkpoint.
             failed_saves: saves since then that could not be written.
@@ -232,8 +234,7 @@ class MetricsLog:
             "tflops_per_device": per_device["model"] / 1e12 if per_device else None,
             "mfu": self._share_of_peak(per_device.get("model")),
             "hfu": self._share_of_peak(per_device.get("executed")),
-            "memory_gib": _memory_gib(),
-            "host_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+            **(memory or memory_of_process()),
             "phases": phases,
         }
         self._file.add({"step": step, **train, "speed": speed})
@@ -307,7 +308,18 @@ def _drop_after(path: Path, step: int) -> None:
     os.replace(aside, path)
 
 
-def _memory_gib() -> float | None:
-    if not torch.cuda.is_available():
-        return None
-    return torch.cuda.max_memory_allocated() / 2**30
+def memory_of_process() -> dict[str, float | None]:
+    """The most that this process has held so far in GiB, on its GPU and on the host."""
+    on_gpu = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
+    return {
+        "memory_gib": on_gpu,
+        "host_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }
+
+
+def largest_memory(every: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
+    """The largest of each entry of `memory_of_process` over the ranks; None where none has a value."""
+    return {
+        name: max((found for one in every if (found := one[name]) is not None), default=None)
+        for name in every[0]
+    }
