@@ -49,6 +49,43 @@ def save_autoencoders(folder: Path) -> dict[str, Any]:
     return models
 
 
+def save_released_configs(folder: Path) -> None:
+    """`dc_ae` and `gemma` of the sizes of the encoders of `t2i_xl`, without weights."""
+    from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
+    from transformers import Gemma3TextConfig
+
+    blocks: Any = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+    widths: Any = (128, 256, 512, 512, 1024, 1024)
+    scales: Any = ((), (), (), (5,), (5,), (5,))
+    with torch.device("meta"):
+        autoencoder = AutoencoderDC(
+            latent_channels=32,
+            attention_head_dim=32,
+            encoder_block_types=blocks,
+            decoder_block_types=blocks,
+            encoder_block_out_channels=widths,
+            decoder_block_out_channels=widths,
+            encoder_layers_per_block=(2, 2, 2, 3, 3, 3),
+            decoder_layers_per_block=(3,) * 6,
+            encoder_qkv_multiscales=scales,
+            decoder_qkv_multiscales=scales,
+            upsample_block_type="interpolate",
+            scaling_factor=0.41407,
+        )
+    autoencoder.save_config(folder / "dc_ae")
+    Gemma3TextConfig(
+        vocab_size=262_144,
+        hidden_size=1152,
+        intermediate_size=6912,
+        num_hidden_layers=26,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=256,
+        max_position_embeddings=32_768,
+        architectures=["Gemma3ForCausalLM"],
+    ).save_pretrained(folder / "gemma")
+
+
 def save_tokenizer(folder: Any, template: str) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast

@@ -11,10 +11,13 @@ import torch
 
 from tests.trainer.cases import ADAPTED, ALIGNED, write_base
 from tests.trainer.conftest import Groups
+from tests.trainer.plain import train_plainly
 from tests.trainer.ranks import recipe
+from tim_ds.compat.authors import ReleasedModel
 from tim_ds.config.recipe import to_dict
 from tim_ds.errors import CheckpointError, ConfigError
 from tim_ds.model.export_folder import meta_network, read_export
+from tim_ds.model.tim import TiM
 from tim_ds.trainer.agreement import check_same_encoders
 from tim_ds.trainer.assembly import build_root
 from tim_ds.trainer.checkpoint import CheckpointFolder, Piece, find_checkpoints
@@ -40,6 +43,38 @@ def test_an_export_a_run_and_its_checkpoint_hold_the_same_weights(groups: Groups
     assert all(initial.model == found[0].model for initial in found)
     expected = read_export(run / "export")[1]
     assert all(torch.equal(found[2].state[name], value) for name, value in expected.items())
+
+
+def test_a_run_starts_from_a_file_that_the_authors_released(
+    base: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pickled state dict with a projector, as theirs: the steps are those from an export of them."""
+    settings = recipe(shards)
+    described, weights = read_export(base)
+    like = replace(settings.model, z_dim=12, encoder_depth=1)
+    released = {
+        "tiny": ReleasedModel(
+            model=like,
+            autoencoder=settings.data.autoencoder,
+            text_encoder=described.text_encoder,
+            transport=described.transport,
+        )
+    }
+    for module in ("authors", "convert"):
+        monkeypatch.setattr(f"tim_ds.compat.{module}.RELEASED", released)
+    torch.manual_seed(0)
+    projector = {k: v for k, v in TiM(like).state_dict().items() if k.startswith("projector.")}
+    assert projector
+    torch.save({**weights, **projector}, tmp_path / "t2i_model.bin")
+
+    from_file = train_plainly(recipe(shards, f"train.init_from={tmp_path / 't2i_model.bin'}"))
+    from_export = train_plainly(recipe(shards, f"train.init_from={base}"))
+    assert from_file.denoising == from_export.denoising
+    assert len(from_file.denoising) == 4
+    fresh = train_plainly(settings)
+    assert from_file.denoising[0] != pytest.approx(fresh.denoising[0], rel=1e-2)
+    with pytest.raises(ConfigError, match=r"model\.depth: 3, but the weights in .*t2i_model\.bin have 2"):
+        check_initial(read_initial(str(tmp_path / "t2i_model.bin")), recipe(shards, "model.depth=3"))
 
 
 def test_an_earlier_checkpoint_of_a_run_is_the_one_that_is_read(tmp_path: Path, shards: Path) -> None:

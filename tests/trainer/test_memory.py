@@ -17,7 +17,7 @@ import tim_kernels
 from data_pipeline.encoders.autoencoder import build_autoencoder, decode_bytes
 from data_pipeline.encoders.footprint import autoencoder_footprint, text_footprint
 from data_pipeline.online import encoder_footprints
-from tests.data_pipeline.tiny_models import save_autoencoders, save_t5, save_vision
+from tests.data_pipeline.tiny_models import save_autoencoders, save_released_configs, save_t5, save_vision
 from tests.memory import LiveBytes
 from tests.model.networks import class_config, random_pack, text_config
 from tests.trainer.conftest import Groups
@@ -46,6 +46,7 @@ from tim_ds.trainer.memory import (
 from tim_kernels.saved import saved_bytes
 
 ROOT = Path(__file__).parents[2]
+RELEASED_ENCODERS = {"autoencoder": "dc_ae", "text_encoder": "gemma"}
 XL = ROOT / "launch" / "recipes" / "t2i_xl.yaml"
 KINDS = ("weights", "float32 masters", "AdamW averages", "averaged weights", "teacher")
 
@@ -303,6 +304,23 @@ def test_the_command_says_whether_a_card_holds_the_run(capsys: pytest.CaptureFix
     assert "does not fit" in capsys.readouterr().out
     assert main([*arguments, "data.packs_per_step=3", "--nodes", "2"]) == 2
     assert "expected a multiple of the number of ranks 2" in capsys.readouterr().err
+
+
+def test_all_weights_are_fine_tuned_on_a_card_of_24_gib_encoders_included(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The figure of ds_configs/README.md, of encoders of the released sizes."""
+    save_released_configs(tmp_path)
+    paths = [f"data.{part}.path={tmp_path / kind}" for part, kind in RELEASED_ENCODERS.items()]
+    recipe = ROOT / "launch" / "recipes" / "t2i_xl_finetune.yaml"
+    engine_file = ROOT / "ds_configs" / "zero2_offload.json"
+    assert main([str(recipe), "--ds", str(engine_file), "--gpus", "1", "--card-gib", "24", *paths]) == 0
+    printed = capsys.readouterr().out
+    assert "a card of 24 GiB    fits" in printed and "not counted" not in printed
+    stated = re.search(r"then takes ([\d.]+) \+- ([\d.]+) GiB", (ROOT / "ds_configs/README.md").read_text())
+    found = re.search(r"^total +([\d.]+) .*GPU \+- ([\d.]+)$", printed, re.MULTILINE)
+    assert stated is not None and found is not None
+    assert [float(x) for x in found.groups()] == pytest.approx([float(x) for x in stated.groups()], abs=0.06)
 
 
 @pytest.mark.gpu
