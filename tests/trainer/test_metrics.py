@@ -75,15 +75,12 @@ def test_replaced_images_and_operations_are_summed_over_micro_steps(shards: Path
     settings = recipe(shards)
     count = partial(flops_of, config=settings.model, objective=settings.objective, checkpointing=True)
     sums = Sums(build_transport(settings.objective.transport), DEVICE, count)
-    expected = {"model": 0, "executed": 0}
+    expected = {"model": 0, "executed": 0, "forward": 0, "derivative": 0}
     for i, inputs in enumerate(steps_of(settings, num_steps=1)[0]):
         inputs = replace(inputs, num_replaced=i)
         sums.add(inputs, terms_of(torch.rand(inputs.num_images)))
         flops = count(inputs)
-        expected = {
-            "model": expected["model"] + flops.model,
-            "executed": expected["executed"] + flops.executed,
-        }
+        expected = {name: expected[name] + getattr(flops, name) for name in expected}
     sums.end_step(applied=True, grad_norm=1.0)
     means = sums.take(World())
     assert means["replaced"] == 0 + 1 + 2 + 3
@@ -94,7 +91,8 @@ def test_utilisation_is_of_all_devices_and_left_out_where_the_peak_is_unknown(tm
     found = {}
     for name, peak in (("known", 2e12), ("unknown", None)):
         log = MetricsLog(tmp_path / name, tokens_per_pack=10, start_step=0, num_devices=4, peak_flops=peak)
-        means = {"images": 4, "tokens": 30, "packs": 4, "flops": {"model": 6e9, "executed": 9e9}}
+        flops = {"model": 6e9, "executed": 9e9, "forward": 1.5e9, "derivative": 0.5e9}
+        means = {"images": 4, "tokens": 30, "packs": 4, "flops": flops}
         phases = {"data_wait": {"mean": 1e-6, "max": 2e-6}}
         log.log(1, means, lr=1e-3, applied_steps=1, skipped_steps=0, phases=phases)
         log.close()
@@ -103,6 +101,7 @@ def test_utilisation_is_of_all_devices_and_left_out_where_the_peak_is_unknown(tm
     assert speed["mfu"] == pytest.approx(6e9 / speed["seconds"] / 4 / 2e12, rel=1e-12)
     assert speed["hfu"] == pytest.approx(1.5 * speed["mfu"], rel=1e-12)
     assert speed["tflops_per_device"] == pytest.approx(6e-3 / speed["seconds"] / 4, rel=1e-12)
+    assert speed["derivative_share"] == 0.25
     assert speed["phases"]["data_wait"]["max"] == 2e-6 and speed["data_wait_share"] > 0
     assert found["unknown"]["mfu"] is None and found["unknown"]["tflops_per_device"] > 0
     board = EventAccumulator(str(tmp_path / "known" / "tensorboard"))

@@ -19,7 +19,7 @@ from tim_ds.trainer.charts import MAX_POINTS, Point, Series, line_chart, number,
 from tim_ds.trainer.checkpoint import CheckpointFolder, Piece
 from tim_ds.trainer.events import Events
 from tim_ds.trainer.metrics import METRICS_FILE, NUM_BINS, MetricsLog
-from tim_ds.trainer.report import main, render
+from tim_ds.trainer.report import _seconds_of, main, render
 from tim_ds.trainer.run_record import read_run
 from tim_ds.trainer.world import World
 
@@ -282,6 +282,13 @@ def test_curves_without_extent_are_drawn_inside_the_picture(values: tuple[float,
     page = Page(line_chart("x", [curve(*values)], from_zero=True))
     for text in page.all("text"):
         assert -1 <= float(text["x"] or "nan") <= 461 and 0 <= float(text["y"] or "nan") <= 251
+
+
+def test_a_carried_derivative_has_its_share_of_the_operations() -> None:
+    phases = {"forward_and_derivative": {"mean": 8.0, "max": 9.0}, "backward": {"mean": 4.0, "max": 4.0}}
+    found = _seconds_of({"phases": phases, "derivative_share": 0.25})
+    assert found == {"forward": 6.0, "counted_derivative": 2.0, "backward": 4.0}
+    assert _seconds_of({"phases": phases}) == {"forward_and_derivative": 8.0, "backward": 4.0}
 
 
 def test_shares_lie_on_each_other() -> None:

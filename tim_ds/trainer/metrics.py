@@ -34,7 +34,7 @@ METRICS_FILE = "metrics.jsonl"
 
 _TERMS = ("total_S", "denoising_S", "directional_S", "alignment_S")
 _COUNTS = ("images", "tokens", "packs", "replaced")
-_FLOPS = ("model", "executed")
+_FLOPS = ("model", "executed", "forward", "derivative")
 _NUM_SUMS = len(_COUNTS) + len(_FLOPS) + len(_TERMS) + 4 * NUM_BINS
 
 
@@ -211,11 +211,9 @@ class MetricsLog:
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
         phases = phases or {}
-        per_device = {
-            name: flops / seconds / self._num_devices
-            for name, flops in means.get("flops", {}).items()
-            if flops
-        }
+        counted = means.get("flops", {})
+        per_device = {name: n / seconds / self._num_devices for name, n in counted.items() if n}
+        carried = counted.get("derivative", 0)
         train = {
             **{name: value for name, value in means.items() if name != "flops"},
             "fill": _ratio(means["tokens"], means["packs"] * self._tokens_per_pack),
@@ -234,6 +232,7 @@ class MetricsLog:
             "tflops_per_device": per_device["model"] / 1e12 if per_device else None,
             "mfu": self._share_of_peak(per_device.get("model")),
             "hfu": self._share_of_peak(per_device.get("executed")),
+            "derivative_share": carried / (counted["forward"] + carried) if carried else None,
             **(memory or memory_of_process()),
             "phases": phases,
         }

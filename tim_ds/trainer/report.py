@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import base64
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from html import escape
@@ -49,6 +49,7 @@ _PHASES = {
     "forward": "c0",
     "forward_and_derivative": "c0",
     "derivative": "c1",
+    "counted_derivative": "c1",
     "teacher": "b3",
     "backward": "c2",
     "optimizer": "c5",
@@ -59,6 +60,7 @@ _PHASES = {
 }
 _LABELS = {
     "forward_and_derivative": "forward with derivative",
+    "counted_derivative": "derivative, by its operations",
     "data_wait": "data wait",
     "optimizer": "optimiser",
 }
@@ -255,7 +257,8 @@ def _breakdowns(records: Sequence[RunRecord], labels: Sequence[str]) -> Iterator
         yield (
             '<p class="note">Mean over the ranks. What is left to 100 % belongs to no phase: moving data, '
             "logging, and what the host does between. On a GPU, phases are those of its stream, and "
-            "data wait may run beside them. A derivative that the forward carries cannot be told from it.</p>"
+            "data wait may run beside them. A derivative that the forward carries has no time of its own: it "
+            "is given its share of the operations that were counted.</p>"
         )
     yield "</section>"
 
@@ -263,24 +266,30 @@ def _breakdowns(records: Sequence[RunRecord], labels: Sequence[str]) -> Iterator
 def _shares(record: RunRecord) -> list[Series]:
     """Percent of each interval's time by phase, in one order, for intervals that have phases."""
     lines = [line for line in record.lines if line.get("speed", {}).get("phases")]
-    present = {name for line in lines for name in line["speed"]["phases"]}
+    taken = [(line["step"], line["speed"]["seconds"], _seconds_of(line["speed"])) for line in lines]
+    present = {name for _, _, phases in taken for name in phases}
     order = [name for name in _PHASES if name in present] + sorted(present - set(_PHASES))
     return [
         Series(
             _LABELS.get(name, name),
             tuple(
-                Point(
-                    line["step"],
-                    100
-                    * max(0.0, line["speed"]["phases"].get(name, {}).get("mean", 0.0))
-                    / line["speed"]["seconds"],
-                )
-                for line in lines
+                Point(step, 100 * max(0.0, phases.get(name, 0.0)) / seconds)
+                for step, seconds, phases in taken
             ),
             _PHASES.get(name, "b6"),
         )
         for name in order
     ]
+
+
+def _seconds_of(speed: Mapping[str, Any]) -> dict[str, float]:
+    """Mean seconds of each phase; a derivative that the forward carries has its share of the operations."""
+    seconds = {name: phase.get("mean", 0.0) for name, phase in speed["phases"].items()}
+    share = speed.get("derivative_share")
+    if share is not None and "forward_and_derivative" in seconds:
+        both = seconds.pop("forward_and_derivative")
+        seconds |= {"forward": (1 - share) * both, "counted_derivative": share * both}
+    return seconds
 
 
 def _phase_per_step(record: RunRecord, name: str, which: str) -> Callable[[dict[str, Any]], Any]:
