@@ -72,7 +72,8 @@ def parts(out: Path) -> list[Part]:
         ),
         Part(
             "tiles",
-            ("-m", "tim_kernels.bench", "--tune", "--measured-ms", "80", "--out", str(out / "tiles.json")),
+            ("-m", "tim_kernels.bench", "--tune", "--measured-ms", "40", "--seconds", "140", "--out",
+             str(out / "tiles.json")),
             90, 180, "tiles.json",
         ),
         Part(

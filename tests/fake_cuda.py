@@ -79,6 +79,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch, *, may_wait: bool = False) -> Ite
     with monkeypatch.context() as patch:
         patch.setattr(Tensor, "_make_subclass", staticmethod(with_the_device_in_python))
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
+        patch.setattr(torch.cuda, "current_device", lambda: DEVICE.index)
         patch.setattr(FakeTensor, "is_cuda", property(lambda x: x.fake_device.type == "cuda"), raising=False)
         for kernel in {id(v.kernel): v.kernel for v in variants()}.values():
             patch.setattr(kernel, "run", _recorder(kernel, seen))

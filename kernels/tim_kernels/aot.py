@@ -3,6 +3,7 @@
     python -m tim_kernels.aot            compile, print the table, exit 1 if something is wrong
     python -m tim_kernels.aot --write    and record the table in kernels/results/resources.json
     python -m tim_kernels.aot --json     print it as JSON
+    python -m tim_kernels.aot --candidates   the same for what `bench --tune` times, sm_80 and sm_90
     python -m tim_kernels.aot --limits   what the machine code allows of a device's bandwidth (limits.py)
 
 Compiles for sm_80 (A100), sm_90 (H100, H200) and sm_100 (B200) with the ptxas inside Triton and reads
@@ -21,7 +22,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,8 @@ WITHOUT_SPILLS = (80, 90)
 """Architectures on which a spill is a fault; on the others it is on record."""
 STACK_MARGIN = 16
 """Bytes of stack a thread that another Triton than the record's may need: the kernels are tuned for one."""
+CANDIDATE_STACK = 96
+"""Bytes of stack a thread that a schedule which is timed, and not shipped, may need: some tiles on sm_80."""
 REGISTER_MARGIN = 8
 """Registers a thread by which a kernel may grow over the record; 8 is the unit in which they are allotted."""
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -73,8 +76,12 @@ def compile_variant(variant: Variant, architecture: int) -> Resources:
     return disassemble(variant, architecture)[0]
 
 
-def disassemble(variant: Variant, architecture: int) -> tuple[Resources, str]:
-    """Compile for one architecture; also the machine code, as nvdisasm prints it."""
+def disassemble(variant: Variant, architecture: int, *, is_aligned: bool = True) -> tuple[Resources, str]:
+    """Compile for one architecture; also the machine code, as nvdisasm prints it.
+
+    Args:
+        is_aligned: whether 16 divides addresses and strides; of views it may not.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -94,12 +101,48 @@ def disassemble(variant: Variant, architecture: int) -> tuple[Resources, str]:
         fn=variant.kernel,
         signature=signature,
         constexprs=variant.constants,
-        attrs=divided,  # type: ignore[arg-type]
+        attrs=divided if is_aligned else {},  # type: ignore[arg-type]
     )
     options = {"num_warps": variant.num_warps, "maxnreg": variant.max_registers}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     lengths = {n for n in names if n.startswith("num_")} - unspecialised
     return _read(compiled.asm, compiled.metadata.shared, len(lengths))
+
+
+def fill_cache(variant: Variant, architecture: int) -> None:
+    """Compile through Triton's launcher, so that a launch on such a device finds it in Triton's cache.
+
+    Neither needs nor touches a device, and is for a process that uses none: the driver is replaced.
+    """
+    import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+
+    driver.set_active(_NoDevice(GPUTarget("cuda", architecture, 32)))  # type: ignore[arg-type]
+    dtypes = {"*fp32": torch.float32, "*bf16": torch.bfloat16, "*i32": torch.int32}
+    given = dict(variant.constants)
+    for name, kind in variant.types.items():
+        # Memory and strides that 16 divides, as `disassemble` has them.
+        given[name] = torch.empty(16, dtype=dtypes[kind]) if kind in dtypes else 16 if kind == "i32" else 1.0
+    options = {"num_warps": variant.num_warps, "maxnreg": variant.max_registers}
+    arguments = [given[name] for name in variant.kernel.arg_names]
+    variant.kernel.run(*arguments, grid=(1,), warmup=True, **options)
+
+
+@dataclass(frozen=True)
+class _NoDevice:
+    """What Triton's launcher asks of a driver before it compiles."""
+
+    target: Any
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
 
 
 def faults(
@@ -136,13 +179,11 @@ def faults(
     return [f"{variant.name}, sm_{architecture}: {text}" for text in wrong]
 
 
-def compile_all(architectures: Sequence[int] = ARCHITECTURES) -> dict[str, Any]:
+def compile_all(architectures: Sequence[int], compiled: Sequence[Variant]) -> dict[str, Any]:
     """The table: compiler version, architectures, and the resources of each variant by architecture."""
     import triton
 
-    from tim_kernels.shipped import variants
-
-    table = {v.name: {f"sm_{a}": asdict(compile_variant(v, a)) for a in architectures} for v in variants()}
+    table = {v.name: {f"sm_{a}": asdict(compile_variant(v, a)) for a in architectures} for v in compiled}
     return {"triton": triton.__version__, "architectures": list(architectures), "variants": table}
 
 
@@ -196,6 +237,21 @@ def all_faults(table: dict[str, Any], record: dict[str, Any]) -> list[str]:
             wrong += faults(v, a, found, recorded, same_compiler=comparable)
     stale = record["variants"].keys() - table["variants"].keys()
     wrong += [f"{name}: on record but not shipped; run python -m tim_kernels.aot --write" for name in stale]
+    return wrong
+
+
+def candidate_faults(table: dict[str, Any]) -> list[str]:
+    """Faults of a table of `shipped.candidates`, of which nothing is on record: what could not run."""
+    from tim_kernels.shipped import candidates
+
+    wrong = []
+    for v in candidates():
+        for a in table["architectures"]:
+            found = Resources(**table["variants"][v.name][f"sm_{a}"])
+            if found.stack_bytes <= CANDIDATE_STACK:
+                # It costs time, and time is what is asked.
+                found = replace(found, spills=0, stack_bytes=0)
+            wrong += faults(v, a, found, None)
     return wrong
 
 
@@ -271,6 +327,9 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="record the table in kernels/results")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
+        "--candidates", action="store_true", help="compile what `bench --tune` times, for sm_80 and sm_90"
+    )
+    parser.add_argument(
         "--limits", action="store_true", help="print static bounds instead, for sm_90 or sm_80"
     )
     parser.add_argument(
@@ -297,7 +356,18 @@ def main() -> int:
             parser.error(f"--limits goes with --architectures of {sorted(limits.DEVICES)} alone")
         print("\n\n".join(limits.format_limits(compile_limits(a), limits.DEVICES[a]) for a in chosen))
         return 0
-    table = compile_all(arguments.architectures)
+    from tim_kernels.shipped import candidates, variants
+
+    if arguments.candidates:
+        if arguments.write:
+            parser.error("--candidates: nothing of it goes on record")
+        chosen = arguments.architectures
+        table = compile_all(WITHOUT_SPILLS if chosen == list(ARCHITECTURES) else chosen, candidates())
+        wrong = candidate_faults(table)
+        print(json.dumps(table) if arguments.json else format_table(table))
+        print("\n".join(wrong), end="\n" if wrong else "", file=sys.stderr)
+        return 1 if wrong else 0
+    table = compile_all(arguments.architectures, variants())
     if arguments.write:
         RECORD.write_text(json.dumps(table, indent=1) + "\n")
     print(json.dumps(table) if arguments.json else format_table(table))

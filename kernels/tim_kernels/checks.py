@@ -55,6 +55,12 @@ def check_tangent_plan(op: str, plan: TangentPlan, values: Tensor | None, tangen
         raise ValueError(f"{op}: plan: expected on {tangents.device}, received on {plan.chunks.device}")
 
 
+def check_eps(op: str, eps: float) -> None:
+    """Raises ValueError unless it keeps lanes that hold nothing, whose variance is 0, from dividing by 0."""
+    if not eps > 0:
+        raise ValueError(f"{op}: eps: expected above 0, received {eps}")
+
+
 def unit_column_stride(x: Tensor) -> Tensor:
     """x itself when its columns are adjacent in memory, whatever its row stride; else a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -15,11 +15,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from tim_kernels.schedule import RUN, schedule_of
 from tim_kernels.transfer import to_device
 
 MIN_ROWS_PER_CHUNK = 4
-MAX_ROWS_PER_CHUNK = 32
-"""At 32 rows the partial sums, written and read once, are 4 % of the bytes of the norm's backward."""
 MIN_CHUNKS = 512
 """About four programs for each multiprocessor of a large GPU; smaller packs are cut finer to reach it."""
 
@@ -103,8 +102,8 @@ class ChunkPlan:
 
 
 def _rows_per_chunk(num_rows: int) -> int:
-    """Largest power of two within the limits that still leaves MIN_CHUNKS chunks."""
-    rows = MAX_ROWS_PER_CHUNK
+    """The schedule's, halved until that leaves MIN_CHUNKS chunks."""
+    rows = schedule_of(RUN).rows
     while rows > MIN_ROWS_PER_CHUNK and num_rows < rows * MIN_CHUNKS:
         rows //= 2
     return rows

@@ -13,10 +13,12 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from tim_kernels.schedule import schedule_of
+
 MAX_BLOCKS = 3
 MAX_WARPS = 16
 WIDEST_IN_STAGES = 2048
-"""Columns of a row up to which the next two rows fit into shared memory beside those of other programs."""
+"""Columns of a row up to which the next rows fit into shared memory beside those of other programs."""
 
 
 def column_blocks(width: int) -> tuple[tuple[int, int], ...]:
@@ -37,20 +39,17 @@ def column_blocks(width: int) -> tuple[tuple[int, int], ...]:
     return tuple(blocks)
 
 
-def stages_of(width: int) -> int:
-    """Of the pipeline along the rows: two are under way to shared memory while one is worked on.
+def row_options(width: int, kernel: str) -> dict[str, Any]:
+    """Compile-time arguments and warps of a kernel that works on one row of `width` columns at a time.
 
-    A wide row alone is enough to keep the memory busy.
+    A wide row alone is enough to keep the memory busy: it is read in its turn.
     """
-    return 3 if width <= WIDEST_IN_STAGES else 1
-
-
-def row_options(width: int, columns_per_warp: int) -> dict[str, Any]:
-    """Compile-time arguments and warps of a kernel that works on one row of `width` columns at a time."""
+    schedule = schedule_of(kernel)
     warps = 1
-    while warps < MAX_WARPS and width > warps * columns_per_warp:
+    while warps < MAX_WARPS and width > warps * schedule.columns_per_warp:
         warps *= 2
-    return {"D": width, "BLOCKS": column_blocks(width), "num_warps": warps}
+    stages = schedule.stages if width <= WIDEST_IN_STAGES else 1
+    return {"D": width, "BLOCKS": column_blocks(width), "STAGES": stages, "num_warps": warps}
 
 
 @triton.constexpr_function

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tim_kernels.sass import Instruction, Loop, Program, UnreadableListing
+from tim_kernels.schedule import RUN, schedule_of
 
 if TYPE_CHECKING:
     from tim_kernels.shipped import Variant
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
 TOKENS = 65_536
 """Tokens of the pack for which programs are counted, the size of the goals; in segments of `SEGMENT`."""
 SEGMENT = 1024
-ROWS = 32
-"""Rows of a chunk or of a run there (`chunks.MAX_ROWS_PER_CHUNK`)."""
+ROWS = schedule_of(RUN).rows
+"""Rows of a chunk or of a run there."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ Widths are those of the authors' networks: 1152 (XL) and 768 (B). A new kernel a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from tim_kernels.modulated_layer_norm import jvp_kernel as norm_jvp
 from tim_kernels.modulated_layer_norm import kernel as norm
 from tim_kernels.qk_norm_rope import jvp_kernel as heads_jvp
 from tim_kernels.qk_norm_rope import kernel as heads
+from tim_kernels.schedule import CANDIDATES, SCHEDULES, use_schedule
 from tim_kernels.swiglu import jvp_kernel as swiglu_jvp
 from tim_kernels.swiglu import kernel as swiglu
 from tim_kernels.transition_loss import kernel as loss
@@ -51,6 +52,12 @@ class Variant:
     def name(self) -> str:
         return f"{self.op}/{self.label}"
 
+    @property
+    def kernel_name(self) -> str:
+        """Of the kernel in `schedule.SCHEDULES`, if it has an entry there."""
+        direction = self.label.partition(":")[0]
+        return f"{self.op} {direction}" if direction in ("forward", "backward") else self.op
+
 
 def variants() -> list[Variant]:
     return [
@@ -66,6 +73,23 @@ def variants() -> list[Variant]:
         *_swiglu_jvp(),
         *_varlen_attention_jvp(),
     ]
+
+
+def candidates() -> list[Variant]:
+    """Every variant under every other schedule that is timed (`schedule.CANDIDATES`)."""
+    found = []
+    for kernel, schedules in CANDIDATES.items():
+        for schedule in schedules:
+            if schedule == SCHEDULES[kernel]:
+                continue
+            with use_schedule(kernel, schedule):
+                # How its loads are cut is what differs.
+                found += [
+                    replace(v, label=f"{v.label}, {schedule}", wide_loads=0)
+                    for v in variants()
+                    if v.kernel_name == kernel
+                ]
+    return found
 
 
 def _variant(
@@ -130,7 +154,7 @@ def _modulated_layer_norm() -> list[Variant]:
                 f"forward: {label}",
                 norm.forward_kernel,
                 pointers,
-                norm.options(width),
+                norm.forward_options(width),
                 types={"eps": "fp32"},
                 # x, shift, scale and, with a residual, branch and gate: each at least one a thread.
                 wide_loads=5 if residual else 3,
@@ -151,7 +175,7 @@ def _modulated_layer_norm() -> list[Variant]:
                 f"backward: {label}",
                 norm.backward_kernel,
                 pointers,
-                norm.options(width),
+                norm.backward_options(width),
                 wide_loads=5 if residual else 3,
             )
         )
@@ -161,14 +185,23 @@ def _modulated_layer_norm() -> list[Variant]:
 def _gated_residual() -> list[Variant]:
     names = ("gate", "x", "out", "d_out", "partial")
     pointers: dict[str, str | None] = {**dict.fromkeys(names, "fp32"), "branch": "bf16", "d_branch": "bf16"}
-    options = gated.options(1152)
     label = "width 1152, stream fp32, branch bf16"
     return [
         _variant(
-            "gated_residual", f"forward: {label}", gated.forward_kernel, pointers, options, wide_loads=5
+            "gated_residual",
+            f"forward: {label}",
+            gated.forward_kernel,
+            pointers,
+            gated.forward_options(1152),
+            wide_loads=5,
         ),
         _variant(
-            "gated_residual", f"backward: {label}", gated.backward_kernel, pointers, options, wide_loads=5
+            "gated_residual",
+            f"backward: {label}",
+            gated.backward_kernel,
+            pointers,
+            gated.backward_options(1152),
+            wide_loads=5,
         ),
     ]
 
@@ -314,7 +347,7 @@ def _modulated_layer_norm_jvp() -> list[Variant]:
                 f"width {width}, stream {stream}, h {stored}, {'with' if residual else 'no'} residual",
                 norm_jvp.jvp_kernel,
                 pointers,
-                norm.options(width),
+                norm_jvp.jvp_options(width),
                 types={"eps": "fp32"},
                 # Two a thread for every float32 row, of tokens or segments, and one for every bfloat16 row.
                 wide_loads=14 if residual else 10,
@@ -327,7 +360,7 @@ def _gated_residual_jvp() -> list[Variant]:
     pointers: dict[str, str | None] = dict.fromkeys(("d_x", "d_out", "gate", "d_gate"), "fp32")
     pointers |= {"branch": "bf16", "d_branch": "bf16"}
     label = "width 1152, stream fp32, branch bf16"
-    options = gated.options(1152)
+    options = gated_jvp.jvp_options(1152)
     return [
         _variant("gated_residual_jvp", label, gated_jvp.jvp_kernel, pointers, options, wide_loads=8),
     ]

@@ -18,7 +18,7 @@ import pytest
 from tests.kernels.launches import record_launches
 from tim_kernels import aot
 from tim_kernels.bench.cases import cases
-from tim_kernels.shipped import Variant, variants
+from tim_kernels.shipped import Variant, candidates, variants
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,6 +59,42 @@ def test_the_table_describes_real_machine_code(table):
 @pytest.mark.slow
 def test_every_kernel_works_on_sm_100():
     assert aot.all_faults(_compiled(100), aot.read_record()) == []
+
+
+_COPIES = """
+import re
+from tim_kernels import aot
+from tim_kernels.shipped import variants
+(v,) = (v for v in variants() if v.name == %r)
+for is_aligned in (True, False):
+    found, code = aot.disassemble(v, 90, is_aligned=is_aligned)
+    print(len(re.findall(r"\\bLDGSTS", code)), found.wide_loads, found.stack_bytes)
+"""
+
+
+def test_rows_of_16_bits_at_odd_addresses_are_not_copied_asynchronously():
+    """Such a copy takes 32 bits at least, from an address that 4 divides: a view need not have one."""
+    name = "modulated_layer_norm/forward: width 1152, stream bf16, h bf16, with residual"
+    done = _python("-c", _COPIES % name)
+    assert done.returncode == 0, done.stderr
+    aligned, unaligned = (list(map(int, line.split())) for line in done.stdout.splitlines())
+    assert aligned[0] > 0 and aligned[1] > 0 and unaligned == [0, 0, 0]
+
+
+@pytest.mark.slow
+def test_every_schedule_that_is_timed_can_run():
+    done = _python("-m", "tim_kernels.aot", "--candidates", "--json")
+    assert done.stdout, done.stderr
+    table = json.loads(done.stdout)
+    assert table["variants"].keys() == {v.name for v in candidates()} and table["architectures"] == [80, 90]
+    assert aot.candidate_faults(table) == []
+
+
+def test_a_launch_finds_what_was_compiled_ahead(tmp_path):
+    """What fills Triton's cache for `bench --tune` has the key under which the launcher looks."""
+    done = _python("-m", "tests.kernels.compiled_ahead", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"ahead": 2, "launched": 2}
 
 
 GOOD = aot.Resources(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -9,13 +10,13 @@ import torch
 
 from tests.kernels.launches import recorded
 from tim_kernels import bench, use_path
-from tim_kernels.bench import report, tiles
+from tim_kernels.bench import report, tune
 from tim_kernels.bench.__main__ import main
 from tim_kernels.bench.case import MIXES, NotHere, lengths_of
 from tim_kernels.bench.cases import cases
 from tim_kernels.bench.measure import Failed, ParityError, Quantiles, Row, ceilings, check, rows
-from tim_kernels.varlen_attention import jvp_kernel
-from tim_kernels.varlen_attention.jvp_kernel import CANDIDATES
+from tim_kernels.gated_residual import kernel as gated
+from tim_kernels.schedule import CANDIDATES, RUN, SCHEDULES, WIDE_TILE, schedule_of
 
 SMALL = cases(width=16, hidden=16, channels=8, head_dim=8)
 LENGTHS = (5, 1, 3)
@@ -218,35 +219,143 @@ def test_the_command_describes_itself(capsys):
     assert (bench.__doc__ or "").splitlines()[0] in capsys.readouterr().out
 
 
-def test_the_table_of_tiles_marks_the_fastest_of_each_form_and_names_the_fastest_over_all():
-    forms = (("self", "mixed", 8), ("cross", "mixed", 8))
-    speeds = {(128, 32, 3, 8): (100.0, 400.0), (64, 32, 2, 4): (300.0, 200.0)}
-    found = [
-        tiles.Timed(*form, tile, 1.0, pair[n])
-        for n, form in enumerate(forms)
-        for tile, pair in speeds.items()
+KERNEL = "modulated_layer_norm backward"
+TODAY = SCHEDULES[KERNEL]
+ONE_STAGE = TODAY._replace(stages=1)
+
+
+def _times(**ms_of_columns):
+    """Rows of today's schedule, first and last, and of one stage between: milliseconds a column."""
+    return [
+        tune.Timed(KERNEL, column, "mixed", 8, tuple(schedule), ms)
+        for column, times in ms_of_columns.items()
+        for schedule, ms in zip((TODAY, ONE_STAGE, TODAY), times, strict=True)
     ]
-    text = tiles.table(found)
-    assert "| 128, 32, 3, 8 | 100 | **400** | 200 |" in text
-    assert "| 64, 32, 2, 4 | **300** | 200 | 245 |" in text
-    assert text.endswith("Fastest over all: 64, 32, 2, 4.")
 
 
-def test_a_tile_that_is_wrong_or_raises_is_named_and_not_timed(device, monkeypatch):
-    launch = jvp_kernel.launch_jvp
+def test_a_schedule_that_is_faster_beyond_doubt_is_to_be_put_in_todays_place():
+    found = tune.verdict(KERNEL, _times(a=(1.0, 0.8, 1.0), b=(2.0, 1.8, 2.0)))
+    assert (found.fastest, found.is_change) == (ONE_STAGE, True)
+    assert found.gain == pytest.approx(1 - (0.8 * 0.9) ** 0.5)
+    assert str(found) == (
+        'change SCHEDULES["modulated_layer_norm backward"] from Rows(stages=3, columns_per_warp=640) '
+        "to Rows(stages=1, columns_per_warp=640): 15.1% less time, spread 0.0%"
+    )
 
-    def faulty(*args):
-        if args[-1] == CANDIDATES[1]:
+
+@pytest.mark.parametrize(
+    ("times", "why"),
+    [
+        ({"a": (1.0, 0.99, 1.0)}, "a gain of one in a hundred"),
+        ({"a": (1.0, 0.98, 1.1)}, "today's differs from itself by more"),
+        ({"a": (1.0, 0.5, 1.0), "b": (1.0, None, 1.0)}, "it was refused at another size"),
+        ({"a": (1.0, 1.2, 1.0)}, "slower"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_todays_schedule_is_kept_for_less(times, why):
+    found = tune.verdict(KERNEL, _times(**times))
+    assert not found.is_change, why
+    assert str(found).startswith(f'keep SCHEDULES["{KERNEL}"] at Rows(stages=3, ')
+
+
+def test_the_table_of_schedules_marks_the_fastest_of_each_column():
+    text = tune.table(_times(a=(1.0, 0.5, 1.1), b=(2.0, None, 2.0)))
+    assert "| stages, columns_per_warp | 1 | 2 |" in text
+    assert "| 1, 640 | **500.0 us** | 0.0 us |" in text and "| 3, 640 | 1000.0 us | **2000.0 us** |" in text
+
+
+def test_every_kernel_that_goes_along_rows_or_keys_is_timed_as_today_and_otherwise():
+    assert {*SCHEDULES} - {*CANDIDATES} == {WIDE_TILE}
+    for kernel, schedules in CANDIDATES.items():
+        assert SCHEDULES[kernel] in schedules and len(set(schedules)) == len(schedules) > 1
+        assert {type(x) for x in schedules} == {type(SCHEDULES[kernel])}
+        forms = {case.name for case, *_ in tune.columns(kernel, cases())}
+        assert forms if kernel != RUN else len(forms) > 5, kernel
+
+
+@pytest.mark.parametrize("kernel", CANDIDATES)
+def test_another_schedule_computes_the_same(kernel, device, monkeypatch):
+    """The last of each: other warps, heads or rows a program. On a GPU this precedes every time, for all."""
+    monkeypatch.setitem(CANDIDATES, kernel, CANDIDATES[kernel][-1:])
+    case, mode, mix, _ = next(tune.columns(kernel, SMALL))
+    first, other, last = tune.timed(kernel, case, mode, mix, (2, 1), device, _no_timer)
+    assert (first.problem, other.problem, other.remark) == (None, None, None)
+    assert first.schedule == last.schedule == tuple(SCHEDULES[kernel]) != other.schedule
+
+
+def test_a_schedule_that_is_wrong_or_raises_is_named_and_not_timed(device, monkeypatch):
+    case = next(x for x in SMALL if x.op == "gated_residual")
+    options = gated.forward_options
+
+    def faulty(width):
+        if schedule_of("gated_residual forward").stages == 2:
             raise RuntimeError("out of resource: shared memory\nand more")
-        return launch(*args) * (1.1 if args[-1] == CANDIDATES[2] else 1.0)
+        return options(width)
 
-    monkeypatch.setattr(jvp_kernel, "launch_jvp", faulty)
-    found = list(tiles.timed(device, _no_timer, width=8, head_dim=8, sizes=(("mixed", 2),)))
-    problems = {x.tile: x.problem for x in found if x.problem}
-    assert problems.keys() == set(CANDIDATES[1:3]) and len(found) == 3 * len(CANDIDATES)
-    assert {x.p50 for x in found if not x.problem} == {2.0}
-    assert "shared memory" in (problems[CANDIDATES[1]] or "") and "off by" in (problems[CANDIDATES[2]] or "")
-    assert "out of resource" in tiles.table(found)
+    def wrong(inputs, plan):
+        factor = 1.1 if schedule_of("gated_residual forward").stages == 3 else 1.0
+        return tuple(factor * y for y in case.ours(inputs, plan))
+
+    monkeypatch.setattr(gated, "forward_options", faulty)
+    own = replace(case, ours=wrong)
+    found = list(tune.timed("gated_residual forward", own, "forward", "mixed", LENGTHS, device, _no_timer))
+    problems = {x.schedule[0]: x.problem for x in found if x.problem}
+    assert problems.keys() == {2, 3} and {x.p50 for x in found if not x.problem} == {2.0}
+    assert problems[2] == "RuntimeError: out of resource: shared memory" and "off by" in (problems[3] or "")
+    assert "out of resource" in tune.table(found)
+
+
+def test_bits_that_stages_change_are_remarked(device):
+    case = next(x for x in SMALL if x.op == "gated_residual")
+
+    def other_bits(inputs, plan):
+        (y,) = case.ours(inputs, plan)
+        return (y * (1 + 2**-22) if schedule_of("gated_residual forward").stages == 2 else y,)
+
+    own = replace(case, ours=other_bits)
+    found = tune.timed("gated_residual forward", own, "forward", "mixed", LENGTHS, device, _no_timer)
+    remarks = {x.schedule[0]: x.remark for x in found if x.remark}
+    assert remarks.keys() == {2} and remarks[2].startswith("other bits than today's: output 0")
+
+
+def test_tuning_runs_to_its_verdicts_and_stores_them(device, monkeypatch, tmp_path, capsys):
+    """Everything but the device: its clock, its name and the compilations for it."""
+    kept = {"gated_residual forward": CANDIDATES["gated_residual forward"], KERNEL: CANDIDATES[KERNEL]}
+    compiled = []
+    monkeypatch.setattr(tune, "CANDIDATES", kept)
+    monkeypatch.setattr(tune, "SIZES", (("mixed", 3),))
+    monkeypatch.setattr(tune, "cases", lambda: SMALL)
+    monkeypatch.setattr(tune, "compile_ahead", compiled.append)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    clock = iter([0.0, 0.0, 1.0, 99.0])
+    monkeypatch.setattr(tune.time, "monotonic", lambda: next(clock))
+
+    def one_stage_is_fast(run):
+        run()
+        ms = 1.0 if schedule_of("gated_residual forward").stages == 3 else 2.0
+        return Quantiles(ms, ms, ms)
+
+    out = tmp_path / "new" / "tiles.json"
+    assert tune.main(device, one_stage_is_fast, out, {"gpu": "none"}, deadline=9.0) == 0
+    assert compiled == [90]
+    printed = capsys.readouterr().out
+    change = (
+        'change SCHEDULES["gated_residual forward"] from Rows(stages=1, columns_per_warp=512) to Rows(stag'
+    )
+    assert printed.count(change) == 2 and "50.0% less time" in printed
+    assert f"no time was left for {KERNEL}: float32 stream, with residual" in printed
+    stored = json.loads(out.read_text())
+    assert [v["kernel"] for v in stored["verdicts"]] == ["gated_residual forward"]
+    assert len(stored["timed"]) == len(kept["gated_residual forward"]) + 1
+
+
+def test_the_results_of_tuning_say_what_to_change():
+    found = _times(a=(1.0, 0.8, 1.0))
+    text = json.dumps(tune.stored({"gpu": "none"}, found, [tune.verdict(KERNEL, found)]))
+    (entry,) = json.loads(text)["verdicts"]
+    assert entry["change"] and entry["fastest"] == {"stages": 1, "columns_per_warp": 640}
+    assert entry["text"].startswith("change SCHEDULES[") and len(json.loads(text)["timed"]) == 3
 
 
 def test_ceilings_follow_from_bytes_and_operations(device):

@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from tim_kernels import ChunkPlan
-from tim_kernels.chunks import MAX_ROWS_PER_CHUNK, MIN_CHUNKS, MIN_ROWS_PER_CHUNK
+from tim_kernels.chunks import MIN_CHUNKS, MIN_ROWS_PER_CHUNK
 from tim_kernels.columns import MAX_BLOCKS, column_blocks
+from tim_kernels.schedule import RUN, schedule_of
+
+MAX_ROWS_PER_CHUNK = schedule_of(RUN).rows
 
 LENGTHS = {"mixed": (5, 0, 1, 17, 32, 33, 0), "empty": (), "only-empty": (0, 0), "one": (1,)}
 

@@ -60,7 +60,10 @@ SIZES = {
 @pytest.mark.parametrize("branch", [True, False], ids=["residual", "plain"])
 @pytest.mark.parametrize(("lengths", "width"), SIZES.values(), ids=SIZES.keys())
 def test_forward_and_every_gradient(lengths, width, branch, device):
-    assert_kernel_equals_twin(_Op(lengths), _inputs(lengths, width, branch=branch), device, FLOAT32)
+    # One column does not deviate from its mean. Where a multiply-add leaves the rounding of a product, it is
+    # divided by sqrt(eps).
+    tolerance = FLOAT32 if width > 1 else 1e3 * FLOAT32
+    assert_kernel_equals_twin(_Op(lengths), _inputs(lengths, width, branch=branch), device, tolerance)
     assert path_taken("modulated_layer_norm") == "triton"
 
 

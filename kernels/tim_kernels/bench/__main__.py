@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from tim_kernels import bench
-from tim_kernels.bench import report, tiles
+from tim_kernels.bench import report, tune
 from tim_kernels.bench.case import MIXES, NotHere, lengths_of
 from tim_kernels.bench.cases import cases
 from tim_kernels.bench.measure import CudaTimer, Row, ceilings, rows
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--measured-ms", type=float, default=200.0, help="time spent on each figure")
     parser.add_argument("--seconds", type=float, help="begin no other op or size after so long")
     parser.add_argument(
-        "--tune", action="store_true", help="time the tiles of attention's tangent, and nothing else"
+        "--tune", action="store_true", help="time schedules (stages, warps, tiles), say which to change, end"
     )
     chosen = parser.parse_args(arguments)
 
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     timer = CudaTimer(device, warmup_ms=chosen.measured_ms / 4, measured_ms=chosen.measured_ms)
     print(f"ceilings: {ceilings(device, timer)}", flush=True)
     if chosen.tune:
-        return tiles.main(device, timer, chosen.out, where)
+        return tune.main(device, timer, chosen.out, where, deadline=deadline)
     found: list[Row] = []
     if chosen.append and chosen.out.exists():
         found = report.earlier(chosen.out, where)

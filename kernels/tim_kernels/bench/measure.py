@@ -171,7 +171,7 @@ def check(case: Case, function: Function, lengths: tuple[int, ...], device: torc
     rows = index[case.outputs_axis]
     # What is not compared gives no gradient, so that sums over the whole pack can be compared.
     cotangents = [
-        torch.zeros_like(c).index_copy(0, rows, c[rows]) for c in _cotangents(function, inputs, plan)
+        torch.zeros_like(c).index_copy(0, rows, c[rows]) for c in cotangents_of(function, inputs, plan)
     ]
     ours = outputs_and_gradients(case, function, inputs, cotangents, plan)
 
@@ -226,7 +226,7 @@ def _timed(
     copies: dict[int, Quantiles],
 ) -> Iterator[Row]:
     plan, inputs = case.plan(lengths, device), case.inputs(lengths, device)
-    cotangents = _cotangents(function, inputs, plan)
+    cotangents = cotangents_of(function, inputs, plan)
     leaves = [x for x in inputs.values() if x.requires_grad]
 
     def forward() -> tuple[Tensor, ...]:
@@ -295,7 +295,7 @@ def _chosen_segments(lengths: tuple[int, ...]) -> list[int]:
     return sorted(chosen)
 
 
-def _cotangents(function: Function, inputs: Inputs, plan: Any) -> list[Tensor]:
+def cotangents_of(function: Function, inputs: Inputs, plan: Any) -> list[Tensor]:
     with torch.no_grad():
         outputs = function(inputs, plan)
     generator = torch.Generator(outputs[0].device).manual_seed(1)

@@ -5,15 +5,21 @@ T rows of the pack, T' rows that move, S and S' segments, D width, K chunks.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from tim_kernels.checks import unit_column_stride
-from tim_kernels.columns import carry_gate, load_row, store_row
-from tim_kernels.gated_residual.kernel import options
+from tim_kernels.columns import carry_gate, load_row, row_options, store_row
+from tim_kernels.on_device import on_own_device
 from tim_kernels.tangent_plan import TangentPlan
+
+
+def jvp_options(width: int) -> dict[str, Any]:
+    return row_options(width, "gated_residual_jvp")
 
 
 @triton.jit
@@ -32,6 +38,7 @@ def jvp_kernel(
     d_gate_stride,
     D: tl.constexpr,
     BLOCKS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     chunk_ptr = chunks_ptr + tl.program_id(0) * 5
     first_moving = tl.load(chunk_ptr).to(tl.int64)
@@ -41,7 +48,7 @@ def jvp_kernel(
     segment = tl.load(chunk_ptr + 4).to(tl.int64)
     gate = load_row(gate_ptr + segment * gate_stride, D, BLOCKS)
     d_gate = load_row(d_gate_ptr + moving_segment * d_gate_stride, D, BLOCKS)
-    for i in range(num_rows):
+    for i in tl.range(0, num_rows, num_stages=STAGES):
         moving = first_moving + i
         d_x = load_row(d_x_ptr + moving * d_x_stride, D, BLOCKS)
         branch = load_row(branch_ptr + (first_row + i) * branch_stride, D, BLOCKS)
@@ -50,6 +57,7 @@ def jvp_kernel(
         store_row(d_out_ptr + moving * D, d_out, D, BLOCKS)
 
 
+@on_own_device
 def launch_jvp(
     d_x_TD: Tensor,
     branch_TD: Tensor,
@@ -76,6 +84,6 @@ def launch_jvp(
             d_branch.stride(0),
             gate.stride(0),
             d_gate.stride(0),
-            **options(d_x.shape[1]),
+            **jvp_options(d_x.shape[1]),
         )
     return out

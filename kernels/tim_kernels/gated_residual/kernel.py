@@ -22,13 +22,16 @@ from tim_kernels.columns import (
     store_row,
     zero_row,
 )
+from tim_kernels.on_device import on_own_device
 from tim_kernels.segment_sum import segment_sum
 
-COLUMNS_PER_WARP = 512
+
+def forward_options(width: int) -> dict[str, Any]:
+    return row_options(width, "gated_residual forward")
 
 
-def options(width: int) -> dict[str, Any]:
-    return row_options(width, COLUMNS_PER_WARP)
+def backward_options(width: int) -> dict[str, Any]:
+    return row_options(width, "gated_residual backward")
 
 
 @triton.jit
@@ -43,13 +46,14 @@ def forward_kernel(
     gate_stride,
     D: tl.constexpr,
     BLOCKS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     chunk = tl.program_id(0).to(tl.int64)
     first_row = tl.load(chunks_ptr + chunk * 3).to(tl.int64)
     num_rows = tl.load(chunks_ptr + chunk * 3 + 1)
     segment = tl.load(chunks_ptr + chunk * 3 + 2).to(tl.int64)
     gate = load_row(gate_ptr + segment * gate_stride, D, BLOCKS)
-    for i in range(num_rows):
+    for i in tl.range(0, num_rows, num_stages=STAGES):
         row = first_row + i
         x = load_row(x_ptr + row * x_stride, D, BLOCKS)
         branch = load_row(branch_ptr + row * branch_stride, D, BLOCKS)
@@ -69,6 +73,7 @@ def backward_kernel(
     gate_stride,
     D: tl.constexpr,
     BLOCKS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """partial [K, D]: this chunk's sum for the gate. The gradient of x is that of the result."""
     chunk = tl.program_id(0).to(tl.int64)
@@ -77,7 +82,7 @@ def backward_kernel(
     segment = tl.load(chunks_ptr + chunk * 3 + 2).to(tl.int64)
     gate = load_row(gate_ptr + segment * gate_stride, D, BLOCKS)
     d_gate = zero_row(BLOCKS)
-    for i in range(num_rows):
+    for i in tl.range(0, num_rows, num_stages=STAGES):
         row = first_row + i
         d_out = load_row(d_out_ptr + row * d_out_stride, D, BLOCKS)
         branch = load_row(branch_ptr + row * branch_stride, D, BLOCKS)
@@ -86,6 +91,7 @@ def backward_kernel(
     store_row(partial_ptr + chunk * D, d_gate, D, BLOCKS)
 
 
+@on_own_device
 def launch_forward(x_TD: Tensor, branch_TD: Tensor, gate_SD: Tensor, plan: ChunkPlan) -> Tensor:
     x_TD, branch_TD, gate_SD = map(unit_column_stride, (x_TD, branch_TD, gate_SD))
     out = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
@@ -99,7 +105,7 @@ def launch_forward(x_TD: Tensor, branch_TD: Tensor, gate_SD: Tensor, plan: Chunk
             x_TD.stride(0),
             branch_TD.stride(0),
             gate_SD.stride(0),
-            **options(x_TD.shape[1]),
+            **forward_options(x_TD.shape[1]),
         )
     return out
 
@@ -123,6 +129,6 @@ def launch_backward(
             d_out.stride(0),
             branch_TD.stride(0),
             gate_SD.stride(0),
-            **options(width),
+            **backward_options(width),
         )
     return d_branch, segment_sum(partial, plan)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tim_kernels import dispatch
 from tim_kernels.checks import check_device, check_floating, check_plan, check_shape
@@ -49,6 +50,7 @@ class _GatedResidual(torch.autograd.Function):
         return launch_forward(x_TD, branch_TD, gate_SD, plan)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         from tim_kernels.gated_residual.kernel import launch_backward
 

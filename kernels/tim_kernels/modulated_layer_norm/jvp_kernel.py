@@ -11,6 +11,8 @@ T rows of the pack, T' rows that move, S and S' segments, D width, K chunks.
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -24,10 +26,15 @@ from tim_kernels.columns import (
     means_of_rows,
     multiply_rows,
     round_row,
+    row_options,
     store_row,
 )
-from tim_kernels.modulated_layer_norm.kernel import options
+from tim_kernels.on_device import on_own_device
 from tim_kernels.tangent_plan import TangentPlan
+
+
+def jvp_options(width: int) -> dict[str, Any]:
+    return row_options(width, "modulated_layer_norm_jvp")
 
 
 @triton.jit
@@ -104,6 +111,7 @@ def jvp_kernel(
         store_row(d_h_ptr + moving * D, d_h, D, BLOCKS)
 
 
+@on_own_device
 def launch_jvp(
     x_TD: Tensor,
     d_x_TD: Tensor,
@@ -151,6 +159,6 @@ def launch_jvp(
             d_shift.stride(0),
             d_scale.stride(0),
             eps,
-            **options(x.shape[1]),
+            **jvp_options(x.shape[1]),
         )
     return d_x_TD if d_x_new is None else d_x_new, d_h

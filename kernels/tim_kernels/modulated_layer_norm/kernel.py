@@ -26,19 +26,19 @@ from tim_kernels.columns import (
     round_row,
     row_options,
     scale_row,
-    stages_of,
     store_row,
     zero_row,
 )
+from tim_kernels.on_device import on_own_device
 from tim_kernels.segment_sum import segment_sum
 
-COLUMNS_PER_WARP = 640
-"""Two warps for 1152 columns: the last 128 of a bfloat16 row are then two a thread, and 32 bits is the least
-that an asynchronous copy to shared memory takes."""
+
+def forward_options(width: int) -> dict[str, Any]:
+    return row_options(width, "modulated_layer_norm forward")
 
 
-def options(width: int) -> dict[str, Any]:
-    return {**row_options(width, COLUMNS_PER_WARP), "STAGES": stages_of(width)}
+def backward_options(width: int) -> dict[str, Any]:
+    return row_options(width, "modulated_layer_norm backward")
 
 
 @triton.jit
@@ -160,6 +160,7 @@ def backward_kernel(
     store_row(out_ptr + D, d_scale, D, BLOCKS)
 
 
+@on_own_device
 def launch_forward(
     x_TD: Tensor,
     branch_TD: Tensor | None,
@@ -195,7 +196,7 @@ def launch_forward(
             shift_SD.stride(0),
             scale_SD.stride(0),
             eps,
-            **options(x_TD.shape[1]),
+            **forward_options(x_TD.shape[1]),
         )
     return x_TD if x_new is None else x_new, h, statistics
 
@@ -240,6 +241,6 @@ def launch_backward(
             0 if branch_TD is None else branch_TD.stride(0),
             0 if gate_SD is None else gate_SD.stride(0),
             scale_SD.stride(0),
-            **options(width),
+            **backward_options(width),
         )
     return d_x, d_branch, segment_sum(partial, plan)

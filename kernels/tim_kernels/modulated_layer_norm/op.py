@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tim_kernels import dispatch
 from tim_kernels.checks import check_device, check_floating, check_plan, check_shape
@@ -81,6 +82,7 @@ class _ModulatedLayerNorm(torch.autograd.Function):
         return x_new, h
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         from tim_kernels.modulated_layer_norm.kernel import launch_backward
 

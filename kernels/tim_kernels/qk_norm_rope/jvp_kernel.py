@@ -20,9 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tim_kernels.on_device import on_own_device
 from tim_kernels.qk_norm_rope.kernel import (
-    BACKWARD_ELEMENTS,
-    STAGES,
     Layout,
     add,
     head_options,
@@ -43,7 +42,7 @@ from tim_kernels.tangent_plan import TangentPlan
 
 
 def jvp_options(num_heads: int, head_dim: int) -> dict[str, Any]:
-    return head_options(num_heads, head_dim, BACKWARD_ELEMENTS)
+    return head_options(num_heads, head_dim, "qk_norm_rope_jvp")
 
 
 @triton.jit
@@ -63,6 +62,7 @@ def jvp_part(
     H: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCKS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """One part of a run (first row among the moving, first row in the pack, count)."""
     cos_ptr = table[0]
@@ -131,6 +131,7 @@ def jvp_kernel(
     H: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCKS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Grid and parts as in the forward. Positions are those of the whole pack.
 
@@ -153,13 +154,13 @@ def jvp_kernel(
     if part == 0:
         jvp_part(
             d_x_ptr, d_shift_ptr, x_ptr, shift_ptr, d_first_ptr, first_weight_ptr, table, run,
-            x_stride, d_x_stride, eps, N, H, HEADS, BLOCKS,
+            x_stride, d_x_stride, eps, N, H, HEADS, BLOCKS, STAGES,
         )  # fmt: skip
     if d_second_ptr is not None:
         if part == 1:
             jvp_part(
                 d_x_ptr, d_shift_ptr, x_ptr, shift_ptr, d_second_ptr, second_weight_ptr, table, run,
-                x_stride, d_x_stride, eps, N, H, HEADS, BLOCKS,
+                x_stride, d_x_stride, eps, N, H, HEADS, BLOCKS, STAGES,
             )  # fmt: skip
     if d_plain_ptr is not None:
         PLAIN: tl.constexpr = 1 if d_second_ptr is None else 2
@@ -167,10 +168,11 @@ def jvp_kernel(
         if part == PLAIN:
             jvp_part(
                 d_x_ptr, d_shift_ptr, None, None, d_plain_ptr, None, none, run,
-                x_stride, d_x_stride, eps, N, H, HEADS, BLOCKS,
+                x_stride, d_x_stride, eps, N, H, HEADS, BLOCKS, STAGES,
             )  # fmt: skip
 
 
+@on_own_device
 def launch_jvp(
     d_x: Tensor,
     d_shift_SE: Tensor | None,

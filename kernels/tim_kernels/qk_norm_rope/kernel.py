@@ -1,4 +1,4 @@
-"""Triton kernels: a program of one warp takes some heads of one part of a run of tokens, token by token.
+"""Triton kernels: a program, of one warp, takes some heads of one part of a run of tokens, token by token.
 
 A head of 72 is held as 64 + 8 columns (`column_blocks`), no lane of which is idle, and as the even and the
 odd members of its pairs, which the rotation mixes. One warp, so that every sum stays within it.
@@ -24,18 +24,17 @@ from torch import Tensor
 
 from tim_kernels.chunks import ChunkPlan
 from tim_kernels.columns import column_blocks
+from tim_kernels.on_device import on_own_device
 from tim_kernels.qk_norm_rope.table import RotaryTable
+from tim_kernels.schedule import RUN, schedule_of
 from tim_kernels.segment_sum import segment_sum
 
-FORWARD_ELEMENTS = 1152
-"""Most elements of a program at a time: 36 a thread."""
-BACKWARD_ELEMENTS = 576
-"""Half of it, because the backward also keeps its sums in registers."""
 MAX_REGISTERS = 168
 """Of a thread, for three warps a scheduler; without a limit the compiler takes up to 221. No spills."""
-STAGES: tl.constexpr = tl.constexpr(3)
-"""Two tokens are under way to shared memory while one is worked on: registers have no room for them."""
-MAX_ROWS_PER_PROGRAM = 32
+FEW_ELEMENTS, FEW_REGISTERS = 256, 80
+"""Of a backward's program, such as four heads of 64: eight a thread leave room for six warps a scheduler,
+which it needs to have enough bytes under way, and for the shift beside the sums."""
+FEW: tl.constexpr = tl.constexpr(FEW_ELEMENTS)
 MIN_ROWS_PER_PROGRAM = 4
 MIN_PROGRAMS = 2048
 """Sixteen warps for each multiprocessor of a large GPU."""
@@ -227,6 +226,7 @@ def forward_part(
     H: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCKS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """One part of a run (first token, count); norm: weight and bias; table: cos, sin and the positions."""
     weight_ptr = norm[0]
@@ -287,6 +287,7 @@ def forward_kernel(
     H: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCKS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Grid: (runs of tokens, groups of heads, parts). Parts lie side by side in a row of x.
 
@@ -309,16 +310,22 @@ def forward_kernel(
     table = (cos_ptr, sin_ptr, position_a_ptr, position_b_ptr)
     run = (start, count)
     if part == 0:
-        forward_part(x_ptr, shift_ptr, first_ptr, first_norm, table, run, x_stride, eps, N, H, HEADS, BLOCKS)
+        forward_part(
+            x_ptr, shift_ptr, first_ptr, first_norm, table, run, x_stride, eps, N, H, HEADS, BLOCKS, STAGES,
+        )  # fmt: skip
     if second_ptr is not None:
         norm = (second_weight_ptr, second_bias_ptr)
         if part == 1:
-            forward_part(x_ptr, shift_ptr, second_ptr, norm, table, run, x_stride, eps, N, H, HEADS, BLOCKS)
+            forward_part(
+                x_ptr, shift_ptr, second_ptr, norm, table, run, x_stride, eps, N, H, HEADS, BLOCKS, STAGES,
+            )  # fmt: skip
     if plain_ptr is not None:
         PLAIN: tl.constexpr = 1 if second_ptr is None else 2
         none = (None, None, None, None)
         if part == PLAIN:
-            forward_part(x_ptr, shift_ptr, plain_ptr, none, none, run, x_stride, eps, N, H, HEADS, BLOCKS)
+            forward_part(
+                x_ptr, shift_ptr, plain_ptr, none, none, run, x_stride, eps, N, H, HEADS, BLOCKS, STAGES,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -338,6 +345,7 @@ def backward_part(
     H: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCKS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """One part of a run; partials: where the sums for the affine weights and for the shift go."""
     cos_ptr = table[0]
@@ -353,6 +361,10 @@ def backward_part(
     if shift_partial_ptr is not None:
         d_shift_even = zero_heads(HEADS, BLOCKS)
         d_shift_odd = zero_heads(HEADS, BLOCKS)
+    KEEPS_SHIFT: tl.constexpr = HEADS * H <= FEW
+    if shift_ptr is not None:
+        if KEEPS_SHIFT:
+            shift_even, shift_odd = load_heads(shift_ptr, head, N, H, HEADS, BLOCKS)
     for i in tl.range(0, run[1], num_stages=STAGES):
         token = run[0] + i
         d_even, d_odd = load_heads(d_out_ptr + token * (N * H), head, N, H, HEADS, BLOCKS)
@@ -366,7 +378,8 @@ def backward_part(
             d_even, d_odd = rotate(d_even, d_odd, cos, sin, BLOCKS, True)
         if weight_ptr is not None:
             if shift_ptr is not None:
-                shift_even, shift_odd = load_heads(shift_ptr, head, N, H, HEADS, BLOCKS)
+                if not KEEPS_SHIFT:
+                    shift_even, shift_odd = load_heads(shift_ptr, head, N, H, HEADS, BLOCKS)
                 even = add(even, shift_even, BLOCKS)
                 odd = add(odd, shift_odd, BLOCKS)
             # Taken again from x: reading back a stored mean and deviation saves no instructions at H = 72.
@@ -422,6 +435,7 @@ def backward_kernel(
     H: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCKS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Grid and parts as in the forward; the plain part's gradient is copied into its place in d_x.
 
@@ -452,13 +466,13 @@ def backward_kernel(
     if part == 0:
         backward_part(
             d_first_ptr, x_ptr, shift_ptr, d_x_ptr, first_weight_ptr, table, partials, span,
-            x_stride, d_x_stride, eps, N, H, HEADS, BLOCKS,
+            x_stride, d_x_stride, eps, N, H, HEADS, BLOCKS, STAGES,
         )  # fmt: skip
     if d_second_ptr is not None:
         if part == 1:
             backward_part(
                 d_second_ptr, x_ptr, shift_ptr, d_x_ptr, second_weight_ptr, table, partials, span,
-                x_stride, d_x_stride, eps, N, H, HEADS, BLOCKS,
+                x_stride, d_x_stride, eps, N, H, HEADS, BLOCKS, STAGES,
             )  # fmt: skip
     if d_plain_ptr is not None:
         PLAIN: tl.constexpr = 1 if d_second_ptr is None else 2
@@ -467,7 +481,7 @@ def backward_kernel(
         if part == PLAIN:
             backward_part(
                 d_plain_ptr, None, None, d_x_ptr, None, none, shift_alone, span,
-                x_stride, d_x_stride, eps, N, H, HEADS, BLOCKS,
+                x_stride, d_x_stride, eps, N, H, HEADS, BLOCKS, STAGES,
             )  # fmt: skip
 
 
@@ -494,15 +508,19 @@ class Layout:
 
 
 def forward_options(num_heads: int, head_dim: int) -> dict[str, Any]:
-    return {**head_options(num_heads, head_dim, FORWARD_ELEMENTS), "maxnreg": MAX_REGISTERS}
+    return {**head_options(num_heads, head_dim, "qk_norm_rope forward"), "maxnreg": MAX_REGISTERS}
 
 
 def backward_options(num_heads: int, head_dim: int, *, has_shift: bool) -> dict[str, Any]:
+    options = head_options(num_heads, head_dim, "qk_norm_rope backward")
     # Without a shift the compiler needs 128 registers, and spreads to the limit if one is set.
     limit = MAX_REGISTERS if has_shift else None
-    return {**head_options(num_heads, head_dim, BACKWARD_ELEMENTS), "maxnreg": limit}
+    if options["HEADS"] * head_dim <= FEW_ELEMENTS and len(options["BLOCKS"]) == 1:
+        limit = FEW_REGISTERS
+    return {**options, "maxnreg": limit}
 
 
+@on_own_device
 def launch_forward(
     x: Tensor,
     shift_SE: Tensor | None,
@@ -602,17 +620,19 @@ def launch_backward(
     return d_x, sums, d_shift
 
 
-def head_options(num_heads: int, head_dim: int, elements: int) -> dict[str, Any]:
-    """Compile-time arguments and warps of a program that holds at most about `elements` at a time.
+def head_options(num_heads: int, head_dim: int, kernel: str) -> dict[str, Any]:
+    """Compile-time arguments and warps of a kernel that works on some heads at a time.
 
     Heads are taken by a power of two: the largest that fits, or half of it where that idles fewer lanes.
     """
+    schedule = schedule_of(kernel)
     most = 1
-    while most * 2 * head_dim <= elements and most < num_heads:
+    while most * 2 * head_dim <= schedule.elements and most < num_heads:
         most *= 2
     half = max(most // 2, 1)
     heads = half if -(-num_heads // half) * half < -(-num_heads // most) * most else most
-    return {"N": num_heads, "H": head_dim, "HEADS": heads, "BLOCKS": column_blocks(head_dim), "num_warps": 1}
+    blocks = {"HEADS": heads, "BLOCKS": column_blocks(head_dim), "STAGES": schedule.stages}
+    return {"N": num_heads, "H": head_dim, **blocks, "num_warps": schedule.num_warps}
 
 
 def _grid(
@@ -620,7 +640,7 @@ def _grid(
 ) -> tuple[tuple[int, int, int], int]:
     """The grid, and the tokens of a program where no plan says them."""
     groups = -(-options["N"] // options["HEADS"])
-    rows = MAX_ROWS_PER_PROGRAM
+    rows = schedule_of(RUN).rows
     while rows > MIN_ROWS_PER_PROGRAM and num_rows * groups * num_parts < rows * MIN_PROGRAMS:
         rows //= 2
     return (-(-num_rows // rows) if plan is None else plan.num_chunks, groups, num_parts), rows

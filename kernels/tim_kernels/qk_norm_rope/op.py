@@ -9,9 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tim_kernels import dispatch
-from tim_kernels.checks import check_device, check_floating, check_plan, check_shape, unit_column_stride
+from tim_kernels.checks import (
+    check_device,
+    check_eps,
+    check_floating,
+    check_plan,
+    check_shape,
+    unit_column_stride,
+)
 from tim_kernels.chunks import ChunkPlan
 from tim_kernels.qk_norm_rope.reference import packed_norm_rope_reference, qk_norm_rope_reference
 from tim_kernels.qk_norm_rope.table import RotaryTable
@@ -48,6 +56,7 @@ def qk_norm_rope(
     """
     if x_TNH.ndim != 3:
         raise ValueError(f"{NAME}: x: expected [tokens, heads, head_dim], received {list(x_TNH.shape)}")
+    check_eps(NAME, eps)
     _, num_heads, head_dim = x_TNH.shape
     norm = _affine(weight_H, bias_H)
     _check(x_TNH, (norm,), head_dim, table, None, None)
@@ -121,6 +130,7 @@ def _packed(
     eps: float,
 ) -> tuple[Tensor, ...]:
     """The normalised parts and a plain one after them."""
+    check_eps(NAME, eps)
     num_parts = len(norms) + 1
     if packed_TE.ndim != 2 or packed_TE.shape[1] % (num_parts * num_heads):
         raise ValueError(
@@ -173,6 +183,7 @@ class _QkNormRope(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         from tim_kernels.qk_norm_rope.kernel import launch_backward
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tim_kernels.on_device import on_own_device
 from tim_kernels.swiglu.kernel import grid_of, tile, tile_options
 
 
@@ -47,6 +48,7 @@ def jvp_kernel(
     tl.store(d_out_ptr + row * H + column, d_out.to(d_out_ptr.dtype.element_ty), mask=mask)
 
 
+@on_own_device
 def launch_jvp(
     gate_TH: Tensor, up_TH: Tensor, d_gate_TH: Tensor, d_up_TH: Tensor, rows: Tensor | None
 ) -> Tensor:

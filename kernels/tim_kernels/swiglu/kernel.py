@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tim_kernels.on_device import on_own_device
+
 COLUMN_TILES = (512, 256, 128, 64, 32)
 TILE = 2048
 """Elements of a tile: two vectors of eight for each thread of four warps."""
@@ -86,6 +88,7 @@ def backward_kernel(
     tl.store(d_up_ptr + row * d_up_stride + column, d_up.to(d_up_ptr.dtype.element_ty), mask=mask)
 
 
+@on_own_device
 def launch_forward(gate_TH: Tensor, up_TH: Tensor) -> Tensor:
     """Columns of both arguments are adjacent in memory."""
     num_rows, width = gate_TH.shape

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tim_kernels import dispatch
 from tim_kernels.checks import check_device, check_floating, check_shape, unit_column_stride
@@ -68,6 +69,7 @@ class _SwiGLU(torch.autograd.Function):
         return launch_forward(gate_TH, up_TH)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
         from tim_kernels.swiglu.kernel import launch_backward
 
@@ -86,6 +88,7 @@ class _PackedSwiGLU(torch.autograd.Function):
         return launch_forward(*gate_up.chunk(2, dim=-1))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         from tim_kernels.swiglu.kernel import launch_backward
 

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tim_kernels.chunks import ChunkPlan
+from tim_kernels.on_device import on_own_device
 from tim_kernels.transition_loss.reference import COSINE_FLOOR, TargetCoefficients
 
 TILE = 1024
@@ -229,6 +230,7 @@ def backward_kernel(
         tl.store(d_F_ptr + offset, d_F.to(d_F_ptr.dtype.element_ty), mask=mask)
 
 
+@on_own_device
 def launch_forward(
     F_TC: Tensor,
     fields: Fields,

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tim_kernels import dispatch
 from tim_kernels.checks import check_device, check_floating, check_plan, check_shape
@@ -105,6 +106,7 @@ class _TransitionLoss(torch.autograd.Function):
         return denoising_S, directional_S
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         from tim_kernels.transition_loss.kernel import launch_backward
 

@@ -17,7 +17,7 @@ T queries and L keys of the pack, T' and L' of what moves, N heads, H head width
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -25,6 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 from tim_kernels.dispatch import is_interpreting
+from tim_kernels.on_device import on_own_device
+from tim_kernels.schedule import WIDE_TILE, Tile, schedule_of
 from tim_kernels.varlen_attention.tangent_plan import ROWS_PER_TILE, AttentionTangentPlan
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -190,35 +192,14 @@ def jvp_kernel(
         tl.store(at, value.to(d_out_ptr.dtype.element_ty), mask=mask)
 
 
-class Tile(NamedTuple):
-    """Queries and keys at a time, stages of the pipeline along the keys, warps."""
-
-    rows: int
-    keys: int
-    stages: int
-    num_warps: int
-
-
-WIDE = Tile(64, 16, 2, 8)
-"""Of heads too wide for the registers of 128 queries, and of float32."""
-NARROW = Tile(128, 32, 3, 8)
-"""128 queries share what is read of the keys."""
-CANDIDATES = (
-    NARROW, Tile(128, 32, 2, 8), Tile(128, 64, 2, 8), Tile(128, 64, 3, 8),
-    Tile(64, 32, 3, 4), Tile(64, 64, 2, 4), Tile(64, 64, 3, 4), Tile(64, 64, 2, 8),
-)  # fmt: skip
-"""What heads of 72 and less fit in on sm_90 without a spill; `bench --tune` times them."""
-
-
 def tile_of(head_dim: int, dtype: torch.dtype) -> Tile:
-    return WIDE if head_dim > 96 or dtype == torch.float32 else NARROW
+    is_wide = head_dim > 96 or dtype == torch.float32
+    return schedule_of(WIDE_TILE if is_wide else "varlen_attention_jvp")
 
 
-def jvp_options(
-    num_heads: int, head_dim: int, dtype: torch.dtype, tile: Tile | None = None
-) -> dict[str, Any]:
+def jvp_options(num_heads: int, head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
     """Compile-time arguments and warps. float32 is for accuracy: three products of TF32 for each."""
-    tile = tile or tile_of(head_dim, dtype)
+    tile = tile_of(head_dim, dtype)
     return {
         "N": num_heads,
         "H": head_dim,
@@ -232,6 +213,7 @@ def jvp_options(
     }
 
 
+@on_own_device
 def launch_jvp(
     q: Tensor,
     k: Tensor,
@@ -243,12 +225,11 @@ def launch_jvp(
     lse: Tensor | None,
     plan: AttentionTangentPlan,
     scale: float,
-    tile: Tile | None = None,
 ) -> Tensor:
     """Rows of all arguments hold adjacent heads; lse is float32 [T, N], contiguous."""
     _, num_heads, head_dim = q.shape
     d_out = torch.empty(d_q.shape, dtype=q.dtype, device=q.device)
-    options = jvp_options(num_heads, head_dim, q.dtype, tile)
+    options = jvp_options(num_heads, head_dim, q.dtype)
     if plan.num_tiles:
         jvp_kernel[(plan.num_tiles * options["PIECES"], num_heads)](
             q,
