@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,7 @@ GOOD = aot.Resources(
     wide_stores=2,
     matrix=0,
     traps=0,
+    atomics=0,
     narrow_offsets=0,
     specialised_lengths=0,
 )
@@ -115,6 +117,10 @@ BAD = {
     "stack": ({"stack_bytes": 8}, "8 bytes of stack"),
     "empty body": ({"loads": 0, "traps": 1}, "no working body: 0 loads, 1 traps"),
     "narrow loads": ({"wide_loads": 4}, "4 loads of 128 bits, expected at least 5"),
+    "fewer wide loads": ({"wide_loads": 5}, "5 loads of 128 bits, on record 6"),
+    "fewer wide stores": ({"wide_stores": 0}, "0 stores of 128 bits, on record 2"),
+    "atomics": ({"atomics": 1}, "1 atomics: its sums would differ from run to run"),
+    "more shared memory": ({"shared_bytes": 1041}, "1041 bytes of shared memory, on record 16"),
     "no tensor cores": ({"matrix": 0}, "no matrix instructions"),
     "32-bit rows": ({"narrow_offsets": 2}, "2 products of a row stride in 32 bits"),
     "recompilation": ({"specialised_lengths": 1}, "1 lengths are not in do_not_specialize"),
@@ -129,15 +135,81 @@ BAD = {
 @pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD.keys())
 def test_each_fault_is_found(change, message):
     variant = Variant("op", "label", None, {}, {}, 4, wide_loads=5, matrix="matrix" in change)
-    (fault,) = aot.faults(variant, 90, replace(GOOD, **change), GOOD)
+    # What is a fault whatever is on record is looked for without one.
+    recorded = GOOD if "on record" in message else None
+    (fault,) = aot.faults(variant, 90, replace(GOOD, **change), recorded)
     assert fault.startswith("op/label, sm_90: ") and message in fault
 
 
 def test_growth_within_the_margin_and_spills_beyond_the_two_architectures_pass():
     variant = Variant("op", "label", None, {}, {}, 4, wide_loads=5)
-    assert aot.faults(variant, 90, replace(GOOD, registers=72), GOOD) == []
+    grown = replace(GOOD, registers=72, shared_bytes=16 + 1024, wide_loads=7, wide_stores=3, matrix=1)
+    assert aot.faults(variant, 90, grown, GOOD) == []
     assert aot.faults(variant, 100, replace(GOOD, spills=3), GOOD) == []
     assert aot.faults(variant, 90, replace(GOOD, registers=200), None) == []
+
+
+WORSE = {
+    "registers": 9,
+    "shared_bytes": 200 * 1024 - 16,
+    "wide_loads": -1,
+    "wide_stores": -1,
+    "matrix": -1,
+}
+
+
+def test_a_kernel_worse_than_on_record_is_found_for_every_shipped_variant():
+    """Of the real record: a figure made a little worse is a fault, where the compiler is the record's."""
+    record = aot.read_record()
+    compared = Counter()
+    for v in variants():
+        recorded = aot.Resources(**record["variants"][v.name]["sm_90"])
+        assert aot.faults(v, 90, recorded, recorded) == []
+        for name, change in WORSE.items():
+            then = getattr(recorded, name)
+            if then + change < 0:
+                continue
+            worse = replace(recorded, **{name: then + change})
+            assert any(f"on record {then}" in fault for fault in aot.faults(v, 90, worse, recorded)), v.name
+            assert not any("on record" in fault for fault in aot.faults(v, 90, worse, None)), v.name
+            compared[name] += 1
+    assert all(compared[name] >= 6 for name in WORSE)
+
+
+_ATOMICS = """
+import triton
+import triton.language as tl
+from tim_kernels import aot
+from tim_kernels.shipped import Variant
+
+@triton.jit
+def summed_in_any_order(x_ptr, out_ptr, num_rows, COLUMNS: tl.constexpr, HOW: tl.constexpr):
+    column = tl.arange(0, COLUMNS)
+    x = tl.load(x_ptr + tl.program_id(0).to(tl.int64) * COLUMNS + column)
+    if HOW == "add":
+        tl.atomic_add(out_ptr + column, x)
+    elif HOW == "lock":
+        tl.store(out_ptr + 1 + column, x + tl.atomic_cas(out_ptr.to(tl.pointer_type(tl.int32)), 0, 1))
+    else:
+        tl.store(out_ptr + column, x)
+
+types = {"x_ptr": "*fp32", "out_ptr": "*fp32", "num_rows": "i32"}
+for how in ("add", "lock", "store"):
+    constants = {"COLUMNS": 128, "HOW": how}
+    mutant = Variant("op", how, summed_in_any_order, types, constants, 4, 0)
+    print(aot.compile_variant(mutant, 90).atomics)
+"""
+
+
+def test_atomics_are_counted_in_the_machine_code(tmp_path):
+    """The interpreter runs programs one by one: repeated runs agree there whatever the kernel does."""
+    # Triton reads a kernel's source from its file.
+    script = tmp_path / "atomics.py"
+    script.write_text(_ATOMICS)
+    done = _python(str(script))
+    assert done.returncode == 0, done.stderr
+    added, locked, stored = map(int, done.stdout.split())
+    assert added > 0 and locked > 0 and stored == 0
 
 
 def test_another_compiler_may_spill_a_few_registers_and_no_more():
