@@ -32,6 +32,7 @@ from tim_ds.trainer.inputs import Prepare, StepInputs
 from tim_ds.trainer.metrics import Sums
 from tim_ds.trainer.step import TransitionStep
 from tim_kernels import use_path
+from tim_kernels.offsets import PROGRAMS
 from tim_kernels.shipped import variants
 from tim_kernels.varlen_attention import op
 from tim_kernels.varlen_attention.backends import Situation
@@ -224,6 +225,8 @@ def test_launches_of_the_largest_packs_are_within_the_limits_of_a_device(monkeyp
         for launch in seen.launches:
             x, y, z = (*launch.grid, 1, 1)[:3]
             assert 1 <= x < 2**31 and 1 <= y < 2**16 and 1 <= z < 2**16, launch
+            # On which it rests that some offsets are taken in 32 bits.
+            assert all(n <= PROGRAMS[axis] for n, axis in zip((x, y, z), "xyz", strict=True)), launch
             for name, value in launch.tensors.items():
                 assert value.device == DEVICE, f"{launch.kernel}: {name}"
                 # Within a row all is adjacent; the rows lie as the kernel is told, or one behind the other.

@@ -26,6 +26,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tim_kernels.offsets import narrow_offsets
+
 if TYPE_CHECKING:
     from tim_kernels.limits import Limits
     from tim_kernels.shipped import Variant
@@ -67,7 +69,7 @@ class Resources:
     atomics: int
     """In PTX or machine code, whichever holds more: sums in the order in which programs happen to run."""
     narrow_offsets: int
-    """Products of a row stride in 32 bits: they would wrap beyond 2^31 elements."""
+    """Products in 32 bits on the way to an address, which would wrap beyond 2^31 elements (`offsets.py`)."""
     specialised_lengths: int
     """Run-time lengths (num_*) on whose value Triton would compile anew."""
 
@@ -178,7 +180,7 @@ def faults(
     if found.atomics:
         wrong.append(f"{found.atomics} atomics: its sums would differ from run to run")
     if found.narrow_offsets:
-        wrong.append(f"{found.narrow_offsets} products of a row stride in 32 bits")
+        wrong.append(f"{found.narrow_offsets} products in 32 bits on the way to an address")
     if found.specialised_lengths:
         wrong.append(f"{found.specialised_lengths} lengths are not in do_not_specialize")
     if recorded is not None:
@@ -340,7 +342,7 @@ def _read(asm: dict[str, Any], shared_bytes: int, specialised_lengths: int) -> t
         matrix=count(_MATRIX),
         traps=count(("BPT",)) - guardrails,
         atomics=max(written, count(_ATOMICS) - allocations),
-        narrow_offsets=len(re.findall(r"arith\.muli [^\n]*%\w*_stride\b[^\n]*: i32", asm["ttir"])),
+        narrow_offsets=len(narrow_offsets(asm["ttir"])),
         specialised_lengths=specialised_lengths,
     )
     return found, code

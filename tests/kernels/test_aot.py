@@ -122,7 +122,7 @@ BAD = {
     "atomics": ({"atomics": 1}, "1 atomics: its sums would differ from run to run"),
     "more shared memory": ({"shared_bytes": 1041}, "1041 bytes of shared memory, on record 16"),
     "no tensor cores": ({"matrix": 0}, "no matrix instructions"),
-    "32-bit rows": ({"narrow_offsets": 2}, "2 products of a row stride in 32 bits"),
+    "32-bit rows": ({"narrow_offsets": 2}, "2 products in 32 bits on the way to an address"),
     "recompilation": ({"specialised_lengths": 1}, "1 lengths are not in do_not_specialize"),
     "growth": ({"registers": 73}, "73 registers, on record 64"),
     "shared memory": (
@@ -176,40 +176,57 @@ def test_a_kernel_worse_than_on_record_is_found_for_every_shipped_variant():
     assert all(compared[name] >= 6 for name in WORSE)
 
 
-_ATOMICS = """
+_MUTANTS = """
+import json, sys
 import triton
 import triton.language as tl
 from tim_kernels import aot
 from tim_kernels.shipped import Variant
 
 @triton.jit
-def summed_in_any_order(x_ptr, out_ptr, num_rows, COLUMNS: tl.constexpr, HOW: tl.constexpr):
-    column = tl.arange(0, COLUMNS)
-    x = tl.load(x_ptr + tl.program_id(0).to(tl.int64) * COLUMNS + column)
-    if HOW == "add":
+def copy_kernel(x_ptr, out_ptr, row_ptr, row_size, D: tl.constexpr, HOW: tl.constexpr):
+    column = tl.arange(0, 128)
+    row = tl.load(row_ptr + tl.program_id(0) * 3)
+    wide = row.to(tl.int64)
+    x = tl.load(x_ptr + wide * D + column)
+    at = wide * D
+    if HOW == "dense rows":
+        at = row * D
+    elif HOW == "rows of a size":
+        at = row * row_size
+    elif HOW == "widened too late":
+        at = (row * D).to(tl.int64)
+    elif HOW == "cut":
+        at = (wide * D).to(tl.int32)
+    elif HOW == "counter":
+        for i in range(row):
+            tl.store(out_ptr + i * D + column, x)
+    elif HOW == "add":
         tl.atomic_add(out_ptr + column, x)
     elif HOW == "lock":
-        tl.store(out_ptr + 1 + column, x + tl.atomic_cas(out_ptr.to(tl.pointer_type(tl.int32)), 0, 1))
-    else:
-        tl.store(out_ptr + column, x)
+        x += tl.atomic_cas(out_ptr.to(tl.pointer_type(tl.int32)), 0, 1)
+    tl.store(out_ptr + at + tl.program_id(1) * 128 + column, x)
 
-types = {"x_ptr": "*fp32", "out_ptr": "*fp32", "num_rows": "i32"}
-for how in ("add", "lock", "store"):
-    constants = {"COLUMNS": 128, "HOW": how}
-    mutant = Variant("op", how, summed_in_any_order, types, constants, 4, 0)
-    print(aot.compile_variant(mutant, 90).atomics)
+types = {"x_ptr": "*fp32", "out_ptr": "*fp32", "row_ptr": "*i32", "row_size": "i32"}
+found = {}
+for how in sys.argv[1:]:
+    variant = Variant("op", how, copy_kernel, types, {"D": 128, "HOW": how}, 4, 0)
+    of = aot.compile_variant(variant, 90)
+    found[how] = [of.narrow_offsets, of.atomics > 0]
+print(json.dumps(found))
 """
 
 
-def test_atomics_are_counted_in_the_machine_code(tmp_path):
-    """The interpreter runs programs one by one: repeated runs agree there whatever the kernel does."""
+def test_narrow_offsets_and_atomics_of_mutants_are_found(tmp_path):
+    """The interpreter runs programs one by one: repeated runs agree there, whatever a kernel adds to."""
+    narrow = ("dense rows", "rows of a size", "widened too late", "cut", "counter")
     # Triton reads a kernel's source from its file.
-    script = tmp_path / "atomics.py"
-    script.write_text(_ATOMICS)
-    done = _python(str(script))
+    script = tmp_path / "mutants.py"
+    script.write_text(_MUTANTS)
+    done = _python(str(script), "none", *narrow, "add", "lock")
     assert done.returncode == 0, done.stderr
-    added, locked, stored = map(int, done.stdout.split())
-    assert added > 0 and locked > 0 and stored == 0
+    expected = {"none": [0, False], **{how: [1, False] for how in narrow}, "add": [0, True], "lock": [0, True]}
+    assert json.loads(done.stdout) == expected
 
 
 def test_another_compiler_may_spill_a_few_registers_and_no_more():
