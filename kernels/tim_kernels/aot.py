@@ -3,6 +3,7 @@
     python -m tim_kernels.aot            compile, print the table, exit 1 if something is wrong
     python -m tim_kernels.aot --write    and record the table in kernels/results/resources.json
     python -m tim_kernels.aot --json     print it as JSON
+    python -m tim_kernels.aot --common   leave out what few recipes launch
     python -m tim_kernels.aot --candidates   the same for what `bench --tune` times, sm_80 and sm_90
     python -m tim_kernels.aot --limits   what the machine code allows of a device's bandwidth (limits.py)
 
@@ -258,6 +259,8 @@ def all_faults(table: dict[str, Any], record: dict[str, Any]) -> list[str]:
     wrong = []
     comparable = table["triton"] == record["triton"]
     for v in variants():
+        if v.is_seldom and v.name not in table["variants"]:
+            continue
         for a in table["architectures"]:
             found = Resources(**table["variants"][v.name][f"sm_{a}"])
             old = record["variants"].get(v.name, {}).get(f"sm_{a}")
@@ -265,7 +268,7 @@ def all_faults(table: dict[str, Any], record: dict[str, Any]) -> list[str]:
                 wrong.append(f"{v.name}, sm_{a}: not on record; run python -m tim_kernels.aot --write")
             recorded = Resources(**old) if old and comparable else None
             wrong += faults(v, a, found, recorded, same_compiler=comparable)
-    stale = record["variants"].keys() - table["variants"].keys()
+    stale = record["variants"].keys() - {v.name for v in variants()}
     wrong += [f"{name}: on record but not shipped; run python -m tim_kernels.aot --write" for name in stale]
     return wrong
 
@@ -360,6 +363,7 @@ def main() -> int:
     )
     parser.add_argument("--write", action="store_true", help="record the table in kernels/results")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--common", action="store_true", help="leave out what few recipes launch")
     parser.add_argument(
         "--candidates", action="store_true", help="compile what `bench --tune` times, for sm_80 and sm_90"
     )
@@ -377,6 +381,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.write and arguments.architectures != list(ARCHITECTURES):
         parser.error("--write records all architectures")
+    if arguments.write and arguments.common:
+        parser.error("--write records all variants")
     if arguments.write and not RECORD.parent.is_dir():
         parser.error("--write: the record is kernels/results of a checkout, and this is an installed copy")
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
@@ -401,7 +407,8 @@ def main() -> int:
         print(json.dumps(table) if arguments.json else format_table(table))
         print("\n".join(wrong), end="\n" if wrong else "", file=sys.stderr)
         return 1 if wrong else 0
-    table = compile_all(arguments.architectures, variants())
+    chosen = [v for v in variants() if not (arguments.common and v.is_seldom)]
+    table = compile_all(arguments.architectures, chosen)
     if arguments.write:
         RECORD.write_text(json.dumps(table, indent=1) + "\n")
     print(json.dumps(table) if arguments.json else format_table(table))
