@@ -27,8 +27,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data_pipeline.batch import Latents
+from data_pipeline.command import command
 from data_pipeline.config import AutoencoderConfig, DataConfig
 from data_pipeline.draws import generator
+from data_pipeline.errors import DataError
 from data_pipeline.index import (
     FORMAT,
     INDEX_NAME,
@@ -496,6 +498,7 @@ def reading_lines(
         )
 
 
+@command(DataError, OSError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure the pipeline on this machine."""
     parser = argparse.ArgumentParser(prog="python -m data_pipeline.bench", description=main.__doc__)

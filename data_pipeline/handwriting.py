@@ -36,6 +36,7 @@ import torch
 from safetensors.torch import save
 from tqdm import tqdm
 
+from data_pipeline.command import command
 from data_pipeline.config import AutoencoderConfig, TextEncoderConfig
 from data_pipeline.draws import generator
 from data_pipeline.encoders.autoencoder import PixelAutoencoder
@@ -335,6 +336,7 @@ def _check_finished(out: Path, wanted: dict[str, Any]) -> None:
         )
 
 
+@command(DataError, OSError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Build the embedded data set, or say that it is there."""
     default = Settings()
@@ -362,12 +364,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(parser.parse_args(arguments))
     out: Path = options.pop("out")
     options["phrasings"] = tuple(name.strip() for name in options["phrasings"].split(",") if name.strip())
-    try:
-        built = build(out, Settings(**options))
-        index = load_index(out)
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    built = build(out, Settings(**options))
+    index = load_index(out)
     state = "built" if built else "already there with these settings, left as it is"
     print(f"{out}: {state}; {len(index)} samples in {len(index.shards)} shards, index {index.hash}")
     return 0

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from data_pipeline.command import command
 from data_pipeline.draws import generator
 from data_pipeline.errors import DataError
 from data_pipeline.handwriting import (
@@ -90,6 +91,7 @@ def write_pictures(out: Path, name: NewName, count: int, *, seed: int = 0) -> No
         (out / f"{number:05d}.txt").write_text(name.caption(prompt, phrasing) + "\n", encoding="utf-8")
 
 
+@command(DataError, OSError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write captioned pictures in which a digit has a new name."""
     parser = argparse.ArgumentParser(
@@ -100,12 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of prompts and compositions")
     parser.add_argument("--out", type=Path, required=True, help="folder to create")
     options = parser.parse_args(arguments)
-    try:
-        name = NewName.parse(options.rename)
-        write_pictures(options.out, name, options.count, seed=options.seed)
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    name = NewName.parse(options.rename)
+    write_pictures(options.out, name, options.count, seed=options.seed)
     print(f"{options.out}: {options.count} pictures, {NUMERALS[name.digit]} is called {name.word}")
     return 0
 

@@ -28,6 +28,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import numpy as np
 from tqdm import tqdm
 
+from data_pipeline.command import command
 from data_pipeline.errors import DataError
 from data_pipeline.packing import LengthGroups
 from data_pipeline.remote_shards import RemoteShard, find_shards
@@ -615,6 +616,7 @@ def _index_shard(folder: Path | str, name: str) -> ShardRows:
         raise DataError(f"{folder}/{name}: cannot be read ({error}); try again") from error
 
 
+@command(DataError, OSError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Build and save the index of shards, or verify the one that is there."""
     parser = argparse.ArgumentParser(prog="python -m data_pipeline.index", description=main.__doc__)
@@ -646,25 +648,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     first, several = options.location[0], len(options.location) > 1
-    try:
-        if options.verify:
-            if several:
-                raise DataError("--verify: expected the one folder or URL of the shards")
-            index = load_index(first, kept_in=options.out, verify=True)
-            path: Path | str = f"{options.out or first}/{INDEX_NAME}"
-        else:
-            if options.out is None and is_url(first):
-                raise DataError("--out: required for shards at a URL; data.index then names that folder")
-            index = build_index(
-                options.location if several else first,
-                num_classes=options.num_classes,
-                processes=options.processes,
-                max_bad_share=options.max_bad,
-            )
-            path = index.save(options.out)
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if options.verify:
+        if several:
+            raise DataError("--verify: expected the one folder or URL of the shards")
+        index = load_index(first, kept_in=options.out, verify=True)
+        path: Path | str = f"{options.out or first}/{INDEX_NAME}"
+    else:
+        if options.out is None and is_url(first):
+            raise DataError("--out: required for shards at a URL; data.index then names that folder")
+        index = build_index(
+            options.location if several else first,
+            num_classes=options.num_classes,
+            processes=options.processes,
+            max_bad_share=options.max_bad,
+        )
+        path = index.save(options.out)
     print(f"{path}: {len(index)} samples in {len(index.shards)} shards, hash {index.hash}")
     if not options.verify and options.out is not None:
         print(f"for the recipe: data.shards={index.folder} data.index={options.out}")

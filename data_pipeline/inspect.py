@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from data_pipeline.command import command
 from data_pipeline.config import AutoencoderConfig, TextEncoderConfig
 from data_pipeline.encoders.autoencoder import Autoencoder, build_autoencoder
 from data_pipeline.errors import DataError
@@ -258,6 +259,7 @@ def manifest_autoencoder(folder: Path | str, *, kept_in: str | None = None) -> A
         ) from error
 
 
+@command(DataError, OSError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Describe a folder of shards."""
     parser = argparse.ArgumentParser(prog="python -m data_pipeline.inspect", description=main.__doc__)
@@ -278,28 +280,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--no-sheet", action="store_true")
     options = parser.parse_args(arguments)
-    try:
-        index = load_index(options.folder, kept_in=options.index)
-        largest = int(index.groups(options.patch_size).lengths[-1])
-        print(
-            report(
-                index,
-                patch_size=options.patch_size,
-                tokens_per_pack=options.tokens_per_pack or 4 * largest,
-                packs_per_step=options.packs_per_step,
-                kept_in=options.index,
-            )
+    index = load_index(options.folder, kept_in=options.index)
+    largest = int(index.groups(options.patch_size).lengths[-1])
+    print(
+        report(
+            index,
+            patch_size=options.patch_size,
+            tokens_per_pack=options.tokens_per_pack or 4 * largest,
+            packs_per_step=options.packs_per_step,
+            kept_in=options.index,
         )
-        if not options.no_sheet:
-            if options.sheet is None and not isinstance(index.folder, Path):
-                raise DataError("--sheet: required for shards at a URL, or --no-sheet")
-            path = options.sheet or Path(options.folder) / "contact_sheet.png"
-            autoencoder = build_autoencoder(manifest_autoencoder(index.folder, kept_in=options.index))
-            contact_sheet(index, autoencoder, count=options.samples, seed=options.seed).save(path)
-            print(f"contact sheet    {path}")
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    )
+    if not options.no_sheet:
+        if options.sheet is None and not isinstance(index.folder, Path):
+            raise DataError("--sheet: required for shards at a URL, or --no-sheet")
+        path = options.sheet or Path(options.folder) / "contact_sheet.png"
+        autoencoder = build_autoencoder(manifest_autoencoder(index.folder, kept_in=options.index))
+        contact_sheet(index, autoencoder, count=options.samples, seed=options.seed).save(path)
+        print(f"contact sheet    {path}")
     return 0
 
 

@@ -34,6 +34,7 @@ import torch
 from safetensors.torch import save
 from tqdm import tqdm
 
+from data_pipeline.command import command
 from data_pipeline.config import AutoencoderConfig, TextEncoderConfig
 from data_pipeline.encoders.identity import latent_shape, revision
 from data_pipeline.errors import DataError
@@ -709,14 +710,15 @@ def prepare(options: argparse.Namespace) -> str:
     return f"{describe(job, whole)}\n{job.out}: finished"
 
 
+@command(DataError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Turn pictures and captions (or labels) into shards."""
     options = _parser().parse_args(arguments)
     try:
-        print(prepare(options))
+        done = prepare(options)
     except (DataError, OSError) as error:
-        print(f"error: {_by_option(str(error))}", file=sys.stderr)
-        return 1
+        raise DataError(_by_option(str(error))) from error
+    print(done)
     return 0
 
 

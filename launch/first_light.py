@@ -22,6 +22,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_pipeline.command import command
+
 ROOT = Path(__file__).parents[1]
 SHOWN_LINES = 30
 """Last lines of a part's output that are printed; the log holds all."""
@@ -183,6 +185,7 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines) + "\n"
 
 
+@command(OSError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0; 1 if a part failed or found no time; 2 without a GPU."""
     parser = argparse.ArgumentParser(

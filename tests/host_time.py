@@ -28,9 +28,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.driver import driver
 
 from data_pipeline.batch import Latents, PackedBatch
+from data_pipeline.command import command
 from tests.kernels.dry_run import Driver
 from tim_ds.config.load import load_recipe
 from tim_ds.config.recipe import Recipe
+from tim_ds.errors import ConfigError
 from tim_ds.model.tim import TiM
 from tim_ds.trainer.inputs import Prepare, StepInputs
 from tim_ds.trainer.step import TransitionStep
@@ -188,6 +190,7 @@ def count(micro_step: MicroStep, kernels: Counter[str]) -> Seen:
     return replace(seen, kernels=Counter(kernels))
 
 
+@command(ConfigError, OSError)
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tests.host_time", description="What the host does to queue a step."

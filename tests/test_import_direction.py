@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 OURS = ("tim_ds", "tim_kernels", "data_pipeline", "launch")
 
 # What every part of tim_ds and launch may import. Each package's config.py is added to it.
-SHARED = ("tim_ds.packed", "tim_ds.errors", "tim_ds.__version__")
+SHARED = ("tim_ds.packed", "tim_ds.errors", "tim_ds.__version__", "data_pipeline.command")
 
 ALLOWED: dict[str, tuple[str, ...]] = {
     "launch": ("tim_ds.trainer", "tim_ds.eval", "tim_ds.pipeline", "tim_ds.config"),

@@ -99,7 +99,7 @@ class TestSample:
         message: str,
     ) -> None:
         out = tmp_path / "out"
-        assert sample(["--export", str(export), "--prompt", "a", *words, "--out", str(out)]) == 1
+        assert sample(["--export", str(export), "--prompt", "a", *words, "--out", str(out)]) == 2
         captured = capsys.readouterr()
         assert captured.out == "" and message in captured.err and captured.err.startswith("error: ")
         assert not out.exists()
@@ -109,11 +109,11 @@ class TestSample:
     ) -> None:
         (tmp_path / "empty.txt").write_text("\n \n")
         out = ["--size", "8x8", "--out", str(tmp_path / "out")]
-        assert sample(["--export", str(export), "--prompts-file", str(tmp_path / "empty.txt"), *out]) == 1
+        assert sample(["--export", str(export), "--prompts-file", str(tmp_path / "empty.txt"), *out]) == 2
         assert "expected at least one prompt, received none" in capsys.readouterr().err
-        assert sample(["--export", str(export), "--prompts-file", str(tmp_path / "no.txt"), *out]) == 1
+        assert sample(["--export", str(export), "--prompts-file", str(tmp_path / "no.txt"), *out]) == 2
         assert "no.txt: cannot be read" in capsys.readouterr().err
-        assert sample(["--export", str(tmp_path / "none"), "--prompt", "a", *out]) == 1
+        assert sample(["--export", str(tmp_path / "none"), "--prompt", "a", *out]) == 2
         assert "none: not there; expected an export folder, a run" in capsys.readouterr().err
 
     def test_a_folder_that_cannot_be_written_is_refused_before_any_picture_is_made(
@@ -128,17 +128,17 @@ class TestSample:
         words = ["--export", str(export), "--prompt", "a", "--size", "8x8", "--out"]
         (tmp_path / "file").touch()
         for out in (tmp_path / "file", tmp_path / "file" / "inside"):
-            assert sample([*words, str(out)]) == 1
+            assert sample([*words, str(out)]) == 2
             assert f"{tmp_path / 'file'} is not a folder" in capsys.readouterr().err
         monkeypatch.setattr("tim_ds.pipeline.os.access", lambda path, mode: False)
-        assert sample([*words, str(tmp_path / "new" / "deeper")]) == 1
+        assert sample([*words, str(tmp_path / "new" / "deeper")]) == 2
         assert f"{tmp_path} cannot be written to" in capsys.readouterr().err
 
     def test_an_evaluation_too_refuses_such_a_folder_before_any_picture_is_made(
         self, export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         (tmp_path / "file").touch()
-        assert cli.main(["nfe", str(export), "--data", "none", "--out", str(tmp_path / "file")]) == 1
+        assert cli.main(["nfe", str(export), "--data", "none", "--out", str(tmp_path / "file")]) == 2
         assert f"{tmp_path / 'file'} is not a folder" in capsys.readouterr().err
 
     def test_pictures_are_not_overwritten(
@@ -146,7 +146,7 @@ class TestSample:
     ) -> None:
         words = ["--export", str(export), "--prompt", "a", "--size", "8x8", "--out", str(tmp_path)]
         (tmp_path / "grid.png").write_bytes(b"mine")
-        assert sample(words) == 1
+        assert sample(words) == 2
         assert "grid.png: not a picture that can be read" in capsys.readouterr().err
         assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
         assert (tmp_path / "grid.png").read_bytes() == b"mine"

@@ -55,10 +55,10 @@ OBJECTIVES = {
     "paired, guided, aligned": ObjectiveConfig(
         guided_target=GuidedTargetConfig(start=0.0, end=1.0), repa_weight=0.5
     ),
-    "dde, by kind, vp": ObjectiveConfig(
+    "dde, by image, vp": ObjectiveConfig(
         derivative="dde",
         transport=TransportConfig(kind="vp"),
-        weight=WeightConfig(adaptive_over="kind", time_type="soft_min_snr"),
+        weight=WeightConfig(adaptive_over="image", time_type="soft_min_snr"),
     ),
 }
 
@@ -196,7 +196,8 @@ def test_what_a_recipe_launches_was_compiled_ahead(monkeypatch, name):
 
 def test_the_definitions_do_so_too_in_a_bfloat16_network(monkeypatch):
     model = replace(MODEL, condition="class", text_dim=None, num_classes=3, z_dim=None, depth=1)
-    objective = ObjectiveConfig(derivative="dde", guided_target=GuidedTargetConfig(start=0.0, end=1.0))
+    guided = GuidedTargetConfig(start=0.0, end=1.0)
+    objective = ObjectiveConfig(derivative="dde", diffusion_share=0.5, guided_target=guided)
     with device(monkeypatch) as seen, use_path("torch"):
         network = network_on_device(model, BF16)
         _train(network, objective, GRIDS[:4])

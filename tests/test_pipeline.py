@@ -64,6 +64,13 @@ def spy() -> Spy:
     return Spy(network_of(export_of()))
 
 
+def test_a_pipeline_shows_what_it_is(pipe: TiMPipeline) -> None:
+    parameters = sum(p.numel() for p in pipe.network.parameters())
+    shown = repr(pipe)
+    assert f"{parameters:,} parameters on cpu in float32" in shown and "condition text" in shown
+    assert len(shown) < 200
+
+
 def test_a_picture_does_not_depend_on_its_batch(pipe: TiMPipeline) -> None:
     """In float64, where the order of a sum moves a pixel by 1e-15 and never across a rounding edge."""
     pipe.to("cpu", torch.float64)
@@ -338,7 +345,7 @@ class TestAsDiffusersHasIt:
     def test_what_it_has_not_says_where_it_is(self, pipe: TiMPipeline) -> None:
         anything: Any = pipe
         for name, hint in (
-            ("enable_model_cpu_offload", "its parts stay where .to"),
+            ("enable_sequential_cpu_offload", "enable_model_cpu_offload keeps the encoders off it"),
             ("enable_xformers_memory_efficient_attention", "never holds the whole matrix"),
             ("scheduler", "num_steps, mode, stochasticity"),
             ("transformer", "it is .network"),
@@ -357,6 +364,53 @@ class TestAsDiffusersHasIt:
         pipe.enable_vae_tiling()
         with pytest.raises(RequestError, match="has no weights and is not decoded in tiles"):
             pipe.enable_vae_tiling(64)
+
+
+class Traveller:
+    """An encoder with weights, which works on the device of the network alone; its host is `meta`."""
+
+    def __init__(self, own: Any, trips: list[str]) -> None:
+        self.own, self.trips = own, trips
+        # 400 MB, without storage.
+        self.model = nn.Linear(10_000, 10_000, device="meta")
+        self.device = torch.device("cpu")
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("encode", "decode"):
+            assert self.device.type == "cpu"
+            self.trips.append(name)
+        return getattr(self.own, name)
+
+    def to(self, device: torch.device | str) -> None:
+        # Asked for the host of this machine, which is the device of the test's network, it goes elsewhere.
+        self.device = torch.device("meta" if device == "cpu" else device)
+        self.trips.append(self.device.type)
+
+
+def test_offloaded_encoders_come_for_their_work_and_go(pipe: TiMPipeline) -> None:
+    expected = pipe(PROMPTS, SIZES, num_steps=2, seeds=SEEDS, cfg_scale=2.0)
+    needed = pipe.needed_bytes((8, 8), pipe.export.sampler)
+    trips: list[str] = []
+    autoencoder, text_encoder = Traveller(pipe.autoencoder, trips), Traveller(pipe.text_encoder, trips)
+    pipe.autoencoder, pipe.text_encoder = autoencoder, text_encoder  # type: ignore[assignment]  # stand-ins
+    pipe.tokens_per_batch = 10**6
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert trips == ["meta", "meta"] and pipe.needed_bytes((8, 8), pipe.export.sampler) > needed
+    trips.clear()
+    found = pipe(PROMPTS, SIZES, num_steps=2, seeds=SEEDS, cfg_scale=2.0)
+    assert all((a == b).all() for a, b in zip(found.pixels, expected.pixels, strict=True))
+    # Once for all captions, those that guidance leads away from among them; once for all pictures of a batch.
+    assert trips == ["cpu", "encode", "encode", "meta", "cpu", *["decode"] * len(PROMPTS), "meta"]
+    trips.clear()
+    pipe(PROMPTS, SIZES, num_steps=1, seeds=SEEDS, cfg_scale=1.0, output_type="latent")
+    assert trips == ["cpu", "encode", "encode", "meta"]
+
+
+def test_offloading_to_a_device_that_is_not_there_is_refused(pipe: TiMPipeline) -> None:
+    with pytest.raises(RequestError, match="device: cuda:99: not usable here"):
+        pipe.enable_model_cpu_offload(gpu_id=99)
+    with pytest.raises(RequestError, match="device: vulkan: not usable here"):
+        pipe.enable_model_cpu_offload(device="vulkan")
 
 
 def test_defaults_are_the_exports(pipe: TiMPipeline) -> None:

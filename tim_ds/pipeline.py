@@ -16,7 +16,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
@@ -62,13 +62,14 @@ _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 OnStepEnd = Callable[["TiMPipeline", int, float, dict[str, Any]], dict[str, Any] | None]
 """(pipeline, number of the step from 0, time it reached, {"latents": ...})."""
 
-_OFFLOAD = "its parts stay where .to(device) puts them; bfloat16, smaller sizes or tiles take less memory"
+_OFFLOAD = "the network stays whole on its device; enable_model_cpu_offload keeps the encoders off it"
 _ATTENTION = "attention never holds the whole matrix"
 _ADAPTERS = "adapters are merged when a run ends: load its export"
 _ELSEWHERE = {
-    "enable_model_cpu_offload": _OFFLOAD,
     "enable_sequential_cpu_offload": _OFFLOAD,
     "enable_group_offload": _OFFLOAD,
+    "disable_vae_slicing": "pictures are decoded one at a time in any case",
+    "disable_vae_tiling": "enable_vae_tiling(side) with a side that no picture reaches does it",
     "enable_attention_slicing": _ATTENTION,
     "enable_xformers_memory_efficient_attention": _ATTENTION,
     "load_lora_weights": _ADAPTERS,
@@ -265,6 +266,25 @@ class TiMPipeline:
         prove_attention(self.device, self.dtype, self.export.model.head_dim)
         return self
 
+    def enable_model_cpu_offload(
+        self, gpu_id: int | None = None, device: str | torch.device = "cuda"
+    ) -> None:
+        """Put the network on a device and keep the encoders on the host, from where each comes to work.
+
+        For a device that does not hold them all: while it samples, it holds the network alone. `to` ends it.
+
+        Args:
+            gpu_id: number of a GPU, instead of `device`.
+        Raises:
+            RequestError: for a device that is not there.
+        """
+        chosen = device if gpu_id is None else f"cuda:{gpu_id}"
+        check_device(chosen)
+        for part in self._encoders():
+            part.to("cpu")
+        self.network.to(chosen)
+        prove_attention(self.device, self.dtype, self.export.model.head_dim)
+
     def enable_vae_slicing(self) -> None:
         """Does nothing: pictures are decoded one at a time."""
 
@@ -292,15 +312,36 @@ class TiMPipeline:
     def encoders_beside_network(self) -> Iterator[None]:
         """Within, encoders with weights are on the device of the network; afterwards where they were. For a
         run, whose step needs the memory of the device."""
-        encoders: tuple[Any, ...] = (self.autoencoder, self.text_encoder)
-        parts = [(part, part.device) for part in encoders if hasattr(part, "to")]
+        with ExitStack() as stack:
+            for part in self._encoders():
+                stack.enter_context(self._beside_network(part))
+            yield
+
+    def _encoders(self) -> list[Any]:
+        """Those with weights."""
+        return [part for part in (self.autoencoder, self.text_encoder) if hasattr(part, "device")]
+
+    @contextmanager
+    def _beside_network(self, part: Any) -> Iterator[None]:
+        """Within, an encoder with weights is on the device of the network; afterwards where it was."""
+        place = getattr(part, "device", self.device)
         try:
-            for part, _ in parts:
+            if place != self.device:
                 part.to(self.device)
             yield
         finally:
-            for part, place in parts:
+            if place != self.device:
                 part.to(place)
+
+    def __repr__(self) -> str:
+        export, dtype = self.export, str(self.dtype).removeprefix("torch.")
+        parameters = sum(p.numel() for p in self.network.parameters())
+        encoder = "none" if export.autoencoder is None else export.autoencoder.kind
+        return (
+            f"TiMPipeline({export.source.name}, step {export.step}, {parameters:,} parameters on "
+            f"{self.device} in {dtype}, {export.transport.kind}; condition {export.model.condition}, "
+            f"autoencoder {encoder})"
+        )
 
     @property
     def device(self) -> torch.device:
@@ -456,7 +497,8 @@ class TiMPipeline:
                 latents, nfe = self._sample(part, [grids[i] for i in numbers], bar, on_step_end)
                 if output_type == "latent":
                     kept.extend(latents)
-                else:
+                    continue
+                with self._beside_network(self.autoencoder):
                     pixels.extend(self._decode(latent) for latent in latents)
         return PipelineOutput(
             pixels=pixels,
@@ -515,10 +557,21 @@ class TiMPipeline:
         return tokens
 
     def needed_bytes(self, size: Size, config: SamplerConfig) -> int:
-        """Estimate of the peak for one picture: sampling it or decoding it, whichever takes more."""
+        """Estimate of the peak for one picture, beyond what is on the device: sampling it, decoding it, or an
+        encoder that comes for its captions, whichever takes more."""
         [(h, w)] = self._grids([size])
         tokens = h * w * (2 if config.cfg_scale != 1.0 else 1)
-        return max(sampling_bytes(self.export.model, tokens), decode_bytes(self.autoencoder, *size))
+        return max(
+            sampling_bytes(self.export.model, tokens),
+            decode_bytes(self.autoencoder, *size) + self._coming_bytes(self.autoencoder),
+            self._coming_bytes(self.text_encoder),
+        )
+
+    def _coming_bytes(self, part: Any) -> int:
+        """Weights that an encoder brings to the device when it works."""
+        if getattr(part, "device", self.device) == self.device:
+            return 0
+        return sum(tensor.nbytes for tensor in (*part.model.parameters(), *part.model.buffers()))
 
     def _check_parts(self) -> None:
         model = self.export.model
@@ -708,9 +761,10 @@ class TiMPipeline:
             return ClassCondition(labels).to(self.device), ClassCondition(null).to(self.device)
         encoder = self.text_encoder
         others = [one or "" for one in negatives]
-        # The empty caption once, however many pictures: it is what nearly all of them have.
-        away = encoder.encode(others) if any(others) else encoder.encode([""]) * count
-        states = encoder.encode([str(prompt) for prompt in prompts]) + away
+        with self._beside_network(encoder):
+            # The empty caption once, however many pictures: it is what nearly all of them have.
+            away = encoder.encode(others) if any(others) else encoder.encode([""]) * count
+            states = encoder.encode([str(prompt) for prompt in prompts]) + away
         states = fill_up(states, encoder.padding_state)
         return self._captions(states[:count]), self._captions(states[count:])
 

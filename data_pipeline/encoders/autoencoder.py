@@ -9,6 +9,7 @@ from torch import Tensor
 
 from data_pipeline.config import AutoencoderConfig
 from data_pipeline.encoders import tiling
+from data_pipeline.encoders.identity import LOADING_ERRORS
 from data_pipeline.errors import DataError
 
 DEFAULT_TILE_PX = 1024
@@ -214,7 +215,7 @@ def _from_pretrained(kind: Any, path: str, weights: bool) -> Any:
             with torch.device("meta"):
                 return kind.from_config(kind.load_config(path))
         return kind.from_pretrained(path, torch_dtype=torch.float32, low_cpu_mem_usage=False)
-    except (OSError, ValueError, KeyError) as error:
+    except LOADING_ERRORS as error:
         raise DataError(
             f"data.autoencoder.path: cannot load {kind.__name__} from {path!r} ({error}); "
             f"expected a folder with config.json and safetensors weights, or a hub name"

@@ -7,8 +7,13 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from data_pipeline.config import AutoencoderConfig, TextEncoderConfig
 from data_pipeline.errors import DataError
+
+LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+"""Raised by transformers and diffusers where a model cannot be loaded; RuntimeError for other shapes."""
 
 WEIGHT_ENDINGS = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")
 

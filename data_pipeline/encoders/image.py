@@ -11,6 +11,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from data_pipeline.config import ImageEncoderConfig
+from data_pipeline.encoders.identity import LOADING_ERRORS
 from data_pipeline.errors import DataError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -125,7 +126,7 @@ def build_image_encoder(config: ImageEncoderConfig, *, weights: bool = True) -> 
         else:
             with torch.device("meta"):
                 model = AutoModel.from_config(_config(config), dtype=DTYPES[config.dtype])
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except LOADING_ERRORS as error:
         raise DataError(f"data.image_encoder.path: cannot load {config.path!r} ({error})") from error
     return PretrainedFeatures(model, normalise=kind != "radio")
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.config import TextEncoderConfig
+from data_pipeline.encoders.identity import LOADING_ERRORS
 from data_pipeline.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -186,7 +187,7 @@ def load_t5(path: str, *, max_tokens: int, dtype: torch.dtype = torch.bfloat16) 
 def _from_pretrained(kind: Any, path: str, **options: Any) -> Any:
     try:
         return kind.from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except LOADING_ERRORS as error:
         raise DataError(
             f"data.text_encoder.path: cannot load {kind.__name__} from {path!r} ({error}); "
             f"expected a folder with config.json, safetensors weights and a tokenizer, or a hub name"

@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -419,4 +420,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    # Whoever reads the table may leave (`... | head`); then this ends as any program of a pipe does.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main())

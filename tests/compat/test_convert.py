@@ -182,7 +182,7 @@ def test_command_line_warns_when_the_authors_code_would_draw_other_pictures(
 
 
 def test_command_line_reports_one_error_and_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["import", str(tmp_path / "absent.bin"), "--out", str(tmp_path / "export")]) == 1
+    assert main(["import", str(tmp_path / "absent.bin"), "--out", str(tmp_path / "export")]) == 2
     assert (
         capsys.readouterr().err
         == f"error: {tmp_path / 'absent.bin'}: cannot be read (No such file or directory)\n"

@@ -46,7 +46,7 @@ def test_quiet_is_one_line_a_recipe(path: str, capsys: pytest.CaptureFixture[str
 def test_wrong_recipe_fails_and_the_right_one_is_still_printed(path: str, capsys: pytest.CaptureFixture[str]):
     wrong = Path(path).with_name("wrong.yaml")
     wrong.write_text(TEXT.replace("depth", "dept"))
-    assert main([str(wrong), path]) == 1
+    assert main([str(wrong), path]) == 2
     captured = capsys.readouterr()
     assert f"{wrong}: wrong\n  model.dept: unknown key; did you mean 'depth'?" in captured.err
     assert parse_recipe(captured.out) == recipe()

@@ -22,7 +22,7 @@ from tim_ds.config.recipe import (
     to_dict,
 )
 from tim_ds.errors import ConfigError, TimeDomainError
-from tim_ds.objective.config import GuidedTargetConfig, TransportConfig, WeightConfig
+from tim_ds.objective.config import GuidedTargetConfig, ObjectiveConfig, TransportConfig, WeightConfig
 
 RECIPES = sorted((Path(__file__).parents[2] / "launch" / "recipes").glob("*.yaml"))
 
@@ -53,6 +53,31 @@ def test_the_two_handwriting_recipes_train_the_same_network_on_the_same_data_and
     assert flow.data == tim.data
     assert (flow.train.steps, flow.train.seed) == (tim.train.steps, tim.train.seed)
     assert flow.objective.diffusion_share == 1.0
+
+
+def test_the_default_objective_is_the_exact_derivative_with_its_weights():
+    """Chosen together (LOG.md, 2026-11-22). The authors' recipes write theirs out, see below."""
+    objective = ObjectiveConfig()
+    assert objective.derivative == "paired"
+    assert (objective.diffusion_share, objective.consistency_share) == (0.75, 0.05)
+    assert objective.diffusion_time == "first"
+    assert (objective.weight.adaptive, objective.weight.adaptive_over) == (True, "kind")
+    recipe_of_the_study = load_recipe(RECIPES[0].parent / "handwriting_tim.yaml")
+    assert recipe_of_the_study.objective == replace(objective, directional=False)
+
+
+def test_no_recipe_pairs_an_exact_derivative_with_the_authors_weights():
+    objectives = {path.stem: load_recipe(path).objective for path in RECIPES}
+    exact = {
+        name: objective
+        for name, objective in objectives.items()
+        if objective.derivative == "paired" and objective.diffusion_share < 1.0
+    }
+    assert {"handwriting_tim", "t2i_xl_native", "t2i_xl_finetune", "t2i_xl_lora"} <= set(exact)
+    for name, objective in exact.items():
+        shares = (objective.diffusion_share, objective.consistency_share)
+        assert shares == (0.75, 0.05), name
+        assert not objective.weight.adaptive or objective.weight.adaptive_over == "kind", name
 
 
 @pytest.mark.parametrize(

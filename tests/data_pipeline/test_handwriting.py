@@ -212,7 +212,7 @@ def test_a_finished_folder_is_reused_only_with_the_same_settings(built, tmp_path
     arguments = ["--out", str(built), "--samples", "120", "--per-shard", "50"]
     assert handwriting.main(arguments) == 0
     assert "already there" in capsys.readouterr().out
-    assert handwriting.main([*arguments, "--gap-share", "0.2"]) == 1
+    assert handwriting.main([*arguments, "--gap-share", "0.2"]) == 2
     assert "other settings: gap_share (there 0.1, asked 0.2)" in capsys.readouterr().err
     assert {path.name: path.stat().st_mtime_ns for path in built.iterdir()} == before
 
@@ -237,7 +237,7 @@ def test_a_failed_build_leaves_nothing_behind(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(handwriting, "build_index", fail)
-    assert handwriting.main(["--out", str(tmp_path / "data"), "--samples", "5"]) == 1
+    assert handwriting.main(["--out", str(tmp_path / "data"), "--samples", "5"]) == 2
     assert list(tmp_path.iterdir()) == []
 
 

@@ -39,7 +39,7 @@ def test_pictures_and_captions_lie_beside_each_other(
         picture = np.asarray(Image.open(out / f"{number:05d}.png"))
         assert picture.dtype == np.uint8 and 8 in picture.shape and picture.max() > 200
         assert "quint" in (out / f"{number:05d}.txt").read_text()
-    assert main(["--rename", "five=quint", "--count", "5", "--out", str(out)]) == 1
+    assert main(["--rename", "five=quint", "--count", "5", "--out", str(out)]) == 2
     assert "is not empty" in capsys.readouterr().err
 
 

@@ -99,7 +99,7 @@ def test_an_altered_index_is_refused(text_folder, tmp_path):
     assert load_index(folder).hash == load_index(text_folder).hash
     with pytest.raises(DataError, match="does not match its hash"):
         load_index(folder, verify=True)
-    assert index_module.main([str(folder), "--verify"]) == 1
+    assert index_module.main([str(folder), "--verify"]) == 2
     assert index_module.main([str(text_folder), "--verify"]) == 0
     path.write_bytes(data[:-1])
     with pytest.raises(DataError, match="not a readable index"):
@@ -306,7 +306,7 @@ def test_command_line_builds_the_index(class_folder, tmp_path, capsys):
     assert index_module.main([str(tmp_path), "--num-classes", "12"]) == 0
     assert "40 samples in 1 shards" in capsys.readouterr().out
     assert load_index(tmp_path).num_classes == 12
-    assert index_module.main([str(tmp_path / "nowhere")]) == 1
+    assert index_module.main([str(tmp_path / "nowhere")]) == 2
     assert "error:" in capsys.readouterr().err
 
 

@@ -47,7 +47,7 @@ def test_command_prints_the_figures_and_draws_the_sheet(folder, tmp_path, capsys
 
 
 def test_shards_without_a_manifest_need_no_sheet(text_folder, capsys):
-    assert inspect.main([str(text_folder)]) == 1
+    assert inspect.main([str(text_folder)]) == 2
     assert "does not say which autoencoder" in capsys.readouterr().err
     assert inspect.main([str(text_folder), "--no-sheet"]) == 0
     assert not list(text_folder.glob("*.png"))
@@ -82,7 +82,7 @@ def test_the_printed_settings_are_a_recipe_that_the_shards_agree_with(
 
 
 def test_a_folder_that_is_no_data_set_is_one_error(tmp_path, capsys):
-    assert inspect.main([str(tmp_path)]) == 1
+    assert inspect.main([str(tmp_path)]) == 2
     assert "error:" in capsys.readouterr().err
 
 

@@ -209,7 +209,7 @@ def test_stored_latents_keep_their_mirror_image_and_label(models, tmp_path):
     config = AutoencoderConfig(kind="sd_vae", path=str(models / "sd_vae"))
     assert load_all(out, config, None) == set(range(7))
     wrong = ["--autoencoder", "pixels", "--factor", "4"]
-    assert run(source, tmp_path / "wrong", *wrong) == 1
+    assert run(source, tmp_path / "wrong", *wrong) == 2
 
 
 def test_classes_come_from_folders_lists_and_tars(tmp_path):
@@ -344,7 +344,7 @@ def test_odd_tars_are_used_as_far_as_they_go(tmp_path):
     assert report["dropped"][sources.ESCAPES] == 1 and report["dropped"][sources.NO_PICTURE] == 1
     assert report["dropped"][sources.UNREADABLE] == 1 and report["samples"] == 5
     (root / "b.tar").write_bytes(b"no tar at all")
-    assert run(root, tmp_path / "other", *PIXELS, *WORDS) == 1
+    assert run(root, tmp_path / "other", *PIXELS, *WORDS) == 2
 
 
 def test_latents_that_are_not_finite_are_dropped(models, tmp_path):
@@ -425,7 +425,7 @@ def test_a_launcher_sets_rank_and_world_size(many, tmp_path, monkeypatch, capsys
     assert run(many[0], tmp_path / "out", *PIXELS, *WORDS) == 0
     assert "rank 1 of 2 is done; 6 of 12 parts" in capsys.readouterr().out
     monkeypatch.setenv("RANK", "2")
-    assert run(many[0], tmp_path / "out", *PIXELS, *WORDS) == 1
+    assert run(many[0], tmp_path / "out", *PIXELS, *WORDS) == 2
     assert "--rank: expected 0 to 1, received 2" in capsys.readouterr().err
 
 
@@ -509,7 +509,7 @@ def test_a_finished_folder_is_left_as_it_is(many, tmp_path, capsys):
     assert run(source, out, *options) == 0
     assert "already there" in capsys.readouterr().out
     assert {p.name: p.stat().st_mtime_ns for p in out.iterdir()} == before
-    assert run(source, out, *options, "--max-aspect", "2") == 1
+    assert run(source, out, *options, "--max-aspect", "2") == 2
     assert "settings.sizes.max_aspect (there 4.0, asked 2.0)" in capsys.readouterr().err
 
 
@@ -517,14 +517,14 @@ def test_other_settings_and_other_sources_are_refused_midway(many, tmp_path, cap
     source, _ = many
     out = tmp_path / "out"
     assert run(source, out, *PIXELS, *WORDS, "--rank", "0", "--world-size", "2") == 0
-    assert run(source, out, *PIXELS, *WORDS, "--dtype", "bfloat16") == 1
+    assert run(source, out, *PIXELS, *WORDS, "--dtype", "bfloat16") == 2
     assert "settings.dtype (there 'float16', asked 'bfloat16')" in capsys.readouterr().err
     other = source_folders.folder(tmp_path / "other", 61)
-    assert run(other, out, *PIXELS, *WORDS) == 1
+    assert run(other, out, *PIXELS, *WORDS) == 2
     assert "source.items (there 60, asked 61)" in capsys.readouterr().err
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("keep")
-    assert run(source, tmp_path / "full", *PIXELS, *WORDS) == 1
+    assert run(source, tmp_path / "full", *PIXELS, *WORDS) == 2
     assert "is not empty" in capsys.readouterr().err
 
 
@@ -539,7 +539,7 @@ def test_other_weights_are_refused_and_another_place_of_the_same_is_not(models, 
         return ["--autoencoder", "sd_vae", "--autoencoder-path", str(folder), *WORDS]
 
     assert run(source, out, *at(models / "sd_vae"), "--rank", "0", "--world-size", "2") == 0
-    assert run(source, out, *at(changed)) == 1
+    assert run(source, out, *at(changed)) == 2
     assert "revisions.autoencoder (there 'blake2b:" in capsys.readouterr().err
     assert run(source, out, *at(moved)) == 0
     assert len(load_index(out)) == 6
@@ -550,7 +550,7 @@ def test_drops_stop_a_long_run_early(tmp_path, monkeypatch, capsys):
     for path in source.glob("0*.*"):
         path.write_bytes(b"")
     monkeypatch.setattr(prepare, "EARLY_ITEMS", 5)
-    assert run(source, out, *PIXELS, *WORDS) == 1
+    assert run(source, out, *PIXELS, *WORDS) == 2
     assert "5 of 5 items are dropped" in capsys.readouterr().err
     assert not list(out.glob("*.tar")) and len(list((out / ".prepare").glob("0*.json"))) == 1
     assert run(source, tmp_path / "dry", *PIXELS, *WORDS, "--dry-run") == 0
@@ -558,7 +558,7 @@ def test_drops_stop_a_long_run_early(tmp_path, monkeypatch, capsys):
 
 def test_too_many_drops_stop_the_run_and_can_be_allowed(tmp_path, capsys):
     source, out = odd_folder(tmp_path / "source"), tmp_path / "out"
-    assert run(source, out, *PIXELS, *WORDS) == 1
+    assert run(source, out, *PIXELS, *WORDS) == 2
     message = capsys.readouterr().err
     assert "8 of 29 items are dropped, more than --max-drop-share 0.1" in message
     assert pictures.TRUNCATED in message and not (out / "manifest.json").exists()
@@ -569,7 +569,7 @@ def test_too_many_drops_stop_the_run_and_can_be_allowed(tmp_path, capsys):
 
 def test_a_source_without_anything_usable_is_an_error(tmp_path, capsys):
     root = write_captioned(tmp_path / "source", {"a": b""})
-    assert run(root, tmp_path / "out", *PIXELS, *WORDS, "--max-drop-share", "1") == 1
+    assert run(root, tmp_path / "out", *PIXELS, *WORDS, "--max-drop-share", "1") == 2
     assert "no item of the source can be used: {'empty caption': 1}" in capsys.readouterr().err
 
 
@@ -678,23 +678,23 @@ def test_inspect_shows_stored_pictures_and_what_was_dropped(tmp_path, capsys):
 def test_settings_that_cannot_work_are_refused_before_anything_is_written(
     many, tmp_path, capsys, options, message
 ):
-    assert run(many[0], tmp_path / "out", *options) == 1
+    assert run(many[0], tmp_path / "out", *options) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_sources_that_are_not_there_are_refused(tmp_path, capsys):
-    assert run(tmp_path / "absent", tmp_path / "out", *PIXELS, *WORDS) == 1
+    assert run(tmp_path / "absent", tmp_path / "out", *PIXELS, *WORDS) == 2
     assert "expected a folder, a .jsonl, .parquet or .tar file" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
-    assert run(tmp_path / "empty", tmp_path / "out", *PIXELS, *WORDS) == 1
+    assert run(tmp_path / "empty", tmp_path / "out", *PIXELS, *WORDS) == 2
     assert "no items for a source of kind 'folder'" in capsys.readouterr().err
 
 
 def test_a_csv_of_captions_is_refused_with_the_command_that_converts_it(tmp_path, capsys):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "metadata.csv").write_text("file_name,text\na.png,a three\n")
-    assert run(tmp_path / "photos", tmp_path / "out", *PIXELS, *WORDS) == 1
+    assert run(tmp_path / "photos", tmp_path / "out", *PIXELS, *WORDS) == 2
     said = capsys.readouterr().err
     command = next(line for line in said.splitlines() if line.startswith("  python -c"))
     subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True)
@@ -710,7 +710,7 @@ def test_several_splits_of_parquet_are_not_mixed(tmp_path, capsys):
     source = source_folders.embedded(tmp_path, COUNT)
     shards = sorted((source / "data").iterdir())
     (source / "data" / "test-00000-of-00001.parquet").write_bytes(shards[1].read_bytes())
-    assert run(source, tmp_path / "out", *PIXELS, *WORDS) == 1
+    assert run(source, tmp_path / "out", *PIXELS, *WORDS) == 2
     assert (
         "data/test-00000-of-00001.parquet" in (said := capsys.readouterr().err) and "'FOLDER/train-*" in said
     )
@@ -734,7 +734,7 @@ def test_tables_with_pictures_are_known_by_their_footers(tmp_path):
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch, capsys):
     (tmp_path / "list.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert run(tmp_path / "list.parquet", tmp_path / "out", *PIXELS, *WORDS) == 1
+    assert run(tmp_path / "list.parquet", tmp_path / "out", *PIXELS, *WORDS) == 2
     assert "reading parquet needs pyarrow; install it (pip install pyarrow)" in capsys.readouterr().err
 
 

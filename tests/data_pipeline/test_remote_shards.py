@@ -204,7 +204,7 @@ def test_a_shard_that_cannot_be_read_refuses_the_index(
 ) -> None:
     monkeypatch.setattr(storage_module, "ATTEMPTS", 2)
     served.failures = 10**6
-    assert index_module.main([served.url, "--out", str(tmp_path / "out")]) == 1
+    assert index_module.main([served.url, "--out", str(tmp_path / "out")]) == 2
     assert re.search(
         r"error: http://127.*/shard-000000\.tar: cannot be read \(2 tries.*503", capsys.readouterr().err
     )
@@ -215,7 +215,7 @@ def test_a_shard_that_cannot_be_read_refuses_the_index(
 
 
 def test_a_url_needs_a_folder_for_its_index(served: Server, capsys: pytest.CaptureFixture[str]) -> None:
-    assert index_module.main([served.url]) == 1
+    assert index_module.main([served.url]) == 2
     assert "--out: required for shards at a URL" in capsys.readouterr().err
     with pytest.raises(DataError, match="needs a folder of its own"):
         build_index(served.url, progress=False).save()
@@ -260,10 +260,10 @@ def test_verifying_finds_a_shard_at_a_url_that_changed(
     assert index_module.main(verify) == 0
     path = shards / "shard-000002.tar"
     path.write_bytes(path.read_bytes() + bytes(512))
-    assert index_module.main(verify) == 1
+    assert index_module.main(verify) == 2
     assert re.search(r"shard-000002\.tar: expected \d+ bytes, received \d+", capsys.readouterr().err)
     path.unlink()
-    assert index_module.main(verify) == 1
+    assert index_module.main(verify) == 2
     assert "shard-000002.tar: missing, but the index lists it" in capsys.readouterr().err
 
 

@@ -226,5 +226,5 @@ def test_a_url_of_an_unknown_kind_is_refused():
 def test_inspect_describes_a_url(served, capsys):
     assert inspect.main([served.url, "--no-sheet"]) == 0
     assert re.search(r"^samples\s+150$", capsys.readouterr().out, re.M)
-    assert inspect.main([served.url]) == 1
+    assert inspect.main([served.url]) == 2
     assert "--sheet: required" in capsys.readouterr().err

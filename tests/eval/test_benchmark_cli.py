@@ -73,7 +73,7 @@ def test_geneval_in_two_halves_from_the_command_line(
     scorers = ["--detector", models["detector"], "--clip", models["clip"]]
     making = ["--export", str(export), "--size", "8x8", "--steps", "2", "--cfg", "2", "--seed", "5"]
 
-    assert cli.main([*common, *scorers, "--only", "score"]) == 1
+    assert cli.main([*common, *scorers, "--only", "score"]) == 2
     assert "half finished" in capsys.readouterr().err
     assert cli.main([*common, *making, "--only", "generate", "--part", "0/2"]) == 0
     assert len(list((out / "pictures").rglob("*.png"))) == 3
@@ -145,12 +145,12 @@ def test_geneval_in_two_halves_from_the_command_line(
     assert later["details"]["calibration"] == found and later["scores"] == row["scores"]
     other = save_clip(tmp_path / "another_clip", seed=1)
     capsys.readouterr()
-    assert cli.main([*elsewhere, "--clip", str(other), "--out", str(tmp_path / "other")]) == 1
+    assert cli.main([*elsewhere, "--clip", str(other), "--out", str(tmp_path / "other")]) == 2
     assert "of another evaluator: clip.weights_sha256 was" in capsys.readouterr().err
-    assert cli.main([*elsewhere, "--calibrate", str(theirs), "--out", str(tmp_path / "other")]) == 1
+    assert cli.main([*elsewhere, "--calibrate", str(theirs), "--out", str(tmp_path / "other")]) == 2
     assert "makes no sense beside --calibrate" in capsys.readouterr().err
     (tmp_path / "no.json").write_text("{}")
-    assert cli.main([*elsewhere, "--calibration", str(tmp_path / "no.json"), "--out", str(out)]) == 1
+    assert cli.main([*elsewhere, "--calibration", str(tmp_path / "no.json"), "--out", str(out)]) == 2
     assert "expected the calibration.json of a run with --calibrate" in capsys.readouterr().err
 
 
@@ -180,7 +180,7 @@ def test_geneval_is_refused_before_any_picture_is_made(
         ([*good, "--only", "score"], "--export: not read with --only score"),
         ([*good, "--calibrate", str(tmp_path / "none")], "--calibrate"),
     ):
-        assert cli.main([*common, *words]) == 1, message
+        assert cli.main([*common, *words]) == 2, message
         assert message in capsys.readouterr().err
     assert not out.exists()
 

@@ -114,5 +114,5 @@ def test_what_cannot_be_compared_is_refused(
     more = [word.format(**places) for word in changed]
     with pytest.raises(RequestError, match=problem):
         compare.read_settings([*words, *more])
-    assert compare.main([*words, *more, "--out", str(tmp_path / "out")]) == 1
+    assert compare.main([*words, *more, "--out", str(tmp_path / "out")]) == 2
     assert "error: " in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -83,7 +83,7 @@ def test_the_command_reads_an_export_and_shards(tmp_path: Path, capsys: pytest.C
     printed = capsys.readouterr().out
     assert printed.count("| dde |") == 4 and printed.count("| paired |") == 4
     assert "| dde | bf16 everywhere | 0.005 |" in printed
-    assert derivative_error.main([*command, "--images", "7"]) == 1
+    assert derivative_error.main([*command, "--images", "7"]) == 2
     assert "expected at least 7" in capsys.readouterr().err
 
 
@@ -114,12 +114,12 @@ def test_the_command_takes_network_and_transport_of_a_recipe(
     assert derivative_error.main([*command, "--repeats", "1"]) == 0
     printed = capsys.readouterr().out
     assert "(24 wide, 2 blocks, 2 heads, AdaLN 10); 2 images, 12 tokens; trigflow" in printed
-    assert derivative_error.main(["--recipe", str(tmp_path / "none.yaml")]) == 1
+    assert derivative_error.main(["--recipe", str(tmp_path / "none.yaml")]) == 2
     assert "none.yaml: the recipe cannot be read" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         derivative_error.main(["export", *command])
 
 
 def test_a_malformed_grid_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert derivative_error.main(["--grid", "8"]) == 1
+    assert derivative_error.main(["--grid", "8"]) == 2
     assert "--grid: expected HEIGHTxWIDTH" in capsys.readouterr().err

@@ -165,7 +165,7 @@ def test_a_damaged_picture_is_refused_by_name(
     whole = path.read_bytes()
     for content in (whole[: len(whole) // 2], b"", b"no picture"):
         path.write_bytes(content)
-        assert cli.main([name, *words[name], "--out", str(out)]) == 1
+        assert cli.main([name, *words[name], "--out", str(out)]) == 2
         error = capsys.readouterr().err
         assert str(path) in error and "delete it" in error
     path.unlink()

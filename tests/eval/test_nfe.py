@@ -367,9 +367,9 @@ class TestCommandLine:
         self, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         words = ["nfe", str(tmp_path / "none"), "--data", str(data), "--out", str(tmp_path / "out")]
-        assert cli.main(words) == 1
+        assert cli.main(words) == 2
         assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'none'}: not there;")
-        assert cli.main([*words, "--steps", "one"]) == 1
+        assert cli.main([*words, "--steps", "one"]) == 2
         assert "--steps: expected numbers with commas between, received 'one'" in capsys.readouterr().err
 
     def test_help_lists_what_there_is(self, capsys: pytest.CaptureFixture[str]) -> None:

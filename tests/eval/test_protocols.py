@@ -57,7 +57,7 @@ def test_finished_evaluations_are_compared_from_the_command_line(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert protocols.main(["imagenet", str(tmp_path)]) == 1
+    assert protocols.main(["imagenet", str(tmp_path)]) == 2
     assert "holds no features" in capsys.readouterr().err
     (tmp_path / "cache").mkdir()
     np.savez(tmp_path / "cache" / "features_a_b_1.npz", allow_pickle=False, **sets[0])

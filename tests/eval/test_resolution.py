@@ -186,7 +186,7 @@ class TestPrompts:
         self, export: Path, prompts: Path, tmp_path: Path, capsys: Any, extra: list[str], message: str
     ) -> None:
         words = ["resolution", str(export), "--prompts-file", str(prompts), "--out", str(tmp_path / "out")]
-        assert cli.main([*words, *extra]) == 1
+        assert cli.main([*words, *extra]) == 2
         assert message in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
 
@@ -203,7 +203,7 @@ class TestPrompts:
     ) -> None:
         (tmp_path / "results.json").write_text('{"evaluation": "nfe", "rows": []}')
         words = ["resolution", str(export), "--prompts-file", str(prompts), "--sizes", "8x8"]
-        assert cli.main([*words, "--out", str(tmp_path)]) == 1
+        assert cli.main([*words, "--out", str(tmp_path)]) == 2
         assert "results of 'nfe'" in capsys.readouterr().err
 
 
@@ -297,7 +297,7 @@ class TestBenchmarks:
         )
         with monkeypatch.context() as launcher:
             launcher.setenv("WORLD_SIZE", "2")
-            assert cli.main(words) == 1
+            assert cli.main(words) == 2
             assert "several processes can share the drawing alone" in capsys.readouterr().err
             for rank, count in ((1, 1), (0, 3)):
                 launcher.setenv("RANK", str(rank))
@@ -382,7 +382,7 @@ class TestBenchmarks:
     def test_settings_that_do_not_belong_together_are_named(
         self, export: Path, tmp_path: Path, capsys: Any, extra: list[str], message: str
     ) -> None:
-        assert cli.main(["resolution", str(export), "--out", str(tmp_path / "out"), *extra]) == 1
+        assert cli.main(["resolution", str(export), "--out", str(tmp_path / "out"), *extra]) == 2
         assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 

@@ -102,7 +102,7 @@ class TestJobs:
         path = tmp_path / "prompts.jsonl"
         path.write_text(line)
         status, _, error = draw("--prompts-file", str(path))
-        assert status == 1 and message in error and not (tmp_path / "out").exists()
+        assert status == 2 and message in error and not (tmp_path / "out").exists()
 
     def test_lines_of_other_settings_are_not_summed_up_as_one(self, draw: Any, tmp_path: Path) -> None:
         path = tmp_path / "two.jsonl"
@@ -121,7 +121,7 @@ class TestJobs:
     def test_half_a_character_is_refused(self, draw: Any, tmp_path: Path) -> None:
         (tmp_path / "p.jsonl").write_text('{"prompt": "a \\ud83d cat", "size": "8x8"}\n')
         status, _, error = draw("--prompts-file", str(tmp_path / "p.jsonl"))
-        assert status == 1 and "prompts[0]: not text that can be written" in error
+        assert status == 2 and "prompts[0]: not text that can be written" in error
         assert not (tmp_path / "out").exists()
 
     def test_no_prompt_at_all_is_refused(self, draw: Any) -> None:
@@ -155,7 +155,7 @@ class TestJobs:
         assert read_settings(first)["negative_prompt"] == "a nine"
         assert "1 picture finished and kept" in draw(*words, "--negative-prompt", "a nine")[1]
         status, _, error = draw(*words)
-        assert status == 1 and 'negative_prompt is "a nine", asked for null' in error
+        assert status == 2 and 'negative_prompt is "a nine", asked for null' in error
         assert draw("--from", str(first), out="again")[0] == 0
         line = json.dumps({"prompt": "a two", "negative_prompt": "a nine", "cfg": 2, "name": first.stem})
         (tmp_path / "one.jsonl").write_text(line)
@@ -223,7 +223,7 @@ class TestRestart:
         draw(*self.WORDS)
         before = pictures(tmp_path / "out")
         status, _, error = draw(*self.WORDS, "--steps", "5")
-        assert status == 1
+        assert status == 2
         assert "num_steps is 2, asked for 5; choose another --out, or move the file away" in error
         assert pictures(tmp_path / "out") == before
 
@@ -231,7 +231,7 @@ class TestRestart:
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "0000_a-three_seed0.png").write_bytes(b"mine")
         status, _, error = draw(*self.WORDS)
-        assert status == 1 and "not a picture that can be read" in error
+        assert status == 2 and "not a picture that can be read" in error
         assert (tmp_path / "out" / "0000_a-three_seed0.png").read_bytes() == b"mine"
 
     def test_a_disk_that_fills_up_leaves_whole_pictures_and_a_restart_completes_them(
@@ -241,7 +241,7 @@ class TestRestart:
         with monkeypatch.context() as patch:
             patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=next(room, 10)))
             status, _, error = draw(*self.WORDS)
-        assert status == 1 and "cannot be written" in error and "the disk has 10 bytes left" in error
+        assert status == 2 and "cannot be written" in error and "the disk has 10 bytes left" in error
         assert len(pictures(tmp_path / "out")) == 3 and not list((tmp_path / "out").glob(".*"))
         assert draw(*self.WORDS)[0] == 0
         draw(*self.WORDS, out="whole")
@@ -282,7 +282,7 @@ class TestTooMuch:
         status, _, error = draw(
             "--prompt", "a", "--size", "8x8", "--prompt", "b", "--size", "4000000x4000000"
         )
-        assert status == 1 and not (tmp_path / "out").exists()
+        assert status == 2 and not (tmp_path / "out").exists()
         assert "sizes[1]: 4000000x4000000: sampling and decoding it takes about" in error
         assert "are left on cpu; squares fit up to" in error
 
@@ -332,7 +332,7 @@ def test_the_device_of_a_process_is_its_own(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_tiles_belong_to_autoencoders_with_weights(draw: Any) -> None:
     status, _, error = draw("--prompt", "a", "--size", "8x8", "--tile", "64")
-    assert status == 1 and "--tile: this network's autoencoder has no weights" in error
+    assert status == 2 and "--tile: this network's autoencoder has no weights" in error
     assert (
         "expected a number of at least 1 or auto"
         in draw("--prompt", "a", "--size", "8x8", "--tokens-per-batch", "many")[2]
@@ -345,3 +345,22 @@ def test_output_is_what_the_pipeline_gives(export: Path, draw: Any, tmp_path: Pa
     [path] = (tmp_path / "out").glob("0*.png")
     np.testing.assert_array_equal(np.asarray(Image.open(path))[..., None], output.pixels[0])
     assert read_settings(path) == output.picture_settings(0)
+
+
+def test_offloaded_the_pictures_are_the_same(
+    draw: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("--prompt", "a three", "--size", "8x8", "--device", "cpu")
+    draw(*words)
+    asked: list[str] = []
+    enable = TiMPipeline.enable_model_cpu_offload
+
+    def watched(self: TiMPipeline, *, device: str) -> None:
+        asked.append(device)
+        enable(self, device=device)
+
+    monkeypatch.setattr(TiMPipeline, "enable_model_cpu_offload", watched)
+    status, printed, _ = draw(*words, "--offload")
+    assert status == 0 and asked == ["cpu"] and "1 picture finished and kept" in printed
+    draw(*words, "--offload", out="offloaded")
+    assert pictures(tmp_path / "offloaded") == pictures(tmp_path / "out")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,12 +26,13 @@ STORED = Path(__file__).parents[1] / "golden"
 GOLDEN = load_file(STORED / "golden_dev_c2i_rect_p2.safetensors")
 DESCRIPTION = json.loads((STORED / "golden_dev_c2i_rect_p2.json").read_text())
 PLAIN = WeightConfig(time_type="constant", adaptive=False)
+OWN = WeightConfig(adaptive_over="image")
 WEIGHTS = {
-    "ot_fm": WeightConfig(),
-    "trigflow": WeightConfig(),
-    "edm_sd1": WeightConfig(time_type="soft_min_snr", warp="identity"),
-    "vp": WeightConfig(time_type="reciprocal", warp="identity"),
-    "ve": WeightConfig(time_type="square", warp="identity"),
+    "ot_fm": OWN,
+    "trigflow": OWN,
+    "edm_sd1": replace(OWN, time_type="soft_min_snr", warp="identity"),
+    "vp": replace(OWN, time_type="reciprocal", warp="identity"),
+    "ve": replace(OWN, time_type="square", warp="identity"),
 }
 
 
@@ -168,7 +170,7 @@ def loss(
 
 def test_an_image_counts_the_same_alone_or_in_a_pack() -> None:
     network = SmoothNetwork(8)
-    config = differenced()
+    config = differenced(weight=OWN)
     together = loss(network, config)
     x, z, times, segments, condition = pack()
     for i in range(3):
@@ -191,7 +193,7 @@ def test_an_image_counts_the_same_alone_or_in_a_pack() -> None:
 def test_terms_compose_as_stated() -> None:
     network = SmoothNetwork(8)
     features = torch.randn(19, 3, generator=torch.Generator().manual_seed(41), dtype=torch.float64)
-    config = differenced(repa_weight=0.5)
+    config = differenced(repa_weight=0.5, weight=OWN)
     terms = loss(network, config, features_TZ=features)
     per_image = terms.denoising_S + terms.directional_S
     expected = terms.weight_S * terms.adaptive_S * per_image + 0.5 * terms.alignment_S

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def within(count: int, share: float) -> float:
 @pytest.mark.parametrize("name", list(TRANSPORTS))
 def test_kinds_have_their_shares(name: str) -> None:
     transport = TRANSPORTS[name]
-    times = draw_times(transport, ObjectiveConfig(), *draws(COUNT))
+    times = draw_times(transport, ObjectiveConfig(diffusion_share=0.5, consistency_share=0.1), *draws(COUNT))
     at_end = (times.r_S == torch.tensor(transport.T_min)) & (times.r_S < times.t_S)
     assert abs(sum(times.is_diffusion) / COUNT - 0.5) < within(COUNT, 0.5)
     assert (
@@ -45,9 +46,8 @@ def test_kinds_have_their_shares(name: str) -> None:
 def test_t_is_the_larger_and_r_the_smaller_draw() -> None:
     transport = TRANSPORTS["ot_fm"]
     normals, uniforms = draws(500)
-    times = draw_times(
-        transport, ObjectiveConfig(consistency_share=0.0), normals, uniforms, dtype=torch.float64
-    )
+    config = ObjectiveConfig(diffusion_share=0.5, diffusion_time="larger", consistency_share=0.0)
+    times = draw_times(transport, config, normals, uniforms, dtype=torch.float64)
     both = torch.sigmoid(normals)
     assert torch.equal(times.t_S, both.amax(1))
     moving = ~torch.tensor(times.is_diffusion)
@@ -60,8 +60,9 @@ def test_a_diffusion_image_can_train_the_first_draw(name: str) -> None:
     """Nothing else changes: kinds, the times of the others, and r = t."""
     transport = TRANSPORTS[name]
     normals, uniforms = draws(500)
+    config = ObjectiveConfig(diffusion_share=0.5, consistency_share=0.1)
     larger, first = (
-        draw_times(transport, ObjectiveConfig(diffusion_time=which), normals, uniforms, dtype=torch.float64)
+        draw_times(transport, replace(config, diffusion_time=which), normals, uniforms, dtype=torch.float64)
         for which in ("larger", "first")
     )
     diffusion = torch.tensor(first.is_diffusion)
@@ -73,8 +74,8 @@ def test_a_diffusion_image_can_train_the_first_draw(name: str) -> None:
     assert torch.equal(first.r_S[~diffusion], larger.r_S[~diffusion])
     # About half of the first draws are the smaller ones.
     assert 80 < (first.t_S < larger.t_S).sum() < 170
-    with pytest.raises(ConfigError, match=r"^objective\.diffusion_time: first has no effect"):
-        ObjectiveConfig(diffusion_share=0.0, diffusion_time="first")
+    with pytest.raises(ConfigError, match=r"^objective\.diffusion_time: larger has no effect"):
+        ObjectiveConfig(diffusion_share=0.0, diffusion_time="larger")
 
 
 def test_an_image_draws_the_same_times_wherever_it_stands() -> None:
@@ -93,7 +94,8 @@ def test_the_kind_is_drawn_apart_from_the_times() -> None:
     """VP draws its times from the uniforms too; the third belongs to the kind alone."""
     normals = torch.zeros(3, 2, dtype=torch.float64)
     uniforms = torch.tensor([[0.1, 0.9, 0.49], [0.1, 0.9, 0.59], [0.1, 0.9, 0.61]], dtype=torch.float64)
-    times = draw_times(TRANSPORTS["vp"], ObjectiveConfig(), normals, uniforms)
+    config = ObjectiveConfig(diffusion_share=0.5, consistency_share=0.1)
+    times = draw_times(TRANSPORTS["vp"], config, normals, uniforms)
     torch.testing.assert_close(times.t_S, torch.full((3,), 0.9), rtol=1e-5, atol=0)
     torch.testing.assert_close(times.r_S, torch.tensor([0.9, 1e-5, 0.1]), rtol=2e-4, atol=0)
     assert times.is_diffusion == (True, False, False)

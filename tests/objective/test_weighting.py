@@ -111,5 +111,5 @@ def test_a_loss_that_is_not_finite_stays_out_of_the_mean_of_its_kind() -> None:
 
 
 def test_a_divisor_that_nothing_reads_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^objective\.weight\.adaptive_over: kind has no effect"):
-        WeightConfig(adaptive=False, adaptive_over="kind")
+    with pytest.raises(ConfigError, match=r"^objective\.weight\.adaptive_over: image has no effect"):
+        WeightConfig(adaptive=False, adaptive_over="image")

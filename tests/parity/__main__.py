@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from data_pipeline.command import command
 from tests.parity.compare import Report
 from tests.parity.formula_case import compare_formulas
 from tests.parity.golden import GoldenFile
@@ -34,6 +35,7 @@ def compare_file(path: Path) -> Report:
     return report
 
 
+@command(TimError, OSError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compare this project with stored results of the authors' code."""
     parser = argparse.ArgumentParser(prog="python -m tests.parity", description=main.__doc__)

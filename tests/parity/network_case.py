@@ -452,6 +452,7 @@ class _Case:
                 time_type=TIME_TYPES[schedule["weight_time_type"]],  # type: ignore[arg-type]
                 warp=warp,
                 of_interval=schedule.get("weight_t_and_r", True),
+                adaptive_over="image",
             ),
             directional=directional,
             repa_weight=self.about["proj_coeff"] if self.features_TZ is not None else 0.0,

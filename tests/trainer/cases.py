@@ -83,6 +83,7 @@ def shipped(name: str, **zero: Any) -> tuple[int, dict[str, Any]]:
     return settings.pop("stage"), settings
 
 
+LOW_PRECISION = (("bf16_autocast", 0), ("bf16", 2))
 OFFLOADED = {"zero2_offload": shipped("zero2_offload"), "zero3_offload": shipped("zero3_offload")}
 # Both ranks are one node.
 NODES = {"zero3_nodes": shipped("zero3_nodes", zero_hpz_partition_size=2)}
@@ -641,7 +642,11 @@ TIGHT = {
 def watch_trace(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[str, dict[str, list[Any]]]:
     """All-gathers of each step under ZeRO-3, with packs of which many hold no transition image."""
     mixed = ("objective.diffusion_share=0.9", "objective.consistency_share=0.05")
-    flow_matching = ("objective.diffusion_share=1.0", "sampler.mode=diffusion")
+    flow_matching = (
+        "objective.diffusion_share=1.0",
+        "objective.consistency_share=0.0",
+        "sampler.mode=diffusion",
+    )
     variants: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         "dde": (mixed, {}),
         "paired": ((*mixed, PAIRED), {}),
@@ -790,9 +795,13 @@ class _PoisonedStep(TransitionStep):
 def meet_poisoned_gradient(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[str, Any]:
     """A finite loss with a gradient that is not, in one micro-step of the last rank."""
     found = {}
-    settings = recipe(shards)
-    engines: dict[str, tuple[int, dict[str, Any]]] = {f"zero{stage}": (stage, {}) for stage in range(4)}
-    for name, (stage, zero) in {**engines, **OFFLOADED}.items():
+    engines: dict[str, tuple[str, int, dict[str, Any]]] = {
+        f"zero{stage}": ("fp32", stage, {}) for stage in range(4)
+    }
+    engines |= {name: ("fp32", *engine) for name, engine in OFFLOADED.items()}
+    engines |= {f"{precision} {stage}": (precision, stage, {}) for precision, stage in LOW_PRECISION}
+    for name, (precision, stage, zero) in engines.items():
+        settings = recipe(shards, f"train.precision={precision}")
         root: Any = build_root(settings, world.size)
         root.__class__ = _PoisonedStep
         engine, _ = build(world, settings, folder, stage, root, **zero)
@@ -839,7 +848,7 @@ def meet_poisoned_gradient_in_a_run(
 
 
 def give_up(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[str, Any]:
-    """Nothing but poison: the run ends at its limit, twice."""
+    """Nothing but poison: the run ends at its limit, twice; and gradients of one rank alone, at ZeRO-3."""
     if world.is_main:
         write_data(folder / "shards", poison=dict.fromkeys(range(64), 1e25))
     world.barrier()
@@ -851,7 +860,24 @@ def give_up(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[st
             train(settings, folder / "run", file, world)
         except NonFiniteError as error:
             messages.append(str(error))
-    return {"messages": messages, "steps": [c.step for c in find_checkpoints(folder / "run" / "checkpoints")]}
+
+    class Poisoned(_PoisonedStep):
+        def forward(self, inputs: Any) -> StepOutput:
+            self.poisoned = inputs.step >= 1 and world.rank == world.size - 1
+            return super().forward(inputs)
+
+    settings = recipe(shards, "train.max_skipped_steps=2", "train.steps=50")
+    gradients = ""
+    with patch.object(assembly, "TransitionStep", Poisoned):
+        try:
+            train(settings, folder / "gradients", shared_engine_file(world, folder, 3), world)
+        except NonFiniteError as error:
+            gradients = str(error)
+    steps = {
+        name: [c.step for c in find_checkpoints(folder / name / "checkpoints")]
+        for name in ("run", "gradients")
+    }
+    return {"messages": messages, "gradients": gradients, "steps": steps}
 
 
 @contextmanager

@@ -285,12 +285,11 @@ def ranks_of(run: Path) -> dict[int, int]:
     """The processes of a run's ranks, as this machine counts."""
     found: dict[int, tuple[int, int]] = {}
     for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError, StopIteration, IndexError):
+        with suppress(OSError):
             arguments = (folder / "cmdline").read_bytes().split(b"\0")
             environment = environment_of(int(folder.name))
-            if b"launch/train.py" not in arguments[:4] or os.fsencode(run) not in arguments:
-                continue
-            if "RANK" in environment:
+            trains = any(argument.endswith(b"launch/train.py") for argument in arguments[:4])
+            if trains and os.fsencode(run) in arguments and "RANK" in environment:
                 began = int((folder / "stat").read_text().rpartition(")")[2].split()[19])
                 candidate = (began, int(folder.name))
                 rank = int(environment["RANK"])

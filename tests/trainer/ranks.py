@@ -43,6 +43,11 @@ model:
   z_dim: null
 objective:
   derivative: dde
+  diffusion_share: 0.5
+  diffusion_time: larger
+  consistency_share: 0.1
+  weight:
+    adaptive_over: image
 data:
   shards: SHARDS
   tokens_per_pack: 24

@@ -84,6 +84,7 @@ def test_pictures_are_drawn_while_the_encoders_are_beside_the_network(
 
     def to(device: object) -> None:
         moved.append(str(device))
+        monkeypatch.setattr(pipeline.autoencoder, "device", device)
 
     run = TiMPipeline.run
 
@@ -93,6 +94,8 @@ def test_pictures_are_drawn_while_the_encoders_are_beside_the_network(
 
     monkeypatch.setattr(pipeline.autoencoder, "to", to, raising=False)
     monkeypatch.setattr(pipeline.autoencoder, "device", "elsewhere", raising=False)
+    # As in a run.
+    pipeline.checks_memory = False
     monkeypatch.setattr(TiMPipeline, "run", watched)
     imagenet(pipeline, tmp_path, [], batch=5)(1)
     preview = "train.preview={every_steps: 1, prompts: [a, b], sizes: [8x8, 8x8], num_steps: [1, 2]}"

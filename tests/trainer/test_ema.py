@@ -7,8 +7,11 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.trainer.cases import PREVIEW
 from tests.trainer.conftest import Groups
-from tests.trainer.ranks import lines_without_clock
+from tests.trainer.ranks import lines_without_clock, recipe
+from tim_ds.eval.sheet import SheetBlock, SheetRow, contact_sheet
+from tim_ds.pipeline import TiMPipeline
 
 CASES = ["zero0 fp32", "zero2 fp32", "zero3 fp32", "zero1 bf16", "zero3 bf16"]
 
@@ -51,6 +54,22 @@ def test_a_teacher_under_zero3_is_split_and_refreshed_without_a_message(groups: 
     assert sum(found["held"] for found in both) == both[0]["parameters"]
 
 
+def drawn_from(export: Path, preview: str) -> np.ndarray:
+    """The sheet of a preview, from exported weights."""
+    config = recipe(export, preview).train.preview
+    pipeline = TiMPipeline.from_pretrained(export)
+    rows = [
+        SheetRow(
+            f"{n} steps" if n > 1 else "1 step",
+            pipeline(config.prompts, config.sizes, num_steps=n, seeds=config.seed).pixels,
+        )
+        for n in config.num_steps
+    ]
+    return contact_sheet(
+        config.prompts, [SheetBlock("", rows)], footnote=f"EMA weights of step {pipeline.export.step}"
+    )
+
+
 @pytest.mark.parametrize("stage", [1, 3])
 def test_previews_are_drawn_and_change_nothing(groups: Groups, stage: int) -> None:
     groups.results(2, "train_with_previews")
@@ -66,3 +85,5 @@ def test_previews_are_drawn_and_change_nothing(groups: Groups, stage: int) -> No
     assert [event.step for event in board.Images("preview")] == [2, 4]
     early, late = (np.asarray(Image.open(path)) for path in sorted((run / "previews").iterdir()))
     assert early.shape == late.shape and (early != late).any()
+    # Drawn anew in one process, from the averaged weights of that step.
+    assert np.array_equal(late, drawn_from(run / "export", PREVIEW))

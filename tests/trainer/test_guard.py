@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.trainer.cases import OFFLOADED
+from tests.trainer.cases import LOW_PRECISION, OFFLOADED
 from tests.trainer.conftest import POISONED_SAMPLE, Groups
 from tests.trainer.plain import PlainRun, train_plainly
 from tests.trainer.ranks import recipe
@@ -58,7 +58,9 @@ def test_a_skipped_step_is_as_if_it_had_not_been(
     assert applied == pytest.approx(plain.denoising, rel=1e-5)
 
 
-@pytest.mark.parametrize("engine", [*(f"zero{stage}" for stage in STAGES), *OFFLOADED])
+@pytest.mark.parametrize(
+    "engine", [*(f"zero{stage}" for stage in STAGES), *OFFLOADED, *(f"{p} {s}" for p, s in LOW_PRECISION)]
+)
 def test_a_gradient_that_is_not_finite_on_one_rank_stops_all(groups: Groups, engine: str) -> None:
     for found in groups.results(2, "meet_poisoned_gradient"):
         assert found[engine]["applied"] == (True, False, True, True)
@@ -85,4 +87,9 @@ def test_the_limit_ends_the_run_with_a_checkpoint_and_a_reason(groups: Groups) -
         assert "shard-000000.tar:" in first and "and" in first
         # Started again, it does not train its way past the limit unnoticed.
         assert second.startswith("train.max_skipped_steps: 3 steps in a row were skipped, up to step 3")
-        assert found["steps"] == [3, 2]
+        assert found["steps"]["run"] == [3, 2]
+        # The first step was applied, the next two were not.
+        assert found["gradients"].startswith(
+            "train.max_skipped_steps: 2 steps in a row were skipped, up to step 3: gradient norm is "
+        )
+        assert found["steps"]["gradients"] == [3]

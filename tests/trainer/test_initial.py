@@ -61,9 +61,7 @@ def test_an_adapter_is_no_weights_to_start_from(groups: Groups) -> None:
     groups.results(2, "start_from_weights")
     checkpoints = groups.folder_of(2, "start_from_weights") / "adapted_1" / "checkpoints"
     (newest, *_) = find_checkpoints(checkpoints)
-    with pytest.raises(
-        CheckpointError, match="holds an adapter alone; finish that run and start from its export"
-    ):
+    with pytest.raises(CheckpointError, match="holds an adapter alone; merge it into its weights"):
         read_initial(str(newest.path))
 
 

@@ -16,13 +16,14 @@ from tests.trainer.plain import train_plainly
 from tests.trainer.ranks import recipe
 from tests.trainer.test_arrangements import LOSS_TOLERANCE, WEIGHT_TOLERANCE, check_same
 from tim_ds.config.recipe import Recipe
-from tim_ds.errors import ConfigError
+from tim_ds.errors import CheckpointError, ConfigError
 from tim_ds.model.export_folder import load_network, read_export
 from tim_ds.model.tim import TiM
 from tim_ds.packed import Direction, Segments, TextCondition
 from tim_ds.trainer.assembly import build_root
 from tim_ds.trainer.checkpoint import find_checkpoints
 from tim_ds.trainer.config import AdapterConfig
+from tim_ds.trainer.export import export_checkpoint
 from tim_ds.trainer.initial import read_initial
 from tim_ds.trainer.lora import add_adapters, merged, write_adapter
 from tim_ds.trainer.metrics import read_metrics
@@ -88,8 +89,9 @@ def test_merged_weights_compute_what_the_adapter_computes_derivative_included(ba
     network = adapted(base, moved=True)
     plain, _ = load_network(base, dtype=torch.float64)
     before = evaluate(plain)
-    state = merged(plain.state_dict(), adapter_of(network), LORA)
-    plain.load_state_dict(state)
+    weights = plain.state_dict()
+    whole = merged(lambda name, _: weights[name], adapter_of(network), LORA)
+    plain.load_state_dict({name: whole(name, like) for name, like in weights.items()})
     for here, there, old in zip(evaluate(network), evaluate(plain), before, strict=True):
         # Merged weights are kept in float32.
         torch.testing.assert_close(here, there, rtol=0, atol=1e-5)
@@ -131,9 +133,11 @@ def test_adapters_train_like_a_plain_loop_at_every_stage(groups: Groups, shards:
     assert moved > 100 * WEIGHT_TOLERANCE
     export, state = read_export(run / "export")
     assert export.step == 4
-    whole = merged(read_export(start)[1], reference.ema, LORA)
-    for name, value in whole.items():
-        assert state[name].numpy() == pytest.approx(value.numpy(), abs=WEIGHT_TOLERANCE), name
+    weights = read_export(start)[1]
+    whole = merged(lambda name, _: weights[name], reference.ema, LORA)
+    for name, like in weights.items():
+        expected = whole(name, like).numpy()
+        assert state[name].numpy() == pytest.approx(expected, abs=WEIGHT_TOLERANCE), name
 
 
 def test_checkpoints_of_adapters_hold_adapters_alone(groups: Groups) -> None:
@@ -144,6 +148,43 @@ def test_checkpoints_of_adapters_hold_adapters_alone(groups: Groups) -> None:
         names |= {key.split("@")[0] for key in load_file(path) if not key.startswith("own/")}
     assert names and all(".lora_" in name for name in names)
     assert newest.manifest["initial_weights"].startswith("blake2b:")
+
+
+def test_a_checkpoint_of_an_adapter_is_exported_merged_or_alone(groups: Groups, tmp_path: Path) -> None:
+    """As the run wrote them at its end; from any other step, and with the trained weights, likewise."""
+    base = groups.results(2, "start_from_weights")[0]["base"]
+    run = groups.folder_of(2, "start_from_weights") / "continued"
+    last, first = find_checkpoints(run / "checkpoints")
+    _, at_end = read_export(run / "export")
+    export_checkpoint(last, tmp_path / "last")
+    for name, value in read_export(tmp_path / "last")[1].items():
+        assert torch.equal(value, at_end[name]), name
+    export_checkpoint(last, tmp_path / "alone", layout="adapter")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "alone" / name).read_bytes() == (run / "adapter" / name).read_bytes()
+
+    export_checkpoint(first, tmp_path / "first", weights="raw", layout="diffusers")
+    stored = load_file(tmp_path / "first" / "transformer" / "diffusion_pytorch_model.safetensors")
+    start = read_export(base)[1]
+    assert stored.keys() == start.keys()
+    target = "blocks.0.attn.qkv.weight"
+    moved, kept = stored[target] - start[target], stored["final_layer.linear.weight"]
+    # A product of rank 2, and not that of the end.
+    assert torch.linalg.matrix_rank(moved, atol=1e-5) == 2
+    assert not torch.equal(stored[target], at_end[target])
+    assert torch.equal(kept, start["final_layer.linear.weight"])
+
+
+def test_an_adapter_is_not_merged_into_other_weights(groups: Groups, tmp_path: Path) -> None:
+    groups.results(2, "start_from_weights")
+    folder = groups.folder_of(2, "start_from_weights")
+    (checkpoint, *_) = find_checkpoints(folder / "continued" / "checkpoints")
+    with pytest.raises(CheckpointError, match=r"its adapter belongs to weights blake2b:.*/other"):
+        export_checkpoint(checkpoint, tmp_path / "out", base=str(folder / "other"))
+    assert not (tmp_path / "out").exists()
+    (whole, *_) = find_checkpoints(folder / "whole_2" / "checkpoints")
+    with pytest.raises(CheckpointError, match="the run trained all weights"):
+        export_checkpoint(whole, tmp_path / "out", layout="adapter")
 
 
 def test_an_adapter_is_not_continued_on_other_weights(groups: Groups) -> None:

@@ -162,6 +162,19 @@ def test_stages_and_ranks_split_what_they_say() -> None:
     assert on["zero0"].checkpoint_bytes == 16 * parameters and on["zero0"].export_bytes == 4 * parameters
 
 
+def test_snapshots_hold_the_averages_of_power_functions_alone(tmp_path: Path) -> None:
+    averages = (
+        "train.ema.averages=[{name: m, decay: 0.99}, {name: a, sigma_rel: 0.05}, {name: b, sigma_rel: 0.1}]"
+    )
+    settings = [averages, "train.ema.use=m", "train.ema.snapshots={every_steps: 1000}"]
+    zero2 = engine("zero2")
+    found = estimate(load_recipe(XL, settings), zero2, Ranks(8, 8))
+    assert found.snapshot_bytes == 2 * 4 * found.parameters
+    assert "one EMA snapshot     6.4 GiB on the disk" in found.table()
+    without = estimate(load_recipe(XL, settings[:-1]), zero2, Ranks(8, 8))
+    assert without.snapshot_bytes == 0 and "snapshot" not in without.table()
+
+
 def test_recomputed_activations_guidance_and_encoders_are_counted() -> None:
     recipe, zero2 = load_recipe(XL), engine("zero2")
     ranks = Ranks(8, 8)

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +20,8 @@ from tim_ds.errors import CheckpointError
 from tim_ds.objective.loss import LossTerms
 from tim_ds.objective.transport import build_transport
 from tim_ds.trainer.flops import flops_of
+from tim_ds.trainer.inputs import StepInputs
+from tim_ds.trainer.loop import Progress
 from tim_ds.trainer.metrics import (
     METRICS_FILE,
     NUM_BINS,
@@ -26,6 +31,7 @@ from tim_ds.trainer.metrics import (
     memory_of_process,
     read_metrics,
 )
+from tim_ds.trainer.run import restore
 from tim_ds.trainer.world import World
 
 DEVICE = torch.device("cpu")
@@ -154,6 +160,51 @@ def test_an_interval_that_was_cut_goes_on(shards: Path) -> None:
             sums.add(inputs, terms_of(torch.full((inputs.num_images,), 0.1 * i)))
             sums.end_step(applied=True, grad_norm=0.3 * i)
     assert second.take(World()) == whole.take(World())
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_an_interval_that_two_ranks_began_is_finished_by_others(shards: Path, ranks: int) -> None:
+    settings = recipe(shards)
+    transport = build_transport(settings.objective.transport)
+    whole, *before = (Sums(transport, DEVICE) for _ in range(3))
+
+    def count(batches: Sequence[StepInputs], counting: Sequence[Sums], norm: float) -> None:
+        """Micro-batches of one step, dealt to the ranks."""
+        for i, inputs in enumerate(batches):
+            terms = terms_of(torch.linspace(0.1, norm, inputs.num_images))
+            for sums in (whole, counting[i % len(counting)]):
+                sums.add(inputs, terms)
+        for sums in (whole, *counting):
+            sums.end_step(applied=True, grad_norm=norm)
+
+    first, second, third = steps_of(settings, num_steps=3)
+    count(first, before, 0.5)
+    count(second, before, 0.7)
+    states = [{name: value.clone() for name, value in sums.state().items()} for sums in before]
+    progress = {"step": 2, "applied_steps": 2}
+    manifest = {"world_size": 2, "optimizer_steps": 2, "progress": progress}
+    checkpoint: Any = SimpleNamespace(manifest=manifest, own=lambda rank: states[rank])
+    after = [Sums(transport, DEVICE) for _ in range(ranks)]
+    for rank, sums in enumerate(after):
+        # Weights have tests of their own.
+        engine: Any = SimpleNamespace(shards=(), world=World(rank, ranks), publish=lambda: None)
+        ema: Any = SimpleNamespace(averages={})
+        assert restore(checkpoint, engine, ema, sums) == Progress(**progress)
+    count(third, after, 0.9)
+    # As `take` does: counts over the ranks, the norm of rank 0.
+    total = after[0]
+    total.interval = torch.stack([sums.interval for sums in after]).sum(0)
+    found, expected = total.take(World()), whole.take(World())
+    assert found["images"] == expected["images"] > 0 and found["grad_norm"] == expected["grad_norm"]
+    # Another order of float64 sums.
+    for name in ("loss", "denoising", "directional"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-12), name
+    for name in ("denoising_by_t", "denoising_by_interval"):
+        # A bin without images has no mean.
+        ours, theirs = (
+            [-1.0 if mean is None else mean for mean in means[name]] for means in (found, expected)
+        )
+        assert ours == pytest.approx(theirs, rel=1e-12) and max(ours) > 0, name
 
 
 def log_steps(folder: Path, start: int, steps: range) -> None:

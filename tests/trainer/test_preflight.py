@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from tests.data_pipeline.tiny_models import save_autoencoders, save_gemma
 from tests.trainer.ranks import engine_file, run_ranks
 from tests.trainer.test_launch import ROOT, write_recipe
+from tests.trainer.test_repa import save_autoencoder
 from tim_ds.config.load import load_recipe
 from tim_ds.errors import CheckpointError
 from tim_ds.trainer.cli import main
-from tim_ds.trainer.preflight import Findings, _look_at_encoders, missing_weights
+from tim_ds.trainer.preflight import Findings, _look_at_drawing, _look_at_encoders, missing_weights
+from tim_ds.trainer.world import World
 
 RECIPES = ROOT / "launch" / "recipes"
 PREVIEW = "train.preview={every_steps: 2, prompts: [a cat], sizes: [4x6], num_steps: [1, 3]}"
@@ -49,6 +52,10 @@ def test_all_problems_are_listed(tmp_path: Path, shards: Path) -> None:
         "train.init_from=" + str(tmp_path / "none"),
         "train.checkpoint.keep=100000000",
         "train.evaluation.every_steps=2",
+        f"train.evaluation.data={tmp_path / 'no_digits'}",
+        "train.ema.averages=[{name: a, sigma_rel: 0.05}, {name: b, sigma_rel: 0.1}]",
+        "train.ema.use=a",
+        "train.ema.snapshots={every_steps: 1, keep: 100000000}",
         "train.evaluation.benchmarks=[{kind: mjhq, size: 4x4, metadata: no.json}]",
         PREVIEW,
     )
@@ -61,7 +68,8 @@ def test_all_problems_are_listed(tmp_path: Path, shards: Path) -> None:
         "text states in",
         "train.init_from",
         "train.evaluation.benchmarks[0]: --metadata no.json: cannot be read",
-        "disk: 100000001 checkpoints",
+        "no_digits",
+        "disk: 100,000,001 checkpoints, 4 snapshots of the averages and the exported weights",
         "memory: a rank needs",
     ):
         assert problem in printed.split("problems:")[1], printed
@@ -95,6 +103,35 @@ def test_without_the_data_every_encoder_that_the_run_needs_is_missed() -> None:
     plain = Findings()
     _look_at_encoders(plain, load_recipe(str(RECIPES / "t2i_xl.yaml"), ["train.preview={}"]), None)
     assert plain.problems == [] and sum("not needed by this run" in line for line in plain.lines) == 2
+
+
+def test_encoders_of_previews_that_could_not_be_loaded_are_problems(tmp_path: Path) -> None:
+    save_autoencoder(tmp_path / "dc_ae")
+    save_gemma(tmp_path / "gemma")
+    overrides = [
+        *("model.text_dim=16", f"data.autoencoder.path={tmp_path / 'dc_ae'}"),
+        f"data.text_encoder.path={tmp_path / 'gemma'}",
+        "train.preview={every_steps: 1, prompts: [a cat], sizes: [64x64], num_steps: [1]}",
+    ]
+    recipe = load_recipe(str(RECIPES / "t2i_xl.yaml"), overrides)
+    whole = Findings()
+    _look_at_encoders(whole, recipe, None)
+    _look_at_drawing(whole, recipe, World(), None)
+    assert whole.problems == []
+    # As downloads and full disks leave it.
+    file = tmp_path / "dc_ae" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    cut = Findings()
+    _look_at_encoders(cut, recipe, None)
+    (problem,) = cut.problems
+    assert problem.startswith("data.autoencoder.path:") and "1,000 bytes, cannot be read" in problem
+    # Whole, but of another model than the network was made for.
+    save_autoencoders(tmp_path)
+    other = Findings()
+    _look_at_encoders(other, recipe, None)
+    _look_at_drawing(other, recipe, World(), None)
+    (problem,) = other.problems
+    assert "makes latents of 4 channels, the network expects 32" in problem
 
 
 def test_an_error_of_several_problems_is_counted_by_its_problems() -> None:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import sys
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, TextIO, cast
 
+import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 from tests.trainer.conftest import Groups
 from tests.trainer.disks import BadDisk
@@ -18,8 +23,9 @@ from tim_ds.errors import CheckpointError
 from tim_ds.trainer import saves as saves_module
 from tim_ds.trainer.checkpoint import CheckpointFolder, find_checkpoints
 from tim_ds.trainer.events import Events, read_events
-from tim_ds.trainer.loop import Progress
+from tim_ds.trainer.loop import LossyStream, Progress
 from tim_ds.trainer.metrics import read_metrics
+from tim_ds.trainer.preview import Previews
 from tim_ds.trainer.run_folder import FolderTakenError, RunFolder
 from tim_ds.trainer.saves import Saves
 from tim_ds.trainer.world import World
@@ -175,6 +181,36 @@ def test_the_same_folder_mounted_again_is_known_by_its_lock(
     folder._disk += 1
     folder.hold()
     assert folder._disk == tmp_path.stat().st_dev
+
+
+def test_a_full_disk_that_holds_the_log_of_the_run_is_no_reason_to_end_it() -> None:
+    drawn = 0
+    # Closing it fails, too.
+    with suppress(OSError), Path("/dev/full").open("w", buffering=1) as full:
+        with pytest.raises(OSError, match="No space left"):
+            full.write("a line\n")
+        bar = tqdm(total=2, file=cast(TextIO, LossyStream(full)), mininterval=0)
+        bar.update()
+        bar.close()
+        drawn = bar.n
+    assert drawn == 1
+    # It is taken for the stream itself, by which tqdm knows a terminal.
+    assert LossyStream(sys.stderr) in (sys.stdout, sys.stderr)
+
+
+def test_a_preview_that_cannot_be_kept_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "previews").write_text("a file, where a folder should be")
+    drawn = SimpleNamespace(pixels=[np.zeros((4, 4, 3), np.uint8)])
+    preview = object.__new__(Previews)
+    vars(preview).update(
+        _config=SimpleNamespace(num_steps=(1,), prompts=("a cat",), seed=0),
+        _folder=tmp_path / "previews",
+        _world=World(),
+        _log=None,
+        _in_step=SimpleNamespace(attempt=lambda _: (drawn, None)),
+    )
+    preview(7)
+    assert "step 7: the preview is not kept: " in caplog.text
 
 
 def test_a_run_of_several_ranks_goes_on_past_failed_saves_and_loses_no_line(groups: Groups) -> None:

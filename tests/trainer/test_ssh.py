@@ -28,6 +28,7 @@ from tests.trainer.test_launch import TRAIN, write_recipe
 from tests.trainer.test_launchers import ENGINE
 from tim_ds.trainer.checkpoint import find_checkpoints
 from tim_ds.trainer.metrics import read_metrics
+from tim_ds.trainer.signals import STOPPED
 from tim_ds.trainer.watch import LOST
 
 pytestmark = [pytest.mark.slow, needs(SSH)]
@@ -67,6 +68,7 @@ class Launched:
     def trains(self) -> None:
         assert within(300, lambda: self.steps() != [] or self._process.poll() is not None), self.said
         assert self._process.poll() is None, self.said
+        assert sorted(ranks_of(self.run)) == [0, 1]
 
     def steps(self) -> list[int]:
         return [x["step"] for x in read_metrics(self.run)] if (self.run / "metrics.jsonl").exists() else []
@@ -89,15 +91,14 @@ def launched(cluster: Cluster, tmp_path: Path, shards: Path) -> Launched:
 
 
 def test_two_hosts_are_one_run_of_two_ranks(cluster: Cluster, tmp_path: Path, shards: Path) -> None:
-    run = Launched(cluster, write_recipe(tmp_path, shards), tmp_path / "run", "train.steps=3")
+    run = Launched(cluster, write_recipe(tmp_path, shards), tmp_path / "run", "train.steps=40")
     run.trains()
     ranks = ranks_of(run.run)
-    hosts = [Path(f"/proc/{pid}/root/proc/sys/kernel/hostname") for pid in ranks.values()]
-    assert len(hosts) == 2
+    assert len({os.readlink(f"/proc/{pid}/ns/net") for pid in ranks.values()}) == 2
     # What deepspeed passes on of login's variables, and what a file adds to them (launch/README.md).
     assert [environment_of(pid)["OMP_NUM_THREADS"] for pid in ranks.values()] == ["1", "1"]
     assert run.wait() == 0, run.said
-    assert run.saved() == 3
+    assert run.saved() == 40
     assert find_checkpoints(run.run / "checkpoints")[0].manifest["world_size"] == 2
     assert "node1: " in run.said and "node2: " in run.said
 
@@ -112,12 +113,21 @@ def test_signalled_deepspeed_ends_the_launchers_of_all_hosts_and_the_run_saves(
     assert launched.saved() > 0
 
 
+def test_a_signalled_rank_ends_the_run_saved_and_deepspeed_has_its_exit_code(launched: Launched) -> None:
+    os.kill(ranks_of(launched.run)[1], signal.SIGUSR1)
+    assert launched.wait() == STOPPED
+    assert launched.saved() > 0
+    assert "(SIGUSR1 on rank 1). The same command continues it" in launched.said
+
+
 def test_a_lost_connection_ends_the_run_saved(launched: Launched) -> None:
     """As when login is switched off: deepspeed, pdsh and ssh are gone at once."""
     gone = [launched.pid]
     for pid in gone:
-        gone += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
-    assert len(gone) > 3
+        # pdsh starts each ssh from a thread of its own.
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            gone += map(int, (thread / "children").read_text().split())
+    assert len(gone) == 4, "deepspeed, pdsh, an ssh for each host"
     for pid in gone:
         os.kill(pid, signal.SIGKILL)
     launched.leaves(60)
@@ -157,7 +167,7 @@ def test_each_host_on_its_own_without_ssh(cluster: Cluster, tmp_path: Path, shar
     assert find_checkpoints(run / "checkpoints")[0].manifest["world_size"] == 2
 
 
-@pytest.mark.parametrize(("cut", "named"), [("node2", "rank 1 (process "), ("node1", "rank 0")])
+@pytest.mark.parametrize(("cut", "named"), [("node2", "rank 1 (process "), ("node1", "host of rank 0")])
 def test_a_host_that_vanishes_is_named_by_the_other(
     tmp_path: Path, shards: Path, cut: str, named: str
 ) -> None:

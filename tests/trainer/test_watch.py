@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import signal
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.trainer.ranks import engine_file, free_port, start_rank
 from tests.trainer.stopping import train_missing
-from tim_ds.trainer.watch import LOST, _hung, is_communication
+from tim_ds.trainer.watch import LOST, Watch, _hung, is_communication
+from tim_ds.trainer.world import World
 
 MESSAGES = {
     "hangs": "the others wait for: rank {rank} (process",
@@ -49,6 +53,48 @@ def test_when_rank_0_dies_the_others_say_so(tmp_path: Path, shards: Path) -> Non
     other = (out / "output_1.txt").read_text()
     assert ranks[1].exitcode == LOST, other
     assert "error (rank 1): rank 0, or the launcher, has ended without a word" in other
+
+
+class _Vanished:
+    """A store whose host answers once and then no more, its connection being open."""
+
+    def __init__(self) -> None:
+        self._silent = False
+
+    def set_timeout(self, *_: object) -> None: ...
+
+    def set(self, *_: object) -> None:
+        if self._silent:
+            threading.Event().wait()
+        self._silent = True
+
+
+def test_a_store_that_neither_answers_nor_refuses_ends_the_process_in_time(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Two(World):
+        def store(self, name: str) -> Any:
+            return _Vanished()
+
+        def barrier(self) -> None: ...
+
+    monkeypatch.setenv("MASTER_ADDR", "node1")
+    codes: list[int] = []
+    ended = threading.Event()
+
+    def end(code: int) -> None:
+        codes.append(code)
+        ended.set()
+
+    began = time.monotonic()
+    Watch(Two(rank=1, size=2), hung_after=1000, dead_after=0.6, end=end).start()
+    assert ended.wait(20)
+    assert time.monotonic() - began > 0.6
+    assert codes == [LOST]
+    said = capsys.readouterr().err
+    assert (
+        "error (rank 1): no sign of life for 0.6 s of the host of rank 0, or of the launcher (node1)" in said
+    )
 
 
 def test_the_rank_that_is_furthest_behind_is_named() -> None:

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from data_pipeline.command import command
 from tim_ds.compat.authors import AUTHORS_SWITCHES, RELEASED
 from tim_ds.compat.convert import differences_from_authors, export_weights, import_weights
 from tim_ds.errors import TimError
@@ -13,6 +14,7 @@ from tim_ds.model.config import ModelConfig
 from tim_ds.model.export_folder import meta_network
 
 
+@command(TimError, OSError)
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tim_ds.compat", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -26,22 +28,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out.add_argument("folder", metavar="DIR", help="export folder to read")
     out.add_argument("--out", required=True, metavar="FILE", help=".safetensors, .bin or .pt file to write")
     given = parser.parse_args(arguments)
-    try:
-        if given.command == "import":
-            export = import_weights(given.file, given.out, model=given.model)
-            print(f"{given.file}: {export.source.name}, {parameter_line(export.model)}")
-            print(f"written to {given.out} with the authors' settings:")
-            for key, value in AUTHORS_SWITCHES.items():
-                if export.text_encoder is not None or not key.startswith("text_encoder."):
-                    print(f"  {key}: {value}")
-        else:
-            export = export_weights(given.folder, given.out)
-            print(f"{given.out}: {parameter_line(export.model)}")
-            for line in differences_from_authors(export):
-                print(f"warning: the authors' code would draw other pictures: {line}", file=sys.stderr)
-    except TimError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if given.command == "import":
+        export = import_weights(given.file, given.out, model=given.model)
+        print(f"{given.file}: {export.source.name}, {parameter_line(export.model)}")
+        print(f"written to {given.out} with the authors' settings:")
+        for key, value in AUTHORS_SWITCHES.items():
+            if export.text_encoder is not None or not key.startswith("text_encoder."):
+                print(f"  {key}: {value}")
+    else:
+        export = export_weights(given.folder, given.out)
+        print(f"{given.out}: {parameter_line(export.model)}")
+        for line in differences_from_authors(export):
+            print(f"warning: the authors' code would draw other pictures: {line}", file=sys.stderr)
     return 0
 
 

@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from data_pipeline.command import USER_ERROR, command
 from tim_ds.config.load import dump, load_recipe, split_arguments
 from tim_ds.config.parameters import count_parameters
 from tim_ds.config.recipe import Recipe, recipe_hash
@@ -28,8 +29,9 @@ def describe(recipe: Recipe) -> list[str]:
     return lines
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints each recipe, or what is wrong with it. Returns the exit status: 0 if all are right."""
+    """Prints each recipe, or what is wrong with it. Returns the exit status: 0 if all are right, 2 if not."""
     parser = argparse.ArgumentParser(
         prog="python -m tim_ds.config.check", description="Check recipes and print them with every default."
     )
@@ -60,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         printed += 1
         print(*(f"# {line}" for line in (path, *describe(recipe))), sep="\n")
         print(dump(recipe), end="")
-    return 1 if failed else 0
+    return USER_ERROR if failed else 0
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ _LATENT = {"dc_ae": (32, 32), "sd_vae": (4, 8)}
 _PIXELS = AutoencoderConfig(kind="pixels")
 _WORDS = TextEncoderConfig(kind="words")
 _PATCHES = ImageEncoderConfig(kind="patches")
+_OBJECTIVE = ObjectiveConfig()
 
 
 def latent_channels(autoencoder: AutoencoderConfig) -> int:
@@ -154,8 +155,11 @@ def _objective_problems(recipe: Recipe) -> Iterator[str]:
                 "data.image_encoder: required when objective.repa_weight is above 0: it makes the features "
                 "that the network's are aligned with"
             )
-    # 0.1 is what a recipe that leaves the key out has.
-    if objective.diffusion_share == 1.0 and objective.consistency_share not in (0.0, 0.1):
+    # The default is what a recipe that leaves the key out has.
+    if objective.diffusion_share == 1.0 and objective.consistency_share not in (
+        0.0,
+        _OBJECTIVE.consistency_share,
+    ):
         yield (
             "objective.consistency_share: diffusion_share 1 leaves no image for it; set it to 0, "
             f"received {objective.consistency_share:g}"

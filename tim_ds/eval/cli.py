@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from data_pipeline.command import command
 from data_pipeline.errors import DataError
 from data_pipeline.handwriting_words import NewName
 from tim_ds.errors import RequestError, TimError
@@ -260,6 +260,7 @@ EVALUATIONS = {
 """The subcommands."""
 
 
+@command(TimError, DataError, OSError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one evaluation; returns the exit status."""
     parser = argparse.ArgumentParser(description="Score a trained network.")
@@ -269,9 +270,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         example = f"example: python launch/evaluate.py {name} {evaluation.example}"
         evaluation.add_arguments(commands.add_parser(name, help=summary, description=summary, epilog=example))
     options = parser.parse_args(arguments)
-    try:
-        EVALUATIONS[options.evaluation].run(options)
-    except (TimError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    EVALUATIONS[options.evaluation].run(options)
     return 0

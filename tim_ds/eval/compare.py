@@ -20,6 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
+from data_pipeline.command import command
 from tim_ds.errors import RequestError, TimError
 from tim_ds.eval.nfe import RESULTS_NAME, Row, read_rows
 from tim_ds.eval.report import PLOT_NAME, TABLE_NAME, markdown_table
@@ -186,6 +187,7 @@ def _draw(axes: Axes, setting: Setting, values: np.ndarray, n: int) -> None:
     axes.fill_between(setting.steps, values.min(0), values.max(0), color=colour, alpha=0.15, lw=0)
 
 
+@command(TimError, OSError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the tables, write them and the plot; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -197,19 +199,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for table and plot")
     options = parser.parse_args(arguments)
-    try:
-        settings = read_settings(options.settings)
-        refuse_unwritable(options.out)
-        text = table(settings)
+    settings = read_settings(options.settings)
+    refuse_unwritable(options.out)
+    text = table(settings)
 
-        def write_text(aside: Path) -> None:
-            aside.write_text(text)
+    def write_text(aside: Path) -> None:
+        aside.write_text(text)
 
-        write_aside(options.out / TABLE_NAME, len(text.encode()), write_text)
-        write_png(options.out / PLOT_NAME, plot(settings), {"evaluation": "compare"})
-    except TimError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    write_aside(options.out / TABLE_NAME, len(text.encode()), write_text)
+    write_png(options.out / PLOT_NAME, plot(settings), {"evaluation": "compare"})
     print(f"{text}\n")
     for name in (TABLE_NAME, PLOT_NAME):
         print(f"written: {options.out / name}")

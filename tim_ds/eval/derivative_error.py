@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from data_pipeline.command import command
 from data_pipeline.errors import DataError
 from data_pipeline.index import load_index
 from data_pipeline.reader import ShardReader
@@ -116,7 +117,7 @@ def measure_errors(case: Case, steps: Sequence[float | None]) -> list[ErrorRow]:
     truth = case.widened().exact()
     rows = []
     for precision in get_args(Precision):
-        with _precision(case.network, precision):
+        with at_precision(case.network, precision):
             estimates = [("dde", step, case.difference(step)) for step in steps]
             estimates.append(("paired", None, case.carried()))
         for name, step, estimate in estimates:
@@ -201,7 +202,8 @@ def _seconds(step: Callable[[], None], device: torch.device) -> float:
 
 
 @contextmanager
-def _precision(network: TiM, precision: Precision) -> Iterator[None]:
+def at_precision(network: nn.Module, precision: Precision) -> Iterator[None]:
+    """Within the block the forward passes of `network` compute in `precision`."""
     with ExitStack() as stack:
         if precision != "float32":
             device = next(network.parameters()).device.type
@@ -323,6 +325,7 @@ def cost_table(rows: Sequence[CostRow]) -> str:
     return "\n".join(lines)
 
 
+@command(TimError, DataError, OSError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print both tables and what they are of; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -349,14 +352,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shape.add_argument("--depth", type=int, default=6)
     shape.add_argument("--num-heads", type=int, default=4)
     options = parser.parse_args(arguments)
-    try:
-        case = _case_of(options)
-        print(describe(case), flush=True)
-        print("", error_table(measure_errors(case, options.steps)), sep="\n", flush=True)
-        print("", cost_table(measure_cost(case, repeats=options.repeats)), sep="\n")
-    except (TimError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    case = _case_of(options)
+    print(describe(case), flush=True)
+    print("", error_table(measure_errors(case, options.steps)), sep="\n", flush=True)
+    print("", cost_table(measure_cost(case, repeats=options.repeats)), sep="\n")
     return 0
 
 

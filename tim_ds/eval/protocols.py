@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 from tqdm import tqdm
 
+from data_pipeline.command import command
 from tim_ds.errors import RequestError, TimError
 from tim_ds.eval import mjhq
 from tim_ds.eval.distribution import (
@@ -233,6 +234,7 @@ def _pooled(network: FeatureNetwork, feed: Feed | None, path: Path, bar: tqdm) -
     return found["pool"][0].cpu().numpy()
 
 
+@command(TimError, OSError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print one comparison; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tim_ds.eval.protocols", description=__doc__)
@@ -248,21 +250,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     two.add_argument("--limit", type=int, help="so many of the entries, the first ones (default: all)")
     two.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)
-    try:
-        if options.what == "imagenet":
-            samples = _features_of(options.out, "features", ("pool", "spatial", "logits"))
-            print(compare_scores(samples, _features_of(options.out, "reference", ("pool", "spatial"))))
-            return 0
-        entries = mjhq.read_metadata(options.metadata)[: options.limit]
-        sets = [
-            [folder / name for name in mjhq.picture_names(folder, entries, option=option)]
-            for folder, option in ((options.pictures, "--pictures"), (options.reference, "--reference"))
-        ]
-        network = Inception.load(options.inception).to(options.device)
-        print(compare_feeds(network, sets[0], sets[1]))
-    except TimError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if options.what == "imagenet":
+        samples = _features_of(options.out, "features", ("pool", "spatial", "logits"))
+        print(compare_scores(samples, _features_of(options.out, "reference", ("pool", "spatial"))))
+        return 0
+    entries = mjhq.read_metadata(options.metadata)[: options.limit]
+    sets = [
+        [folder / name for name in mjhq.picture_names(folder, entries, option=option)]
+        for folder, option in ((options.pictures, "--pictures"), (options.reference, "--reference"))
+    ]
+    network = Inception.load(options.inception).to(options.device)
+    print(compare_feeds(network, sets[0], sets[1]))
     return 0
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from data_pipeline.command import command
 from data_pipeline.errors import DataError
 from tim_ds.errors import RequestError, TimError
 from tim_ds.eval.draw import draw, find_finished, form_batches, picture_path
@@ -35,15 +36,12 @@ GRID_NAME = "grid.png"
 MAX_IN_GRID = 64
 
 
+@command(TimError, DataError, OSError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Sample the prompts of the command line; returns the exit status."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="warning: %(message)s")
-    try:
-        _sample(options)
-    except (TimError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    _sample(options)
     return 0
 
 
@@ -99,6 +97,11 @@ def _parser() -> argparse.ArgumentParser:
         help="of the weights (default: %(default)s)",
     )
     parser.add_argument(
+        "--offload",
+        action="store_true",
+        help="keep the encoders on the host while they do not work: less memory of the GPU, more time",
+    )
+    parser.add_argument(
         "--tokens-per-batch",
         default="4096",
         help="image tokens of one network call, or `auto` for what memory allows (default: %(default)s)",
@@ -131,9 +134,13 @@ def _sample(options: argparse.Namespace) -> None:
     jobs = expand(lines, options.size, num=options.num, seed=options.seed, sampler=given)
     refuse_unwritable(options.out)
     grid = _grid_path(options.out, [job.stem for job in jobs[:MAX_IN_GRID]])
+    device = device_of_process(options.device)
+    dtype = getattr(torch, options.dtype)
     pipe = TiMPipeline.from_pretrained(
-        options.export, device=device_of_process(options.device), dtype=getattr(torch, options.dtype)
+        options.export, device="cpu" if options.offload else device, dtype=dtype
     )
+    if options.offload:
+        pipe.enable_model_cpu_offload(device=device)
     pipe.tokens_per_batch = _tokens(options.tokens_per_batch, pipe)
     if options.tile is not None:
         _set_tile(pipe, options.tile)

@@ -48,7 +48,8 @@ class SelfAttention(_Heads):
         self.qkv_d = PreciseLinear(width, 3 * width, bias=False) if config.distance_aware else None
 
     def forward(self, h_TD: Tensor, again: ops.Again | None, context: BlockContext) -> Tensor:
-        stream = context.active_stream
+        # From here on `stream.value` is the tangent of what was computed last: h, qkv, the heads' result.
+        stream = context.active_tangent
         qkv = self.qkv(h_TD, stream, again)
         shift, side = None, None
         if self.qkv_d is not None:
@@ -82,7 +83,7 @@ class CrossAttention(_Heads):
     def forward(
         self, h_TD: Tensor, again: ops.Again | None, text: ops.KeysValues, context: BlockContext
     ) -> Tensor:
-        stream = context.active_stream
+        stream = context.active_tangent
         raw_q = self.split(self.q(h_TD, stream, again))
         q = ops.q_norm_rope(raw_q, self.affine(self.q_norm), context.table)
         k, v = text
@@ -130,7 +131,7 @@ class TransitionBlock(nn.Module):
         return x_TD
 
     def _evaluate(self, x_TD: Tensor, text: ops.KeysValues | None, context: BlockContext) -> Tensor:
-        stream = context.active_stream
+        stream = context.active_tangent
         side = None if stream is None else stream.modulation()
         m = _Modulation.of(self.adaLN_modulation, context.modulation_SD, side, 3 * self.num_branches)
         h_dtype = ops.compute_dtype(self.mlp.fc2.weight)
@@ -168,7 +169,7 @@ class _Modulation:
         m, d_m, at = self.chunks, self.tangents, 3 * number
         gate = None if branch_TD is None else m[at - 1]
         x, h = ops.residual_modulated_norm(x_TD, branch_TD, gate, m[at], m[at + 1], context.chunks, h_dtype)
-        stream = context.active_stream
+        stream = context.active_tangent
         if stream is not None and d_m is not None:
             d_gate = None if gate is None else d_m[at - 1]
             stream.norm(x, branch_TD, gate, d_gate, m[at + 1], d_m[at], d_m[at + 1], h.dtype)
@@ -182,7 +183,7 @@ class _Modulation:
         return ops.modulated_norm_again(x_TD, shift, scale, context.chunks, h_dtype)
 
     def add_last(self, x_TD: Tensor, branch_TD: Tensor, context: BlockContext) -> Tensor:
-        stream = context.active_stream
+        stream = context.active_tangent
         if stream is not None and self.tangents is not None:
             stream.add_branch(branch_TD, self.chunks[-1], self.tangents[-1])
         return ops.gated_residual(x_TD, branch_TD, self.chunks[-1], context.chunks)
@@ -207,7 +208,7 @@ class FinalLayer(nn.Module):
         return F_TC
 
     def _evaluate(self, x_TD: Tensor, context: BlockContext) -> Tensor:
-        stream = context.active_stream
+        stream = context.active_tangent
         side = None if stream is None else stream.modulation()
         m = _Modulation.of(self.adaLN_modulation, context.modulation_SD, side, 2)
         _, h = m.norm(0, x_TD, None, context)

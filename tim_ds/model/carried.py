@@ -1,7 +1,9 @@
 """What a forward carries beside the value on its way to the blocks: a direction, or copies of images.
 
-Both enter the embedders in the value's own calls (`x`, `t`, `delta`), and become the stream that passes the
-blocks behind it.
+Both enter the embedders in the value's own calls (`x`, `t`, `delta`), each of which replaces what it is
+given by what belongs to its output, and then become the stream that passes the blocks. In a block a tangent
+goes with the value from product to product; copies follow the whole block behind it. Neither calls a module
+again: ZeRO-3 gathers weights by module call, and one more in some steps would break its trace.
 
 T' tokens and S' images that are carried (every copy is one), D model width.
 """
@@ -21,7 +23,7 @@ from tim_ds.model import ops
 from tim_ds.model.config import ModelConfig
 from tim_ds.model.context import BlockContext, CopiesStream
 from tim_ds.model.shapes import check_copies, check_direction
-from tim_ds.model.tangent import Beside, Side, Tangent, TangentStream
+from tim_ds.model.tangent import OtherValues, Side, Tangent, TangentStream
 from tim_ds.packed import Condition, Copies, Direction, Segments, TextCondition
 
 
@@ -84,7 +86,7 @@ class CarriedDirection:
         beside_interval: Sequence[Tensor],
         label_SD: Tensor | None,
     ) -> TangentStream:
-        # r alone may be what the interval embedding sees: then it does not move.
+        # `t` is embedded by now: [S', D]. r alone may be what the interval embedding sees: it does not move.
         interval_SD = reduce(torch.add, beside_interval, torch.zeros_like(self.t.value))
         residual_TD = ops.at_least_float32(self.x.value)
         cross_plan = None
@@ -112,16 +114,16 @@ class CarriedCopies:
     """Of the copies."""
     original_S: Tensor
     """The image of every copy, int64 [S']."""
-    x: Beside
-    t: Beside
-    delta: Beside
+    x: OtherValues
+    t: OtherValues
+    delta: OtherValues
 
     @classmethod
     def of(cls, copies: Copies, segments: Segments, r_S: Tensor) -> CarriedCopies:
         originals = [i for i in copies.indices for _ in range(copies.count)]
         original_S = torch.tensor(originals).to(r_S.device, non_blocking=True)
         delta_S = copies.t_S - r_S.index_select(0, original_S)
-        x, t, delta = Beside(copies.x_TC), Beside(copies.t_S), Beside(delta_S)
+        x, t, delta = OtherValues(copies.x_TC), OtherValues(copies.t_S), OtherValues(delta_S)
         return cls(copies, segments.select(originals), original_S, x, t, delta)
 
     def of_still(self, embedded_SD: Tensor) -> list[Tensor]:
@@ -134,6 +136,7 @@ class CarriedCopies:
         beside_interval: Sequence[Tensor],
         label_SD: Tensor | None,
     ) -> CopiesStream:
+        # Summed in the order of the value, for the same rounding.
         interval_SD = reduce(torch.add, beside_interval)
         labels = [] if label_SD is None else self.of_still(label_SD)
         modulation_SD = reduce(torch.add, labels, self.t.value + interval_SD)

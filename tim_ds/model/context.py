@@ -83,7 +83,7 @@ class BlockContext:
         )
 
     @property
-    def active_stream(self) -> TangentStream | None:
+    def active_tangent(self) -> TangentStream | None:
         """The tangent, unless activations are being recomputed: it passes every block once."""
         return self.beside if isinstance(self.beside, TangentStream) and not self.pause.is_on else None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,20 +97,22 @@ def write_export(
 def stream_export(
     folder: str | os.PathLike[str],
     export: Export,
-    read: Callable[[str, Sequence[int]], Tensor],
+    read: Callable[[str, Tensor], Tensor],
     *,
     overwrite: bool = False,
 ) -> None:
-    """As `write_export`, with float32 weights that are read one at a time by name and shape.
+    """As `write_export`, with float32 weights that are read one at a time.
 
+    Args:
+        read: the tensor of a name, of the shape of another.
     Raises:
         CheckpointError: if the folder holds an export already and `overwrite` is not set, or if it cannot be
             written.
     """
-    shapes = {name: tuple(value.shape) for name, value in meta_network(export.model).state_dict().items()}
+    network = meta_network(export.model).state_dict()
     with _described(Path(folder), export, overwrite=overwrite) as weights:
-        tensors = ((name, read(name, shape)) for name, shape in shapes.items())
-        stream_weights(weights, shapes, tensors, {"format": "pt"})
+        tensors = ((name, read(name, like)) for name, like in network.items())
+        stream_weights(weights, network, tensors, {"format": "pt"})
 
 
 @contextmanager

@@ -46,13 +46,13 @@ class Side(Protocol):
 
 
 @dataclass(eq=False)
-class Beside:
-    """Other values on their way through the same modules."""
+class OtherValues:
+    """Values for other inputs, on their way through the same modules."""
 
     value: Tensor
 
-    def fork(self) -> Beside:
-        return Beside(self.value)
+    def fork(self) -> OtherValues:
+        return OtherValues(self.value)
 
     @torch.no_grad()
     def linear(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -119,7 +119,7 @@ class TangentStream(Tangent):
 
     def norm(
         self,
-        x_TD: Tensor,
+        x_after_TD: Tensor,
         branch_TD: Tensor | None,
         gate_SD: Tensor | None,
         d_gate_SD: Tensor | None,
@@ -128,13 +128,14 @@ class TangentStream(Tangent):
         d_scale_SD: Tensor,
         h_dtype: torch.dtype,
     ) -> None:
-        """Follow a branch into the residual stream, which is x with it, and the modulated norm behind.
+        """Follow a branch into the residual stream, and the modulated norm behind.
 
-        `value` is the tangent of the branch, where there is one, and becomes that of h.
+        `x_after_TD` is the stream with the branch. `value` is the tangent of the branch, where there is one,
+        and becomes that of h.
         """
         d_branch_TD = None if branch_TD is None else self.value
         self.residual_TD, self.value = ops.residual_modulated_norm_tangent(
-            x_TD,
+            x_after_TD,
             self.residual_TD,
             branch_TD,
             d_branch_TD,

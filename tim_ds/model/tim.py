@@ -90,6 +90,7 @@ class TiM(nn.Module):
         if with_features and self.projector is None:
             raise ShapeError("features were asked of a network without projector (model.z_dim is null)")
         carried = carry(self.config, segments, r_S, direction, copies)
+        # Before t is embedded: the interval may begin from the same t.
         interval_SD, beside_interval = self._interval(t_S, r_S, carried)
         modulation_SD = self.t_embedder(t_S, None if carried is None else carried.t) + interval_SD
         text_LD, label_SD, cross_plan = None, None, None
@@ -115,6 +116,7 @@ class TiM(nn.Module):
             beside=beside,
         )
         x_TD, features_TZ = self._blocks(x_TD, context, with_features)
+        # What is carried holds what belongs to F after the last module.
         F_TC = self.final_layer(x_TD, context)
         return NetworkOutput(
             F_TC,

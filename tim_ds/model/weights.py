@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import pickle
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,22 +96,22 @@ def write_weights(
 
 def stream_weights(
     path: str | os.PathLike[str],
-    shapes: Mapping[str, Sequence[int]],
+    network: Mapping[str, Tensor],
     tensors: Iterable[tuple[str, Tensor]],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write a float32 safetensors file tensor by tensor, so that one of them is in memory at a time.
 
     Args:
-        shapes: of every tensor, in the order in which `tensors` gives them.
+        network: a tensor of each name and shape, in the order in which `tensors` gives them.
     Raises:
         CheckpointError: as `write_weights`.
     """
     entries: dict[str, object] = {"__metadata__": dict(metadata or {})}
     end = 0
-    for name, shape in shapes.items():
-        begin, end = end, end + 4 * math.prod(shape)
-        entries[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
+    for name, like in network.items():
+        begin, end = end, end + 4 * like.numel()
+        entries[name] = {"dtype": "F32", "shape": list(like.shape), "data_offsets": [begin, end]}
     header = json.dumps(entries).encode()
     # The format wants the data aligned to eight bytes; spaces are allowed.
     header += b" " * (-len(header) % 8)
@@ -120,10 +119,10 @@ def stream_weights(
     def write(aside: Path) -> None:
         with aside.open("wb") as file:
             file.write(len(header).to_bytes(8, "little") + header)
-            for (name, shape), (given, value) in zip(shapes.items(), tensors, strict=True):
-                if given != name or list(value.shape) != list(shape):
+            for (name, like), (given, value) in zip(network.items(), tensors, strict=True):
+                if given != name or value.shape != like.shape:
                     raise CheckpointError(
-                        f"{path}: expected {name} {list(shape)}, received {given} {list(value.shape)}"
+                        f"{path}: expected {name} {list(like.shape)}, received {given} {list(value.shape)}"
                     )
                 file.write(value.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
 

@@ -11,7 +11,6 @@ from torch import nn
 
 from data_pipeline.loader import StepLoader, build_loader, load_null_states
 from tim_ds.config.recipe import Recipe
-from tim_ds.errors import CheckpointError
 from tim_ds.model.blocks import FinalLayer, TransitionBlock
 from tim_ds.model.init import initial_values
 from tim_ds.model.tim import TiM
@@ -19,7 +18,7 @@ from tim_ds.trainer.agreement import DataFacts
 from tim_ds.trainer.checkpoint import Checkpoint
 from tim_ds.trainer.config import TrainConfig
 from tim_ds.trainer.flops import StepFlops, flops_of, peak_flops
-from tim_ds.trainer.initial import InitialWeights, check_initial, read_initial, values_of
+from tim_ds.trainer.initial import InitialWeights, check_initial, read_base, read_initial, values_of
 from tim_ds.trainer.inputs import Prepare, StepInputs
 from tim_ds.trainer.lora import adapter_values, add_adapters
 from tim_ds.trainer.materialise import Split, Values, materialise
@@ -84,13 +83,8 @@ def initial_weights(recipe: Recipe, checkpoint: Checkpoint | None) -> InitialWei
     path = recipe.train.init_from
     if path is None or (checkpoint is not None and recipe.train.adapter is None):
         return None
-    initial = read_initial(path)
+    initial = read_initial(path) if checkpoint is None else read_base(checkpoint, path)
     check_initial(initial, recipe)
-    if checkpoint is not None and checkpoint.manifest["initial_weights"] != initial.digest:
-        raise CheckpointError(
-            f"{checkpoint.path}: its adapter belongs to weights {checkpoint.manifest['initial_weights']}, "
-            f"train.init_from names {initial.digest} ({initial.source})"
-        )
     return initial
 
 

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from data_pipeline.command import USER_ERROR, command
 from data_pipeline.errors import DataError
 from tim_ds.config.load import load_recipe, split_arguments
 from tim_ds.errors import TimError
@@ -26,6 +27,7 @@ from tim_ds.trainer.signals import STOPPED, RunStopped, StopSignals
 from tim_ds.trainer.watch import DEAD_AFTER_S, HUNG_AFTER_S, LOST, Watch
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line of `launch/train.py`. Returns the exit status: 2 for what the user can put right,
     `STOPPED` after a signal, `LOST` where a rank did not start. (Where one is missing later, `LOST` does not
@@ -136,7 +138,7 @@ def _main(
             print(f"error{rank}: {error}", file=sys.stderr)
         if world is not None:
             stop_world(world, failed=True)
-        return 2
+        return USER_ERROR
     stop_world(world)
     if is_main:
         print(message)

@@ -65,6 +65,10 @@ class InitialWeights:
     text_encoder: TextEncoderConfig | None
     state: StoredState
 
+    def value(self, name: str, like: Tensor) -> Tensor:
+        """One of them, in the dtype of `like`."""
+        return self.state[name].to(like.dtype)
+
     @property
     def digest(self) -> str:
         """Hash of names and values: another file with the same weights has the same."""
@@ -109,6 +113,22 @@ def read_initial(path: str) -> InitialWeights:
     return _of_checkpoint(found[0])
 
 
+def read_base(checkpoint: Checkpoint, path: str) -> InitialWeights:
+    """The weights at `path`, on which the adapter in a checkpoint was trained.
+
+    Raises:
+        CheckpointError: if there are none, or they are others.
+    """
+    initial = read_initial(path)
+    expected = checkpoint.manifest["initial_weights"]
+    if expected != initial.digest:
+        raise CheckpointError(
+            f"{checkpoint.path}: its adapter belongs to weights {expected}, received {initial.digest} "
+            f"({initial.source}, of train.init_from or --base)"
+        )
+    return initial
+
+
 def _of_export(source: str, export: Export, read: Values) -> InitialWeights:
     state = StoredState(meta_network(export.model).state_dict(), read)
     return InitialWeights(
@@ -120,8 +140,8 @@ def _of_checkpoint(checkpoint: Checkpoint) -> InitialWeights:
     recipe = from_dict(checkpoint.manifest["recipe"], source=str(checkpoint.path))
     if recipe.train.adapter is not None:
         raise CheckpointError(
-            f"train.init_from: {checkpoint.path}: holds an adapter alone; finish that run and start from its "
-            f"export, in which the adapter is merged"
+            f"train.init_from: {checkpoint.path}: holds an adapter alone; merge it into its weights with "
+            f"`python -m tim_ds.trainer.export` and start from that"
         )
     kind = piece_kind(recipe.train.ema.used.name)
 

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from tim_ds.errors import ConfigError
+from tim_ds.model.config import ModelConfig
 from tim_ds.model.embed import Linear
+from tim_ds.model.export_folder import meta_network
 from tim_ds.model.weights import write_aside, write_weights
 from tim_ds.trainer.config import AdapterConfig
 from tim_ds.trainer.materialise import Values
@@ -124,24 +126,33 @@ def _with_gradient(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
     return output
 
 
-def merged(
-    base: Mapping[str, Tensor], adapter: Mapping[str, Tensor], config: AdapterConfig
-) -> dict[str, Tensor]:
-    """Weights of the plain network that computes what base and adapter compute together.
+def meta_adapter(model: ModelConfig, config: AdapterConfig) -> dict[str, Tensor]:
+    """What is trained, without storage, by the names in the network with adapters."""
+    network = meta_network(model)
+    with torch.device("meta"):
+        add_adapters(network, config)
+    return {name: value for name, value in network.named_parameters() if ".lora_" in name}
+
+
+def merged(base: Values, adapter: Mapping[str, Tensor], config: AdapterConfig) -> Values:
+    """Weights of the plain network that computes what base and adapter compute together, one at a time.
 
     Args:
         base: by the names of the plain network.
         adapter: trained tensors, by their names in the network with adapters.
     """
-    state = dict(base)
-    for name, A in adapter.items():
-        if f".lora_A.{ADAPTER}." not in name:
-            continue
-        B = adapter[name.replace(".lora_A.", ".lora_B.")]
-        target = name.replace(f".lora_A.{ADAPTER}.", ".")
-        weight = state[target].float()
-        state[target] = weight + (B.double() @ A.double()).to(weight.dtype) * (config.alpha / config.rank)
-    return state
+
+    def value(name: str, like: Tensor) -> Tensor:
+        weight = base(name, like)
+        module, _, kind = name.rpartition(".")
+        A = adapter.get(f"{module}.lora_A.{ADAPTER}.weight") if kind == "weight" else None
+        if A is None:
+            return weight
+        B = adapter[f"{module}.lora_B.{ADAPTER}.weight"]
+        weight = weight.float()
+        return weight + (B.double() @ A.double()).to(weight.dtype) * (config.alpha / config.rank)
+
+    return value
 
 
 def write_adapter(folder: Path, adapter: Mapping[str, Tensor], config: AdapterConfig, base: str) -> None:

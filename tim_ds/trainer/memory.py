@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.command import command
 from tim_ds.config.load import load_recipe, split_arguments
 from tim_ds.config.recipe import Recipe, latent_stride
 from tim_ds.errors import TimError
@@ -24,6 +25,7 @@ from tim_ds.model.config import ModelConfig
 from tim_ds.model.embed import PreciseLinear
 from tim_ds.model.export_folder import meta_network
 from tim_ds.model.tim import TiM
+from tim_ds.trainer.config import EmaConfig
 from tim_ds.trainer.encoder_memory import EncoderMemory, encoder_memory
 from tim_ds.trainer.engine import (
     STATE_KEYS,
@@ -93,6 +95,8 @@ class MemoryEstimate:
     checkpoint_bytes: int
     """One checkpoint on the disk, of all ranks."""
     export_bytes: int
+    snapshot_bytes: int
+    """One snapshot of the power-function averages on the disk; 0 where the run makes none."""
     unknown: tuple[str, ...] = ()
     """Encoders that are not in it, and why."""
 
@@ -153,6 +157,8 @@ class MemoryEstimate:
             f"one checkpoint       {self.checkpoint_bytes / GIB:.1f} GiB on the disk",
             f"exported weights     {self.export_bytes / GIB:.1f} GiB on the disk",
         ]
+        if self.snapshot_bytes:
+            lines.append(f"one EMA snapshot     {self.snapshot_bytes / GIB:.1f} GiB on the disk")
         lines += [f"not counted          {text}" for text in self.unknown]
         if card_gib is not None:
             answer = {True: "fits", False: "does not fit", None: "may fit: the uncertainty does not tell"}
@@ -220,6 +226,7 @@ def estimate(
         parts=tuple(part for part in parts if part.device or part.host),
         checkpoint_bytes=_FLOAT32 * total * (1 + len(STATE_KEYS) + copies),
         export_bytes=_FLOAT32 * (frozen or total),
+        snapshot_bytes=_FLOAT32 * total * snapshot_copies(recipe.train.ema),
         unknown=encoders.unknown,
     )
 
@@ -240,6 +247,11 @@ def trained_sizes(recipe: Recipe, network: TiM) -> list[int]:
 def average_copies(recipe: Recipe) -> int:
     """Averages of the weights that a run keeps."""
     return len(recipe.train.ema.averages)
+
+
+def snapshot_copies(config: EmaConfig) -> int:
+    """Averages that a snapshot holds; 0 where there are no snapshots."""
+    return sum(one.sigma_rel is not None for one in config.averages) if config.snapshots.every_steps else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -556,6 +568,7 @@ def _others(recipe: Recipe, pack: _Pack, split: _Split, copies: int) -> Iterator
     )
 
 
+@command(TimError, OSError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Returns the exit status: 1 if a given card is too small, 2 for a wrong recipe or file."""
     parser = argparse.ArgumentParser(
@@ -578,17 +591,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     paths, overrides = split_arguments(options.recipe)
     if len(paths) != 1 or options.gpus < 1 or options.nodes < 1:
         parser.error("expected one recipe and at least one GPU and node")
-    try:
-        found = estimate(
-            load_recipe(paths[0], overrides),
-            read_engine_file(options.ds),
-            Ranks(options.gpus * options.nodes, options.gpus),
-            image_tokens=options.image_tokens,
-            encoder_bytes=None if options.encoders_gib is None else round(options.encoders_gib * GIB),
-        )
-    except TimError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    found = estimate(
+        load_recipe(paths[0], overrides),
+        read_engine_file(options.ds),
+        Ranks(options.gpus * options.nodes, options.gpus),
+        image_tokens=options.image_tokens,
+        encoder_bytes=None if options.encoders_gib is None else round(options.encoders_gib * GIB),
+    )
     print(found.table(options.card_gib))
     return int(options.card_gib is not None and found.fits(options.card_gib) is False)
 

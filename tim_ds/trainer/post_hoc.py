@@ -10,7 +10,6 @@ is in memory at a time; each width becomes an export folder.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from data_pipeline.command import command
 from tim_ds.config.recipe import from_dict, recipe_hash
 from tim_ds.errors import CheckpointError, TimError
 from tim_ds.model.export_folder import stream_export
@@ -26,6 +26,7 @@ from tim_ds.trainer.checkpoint import Checkpoint
 from tim_ds.trainer.config import WIDEST_SIGMA_REL
 from tim_ds.trainer.ema import piece_kind
 from tim_ds.trainer.ema_profiles import Profile, fit_profile, gamma_of
+from tim_ds.trainer.export import BASE_HELP, network_values
 from tim_ds.trainer.preview import describe_export
 from tim_ds.trainer.snapshots import find_snapshots
 
@@ -70,10 +71,17 @@ def stored_averages(run_dir: Path, step: int | None = None) -> list[Stored]:
 
 
 def reconstruct(
-    stored: Sequence[Stored], sigma_rel: float, folder: Path, *, overwrite: bool = False
+    stored: Sequence[Stored],
+    sigma_rel: float,
+    folder: Path,
+    *,
+    base: str | None = None,
+    overwrite: bool = False,
 ) -> float:
     """Write the average of width `sigma_rel` at the last stored step as an export folder.
 
+    Args:
+        base: as in `network_values`.
     Returns:
         Error of the profile, relative (`ema_profiles.Fit.error`).
     Raises:
@@ -86,19 +94,21 @@ def reconstruct(
         recipe, last.snapshot.step, recipe_hash(recipe), average=f"sigma_rel {sigma_rel:g}"
     )
 
-    def read(name: str, shape: Sequence[int]) -> Tensor:
+    def read(name: str, like: Tensor) -> Tensor:
         # Coefficients have both signs and can be large: their sum is taken in float64.
-        total = torch.zeros(math.prod(shape), dtype=torch.float64)
-        part = torch.empty(math.prod(shape))
+        total = torch.zeros(like.numel(), dtype=torch.float64)
+        part = torch.empty(like.numel())
         for s, coefficient in zip(stored, fit.coefficients, strict=True):
             s.snapshot.fill(piece_kind(s.name), f"network.{name}", 0, part)
             total.add_(part, alpha=float(coefficient))
-        return total.float().view(*shape)
+        return total.float().view(like.shape)
 
-    stream_export(folder, export, read, overwrite=overwrite)
+    values = network_values(recipe, last.snapshot, read, base)
+    stream_export(folder, export, values, overwrite=overwrite)
     return fit.error
 
 
+@command(TimError, OSError)
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tim_ds.trainer.post_hoc",
@@ -115,28 +125,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--step", type=int, help="step of a snapshot (default: the last)")
     parser.add_argument("--out", type=Path, help="folder of the exports (default: RUN/post_hoc)")
+    parser.add_argument("--base", metavar="PATH", help=BASE_HELP)
     parser.add_argument("--overwrite", action="store_true", help="replace an export that is there")
     options = parser.parse_args(arguments)
     for width in options.sigma_rel:
         if not 0.0 < width <= WIDEST_SIGMA_REL:
             parser.error(f"--sigma-rel: expected above 0 up to {WIDEST_SIGMA_REL:.4f}, received {width}")
-    try:
-        stored = stored_averages(options.run, options.step)
-        for width in options.sigma_rel:
-            folder = (options.out or options.run / "post_hoc") / (
-                f"sigma_rel_{width:g}_step_{stored[-1].snapshot.step}"
+    stored = stored_averages(options.run, options.step)
+    for width in options.sigma_rel:
+        folder = (options.out or options.run / "post_hoc") / (
+            f"sigma_rel_{width:g}_step_{stored[-1].snapshot.step}"
+        )
+        error = reconstruct(stored, width, folder, base=options.base, overwrite=options.overwrite)
+        print(f"{folder}: profile error {error:.2%}, from {len(stored)} stored averages")
+        if error > 0.1:
+            print(
+                f"warning: {folder}: the profile is far from the wanted one; stay between the widths of "
+                "the run's averages, or take more snapshots",
+                file=sys.stderr,
             )
-            error = reconstruct(stored, width, folder, overwrite=options.overwrite)
-            print(f"{folder}: profile error {error:.2%}, from {len(stored)} stored averages")
-            if error > 0.1:
-                print(
-                    f"warning: {folder}: the profile is far from the wanted one; stay between the widths of "
-                    "the run's averages, or take more snapshots",
-                    file=sys.stderr,
-                )
-    except TimError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     return 0
 
 

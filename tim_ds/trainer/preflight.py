@@ -21,7 +21,9 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from data_pipeline.encoders.identity import revision
+from data_pipeline.encoders.autoencoder import build_autoencoder
+from data_pipeline.encoders.identity import revision, text_width
+from data_pipeline.encoders.weight_files import check_weights
 from data_pipeline.errors import DataError
 from data_pipeline.index import Index, load_index
 from data_pipeline.loader import StepLoader, build_loader, load_null_states
@@ -31,7 +33,9 @@ from data_pipeline.reader import ShardReader
 from tim_ds.config.load import load_recipe
 from tim_ds.config.recipe import Recipe, recipe_hash
 from tim_ds.errors import TimError
+from tim_ds.model.export_folder import meta_network
 from tim_ds.model.ops import prove_attention
+from tim_ds.pipeline import TiMPipeline
 from tim_ds.trainer.agreement import DataFacts, check_parts, check_same_run
 from tim_ds.trainer.assembly import UNITS, build_root, initial_weights, prepare_of
 from tim_ds.trainer.checkpoint import SPARE_BYTES, find_checkpoints, free_bytes
@@ -50,6 +54,7 @@ from tim_ds.trainer.host_copy import available_bytes
 from tim_ds.trainer.inputs import StepInputs
 from tim_ds.trainer.meeting import START_WITHIN_S
 from tim_ds.trainer.memory import GIB, MemoryEstimate, Ranks, estimate
+from tim_ds.trainer.preview import describe_export
 from tim_ds.trainer.run import CHECKPOINTS
 from tim_ds.trainer.scaling import expected_flops
 from tim_ds.trainer.world import World
@@ -116,8 +121,7 @@ def check(
         _look_at_recipe(found, recipe)
         index, loader = _look_at_data(found, recipe, world, planned)
         _look_at_encoders(found, recipe, loader)
-        if recipe.train.evaluation.every_steps and recipe.train.evaluation.benchmarks:
-            _look_at_benchmarks(found, recipe, world)
+        _look_at_drawing(found, recipe, world, run_dir)
         _look_at_start(found, recipe, run_dir, index)
         _look_at_device(found, recipe, world)
         if engine_config is not None:
@@ -262,25 +266,75 @@ def pack_shapes(index: Index, step: StepPlan, patch_size: int, *, filled: bool =
     return shapes
 
 
-def _look_at_benchmarks(found: Findings, recipe: Recipe, world: World) -> None:
-    """Files and networks that score while training; rank 0 alone loads them."""
+def _look_at_drawing(found: Findings, recipe: Recipe, world: World, run_dir: Path | None) -> None:
+    """What previews and evaluations need, by their own checks, with encoders without values."""
+    config = recipe.train.evaluation
+    if not recipe.train.preview.every_steps and not config.every_steps:
+        return
+    if any(p.startswith(("data.autoencoder.path:", "data.text_encoder.path:")) for p in found.problems):
+        # Told already, and without them nothing is known of the pictures.
+        return
+    pipeline = found.attempt(lambda: empty_pipeline(recipe))
+    if pipeline is None or not config.every_steps:
+        return
     # matplotlib and the networks' library are for those who ask for them.
+    from tim_ds.trainer.evaluation import Evaluations
+
+    found.title("evaluations while training")
+    times = (
+        f"every {config.every_steps:,} steps of the run, {recipe.train.steps // config.every_steps:,} times"
+    )
+    steps = f"at {', '.join(map(str, config.num_steps))} steps, {times}"
+    if config.kinds:
+        alone = replace(recipe, train=replace(recipe.train, evaluation=replace(config, benchmarks=())))
+        found.attempt(lambda: Evaluations(alone, pipeline, run_dir or Path("runs"), world, None))
+        found.say(", ".join(config.kinds), f"handwriting or prompts, {steps}")
+    for i, one in enumerate(config.benchmarks):
+        count = found.attempt(partial(_pictures_of, recipe, i, pipeline, world))
+        if count is not None:
+            found.say(one.name, f"{count:,} pictures, {steps}")
+
+
+def empty_pipeline(recipe: Recipe) -> TiMPipeline:
+    """What a run draws with, without the values of any weights: it takes and refuses the same requests.
+
+    Raises:
+        RequestError, DataError: if an encoder is not there or does not fit the network.
+    """
+    data, text_encoder = recipe.data, None
+    if data.text_encoder is not None and data.text_encoder.path is not None:
+        from data_pipeline.encoders.language_model import LanguageModelEncoder, empty_model
+
+        config = data.text_encoder
+        text_encoder = LanguageModelEncoder(
+            empty_model(config), None, width=text_width(config), max_tokens=config.max_tokens
+        )
+    pipeline = TiMPipeline(
+        meta_network(recipe.model),
+        describe_export(recipe, 0, recipe_hash(recipe)),
+        autoencoder=build_autoencoder(data.autoencoder, weights=False),
+        text_encoder=text_encoder,
+    )
+    # That of the devices is estimated by itself.
+    pipeline.checks_memory = False
+    return pipeline
+
+
+def _pictures_of(recipe: Recipe, i: int, pipeline: TiMPipeline, world: World) -> int:
+    """How many pictures a benchmark draws. Rank 0 alone loads its networks.
+
+    Raises:
+        RequestError: if a file or a network is missing, or ours cannot draw the pictures.
+    """
+    from tim_ds.eval.benchmarks import check_network
     from tim_ds.trainer.benchmarks import build_loaded
 
-    config = recipe.train.evaluation
-    found.title("benchmarks while training")
-    for i, one in enumerate(config.benchmarks):
-        benchmark = found.attempt(
-            partial(build_loaded, one, i, num_classes=recipe.model.num_classes, loads=world.is_main)
-        )
-        if benchmark is not None:
-            steps = ", ".join(map(str, config.num_steps))
-            times = recipe.train.steps // config.every_steps
-            found.say(
-                one.name,
-                f"{len(benchmark.prompts):,} pictures at {steps} steps, every {config.every_steps:,} steps "
-                f"of the run, {times:,} times",
-            )
+    config = recipe.train.evaluation.benchmarks[i]
+    benchmark = build_loaded(config, i, num_classes=recipe.model.num_classes, loads=world.is_main)
+    check_network(benchmark, pipeline)
+    wanted = tuple(benchmark.wanted(recipe.train.evaluation.seed))
+    pipeline.request(wanted[0].prompt, config.size)
+    return len(wanted)
 
 
 def _look_at_encoders(found: Findings, recipe: Recipe, loader: StepLoader[StepInputs] | None) -> None:
@@ -301,9 +355,12 @@ def _look_at_encoders(found: Findings, recipe: Recipe, loader: StepLoader[StepIn
             found.say(name, f"{part.kind}, {part.path}: not needed by this run")
         else:
             known = running.get(name, {}).get("revision") or revision(part.path)
-            problem = missing_weights(part.path, known)
-            if problem is not None and not any(p.startswith(f"data.{name}.path:") for p in found.problems):
-                found.problems.append(f"data.{name}.path: {problem}; needed for {purpose}")
+            if not any(p.startswith(f"data.{name}.path:") for p in found.problems):
+                problem = missing_weights(part.path, known)
+                if problem is not None:
+                    found.problems.append(f"data.{name}.path: {problem}; needed for {purpose}")
+                else:
+                    found.attempt(partial(check_weights, part))
             found.say(name, f"{part.kind}, {part.path}, {known or 'not here'}; for {purpose}")
 
 
@@ -438,12 +495,25 @@ def _look_at_disk(found: Findings, recipe: Recipe, needs: MemoryEstimate, run_di
     # One more than is kept: the oldest goes when the newest is complete.
     kept = checkpoint.keep + 1 + len([step for step in checkpoint.milestones if step <= steps])
     full = kept * (needs.checkpoint_bytes + SPARE_BYTES) + needs.export_bytes
+    parts = f"{kept:,} checkpoints"
+    snapshots = recipe.train.ema.snapshots
+    if needs.snapshot_bytes:
+        # The last step is one of theirs.
+        made = -(-steps // snapshots.every_steps)
+        kept = min(snapshots.keep + 1, made)
+        full += kept * (needs.snapshot_bytes + SPARE_BYTES)
+        parts += f", {kept:,} snapshots of the averages"
+        found.say(
+            "EMA snapshots",
+            f"every {snapshots.every_steps:,} steps, {made:,} in the run, "
+            f"{needs.snapshot_bytes / GIB:.2f} GiB each, {min(snapshots.keep, made):,} kept",
+        )
     free = free_bytes((run_dir or Path("runs")).absolute())
     found.say("disk", f"{full / GIB:.2f} GiB at most, exported weights included; {free / GIB:.2f} GiB free")
     if free < full:
         found.problems.append(
-            f"disk: {kept} checkpoints and the exported weights need {full / GIB:.2f} GiB, {free / GIB:.2f} "
-            f"are free where {run_dir or 'runs'} is; free space, keep fewer, or choose another run folder"
+            f"disk: {parts} and the exported weights need {full / GIB:.2f} GiB, {free / GIB:.2f} are free "
+            f"where {run_dir or 'runs'} is; free space, keep fewer, or choose another run folder"
         )
     if preview.every_steps:
         found.say(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from functools import partial
@@ -17,6 +16,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.command import command
 from tim_ds import __version__
 from tim_ds.errors import TimError
 from tim_ds.model.weights import write_aside
@@ -509,6 +509,7 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{value:.1%}"
 
 
+@command(TimError, OSError)
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tim_ds.trainer.report",
@@ -523,16 +524,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.previews < 1:
         parser.error(f"--previews: expected at least 1, received {options.previews}")
     out = options.out or options.runs[0] / PAGE_NAME
-    try:
-        page = render([read_run(folder) for folder in options.runs], max_previews=options.previews).encode()
+    page = render([read_run(folder) for folder in options.runs], max_previews=options.previews).encode()
 
-        def write(aside: Path) -> None:
-            aside.write_bytes(page)
+    def write(aside: Path) -> None:
+        aside.write_bytes(page)
 
-        write_aside(out, len(page), write)
-    except TimError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    write_aside(out, len(page), write)
     print(f"{out}: {len(page) / 2**20:.1f} MiB")
     return 0
 

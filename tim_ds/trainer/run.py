@@ -21,7 +21,7 @@ from tim_ds import __version__
 from tim_ds.config.load import dump
 from tim_ds.config.recipe import Recipe, recipe_hash, to_dict
 from tim_ds.errors import CheckpointError, ConfigError, TimError
-from tim_ds.model.export_folder import EXPORT_FILE, meta_network, write_export
+from tim_ds.model.export_folder import EXPORT_FILE, stream_export, write_export
 from tim_ds.model.ops import prove_attention
 from tim_ds.pipeline import PromptLike
 from tim_ds.trainer.agreement import DataFacts, check_parts, check_same_encoders, check_same_run
@@ -42,6 +42,7 @@ from tim_ds.trainer.checkpoint import (
     Piece,
     free_bytes,
 )
+from tim_ds.trainer.config import EmaConfig
 from tim_ds.trainer.drawing import drawing_pipeline, prepare_captions
 from tim_ds.trainer.ema import Ema, piece_kind
 from tim_ds.trainer.engine import (
@@ -57,6 +58,7 @@ from tim_ds.trainer.initial import read_initial
 from tim_ds.trainer.inputs import StepInputs
 from tim_ds.trainer.loop import Loop, Progress
 from tim_ds.trainer.lora import merged, write_adapter
+from tim_ds.trainer.memory import snapshot_copies
 from tim_ds.trainer.metrics import MetricsLog, Sums
 from tim_ds.trainer.preview import Previews, describe_export
 from tim_ds.trainer.run_folder import RunFolder, held_by_this_run
@@ -145,7 +147,7 @@ def _run(
     loader, encoders = _open_data(recipe, world, data, checkpoint)
     engine, root, initial_digest = _build_engine(recipe, engine_config, world, checkpoint, watch)
     watch.enter("restore")
-    _check_room(run_dir, engine, world, len(config.ema.averages))
+    _check_room(run_dir, engine, world, config.ema)
     ema = Ema(engine, config.ema)
     sums = Sums(root.transport, world.device, build_count(recipe))
     progress = Progress()
@@ -177,6 +179,7 @@ def _run(
 
     def save_snapshot(progress: Progress) -> None:
         manifest = {"progress": asdict(progress), "recipe": to_dict(recipe), "versions": versions()}
+        manifest["initial_weights"] = initial_digest
         snapshots.save(progress.step, ema, manifest)
 
     saves = Saves(
@@ -434,11 +437,10 @@ def export(recipe: Recipe, run_dir: Path, ema: Ema, world: World, step: int) -> 
         try:
             if adapter is not None and base is not None:
                 write_adapter(run_dir / ADAPTER_FOLDER, state, adapter, base)
-                network = meta_network(recipe.model).state_dict()
-                state = merged(
-                    {k: v for k, v in read_initial(base).state.items() if k in network}, state, adapter
-                )
-            write_export(run_dir / EXPORT, description, state, overwrite=True)
+                read = merged(read_initial(base).value, state, adapter)
+                stream_export(run_dir / EXPORT, description, read, overwrite=True)
+            else:
+                write_export(run_dir / EXPORT, description, state, overwrite=True)
         except CheckpointError as error:
             problem = str(error)
     problem = world.from_main(problem)
@@ -466,19 +468,22 @@ def _read(recipe: Recipe, engine_file: Path, world: World) -> tuple[dict[str, An
     return engine_config, data
 
 
-def _check_room(run_dir: Path, engine: Engine, world: World, num_averages: int) -> None:
-    """Raises CheckpointError, before any work, if the disk cannot hold a checkpoint and the export."""
+def _check_room(run_dir: Path, engine: Engine, world: World, config: EmaConfig) -> None:
+    """Raises CheckpointError, before any work, if the disk cannot hold a checkpoint, a snapshot of the
+    averages where the run makes them, and the export."""
     numel = sum(torch.Size(shape).numel() for shape in engine.parameter_shapes.values())
     network = engine.module.get_submodule("network")
     # Frozen weights are only exported; every trained one besides as a master, AdamW's two and the averages.
     exported = sum(int(getattr(p, "ds_numel", p.numel())) for p in network.parameters())
-    needed = 4 * (numel * (len(STATE_KEYS) + 1 + num_averages) + exported) + SPARE_BYTES
+    copies = len(STATE_KEYS) + 1 + len(config.averages) + snapshot_copies(config)
+    needed = 4 * (numel * copies + exported) + SPARE_BYTES
     free = world.from_main(free_bytes(run_dir))
     if free < needed:
         world.raise_everywhere(
             CheckpointError(
-                f"{run_dir}: {needed:,} bytes are needed for one checkpoint and the exported weights, "
-                f"{free:,} are free; free space or choose another run folder"
+                f"{run_dir}: {needed:,} bytes are needed for one checkpoint"
+                f"{', one snapshot of the averages' if snapshot_copies(config) else ''} and the exported "
+                f"weights, {free:,} are free; free space or choose another run folder"
             )
         )
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.command import command
 from tim_ds.config.load import load_recipe, split_arguments
 from tim_ds.config.recipe import Recipe, latent_stride
 from tim_ds.errors import ConfigError, TimError
@@ -256,6 +257,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@command(TimError, OSError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Returns 2 for a wrong recipe, file or number."""
     parser = _parser()
@@ -270,30 +272,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         overlap=options.overlap,
         message_s=1e-6 * options.message_us,
     )
-    try:
-        recipe, engine = load_recipe(paths[0], overrides), read_engine_file(options.ds)
-        pack = even_pack(recipe, options.image_tokens)
-        rows = []
-        for gpus in options.gpus:
-            packs, rest = divmod(recipe.data.packs_per_step, gpus)
-            if options.packs_per_gpu is None and (rest or not packs):
-                raise ConfigError(
-                    f"data.packs_per_step: {recipe.data.packs_per_step} cannot be divided among {gpus} GPUs; "
-                    "give --packs-per-gpu to let the global batch grow, or set data.packs_per_step"
-                )
-            rows.append(
-                scale(
-                    recipe,
-                    engine,
-                    hardware,
-                    Ranks(gpus, options.per_node),
-                    packs_per_gpu=options.packs_per_gpu or packs,
-                    pack=pack,
-                )
+    recipe, engine = load_recipe(paths[0], overrides), read_engine_file(options.ds)
+    pack = even_pack(recipe, options.image_tokens)
+    rows = []
+    for gpus in options.gpus:
+        packs, rest = divmod(recipe.data.packs_per_step, gpus)
+        if options.packs_per_gpu is None and (rest or not packs):
+            raise ConfigError(
+                f"data.packs_per_step: {recipe.data.packs_per_step} cannot be divided among {gpus} GPUs; "
+                "give --packs-per-gpu to let the global batch grow, or set data.packs_per_step"
             )
-    except TimError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        rows.append(
+            scale(
+                recipe,
+                engine,
+                hardware,
+                Ranks(gpus, options.per_node),
+                packs_per_gpu=options.packs_per_gpu or packs,
+                pack=pack,
+            )
+        )
     batch = "grows with the GPUs" if options.packs_per_gpu else "is the recipe's"
     print(
         f"A model, nothing is measured. {recipe.name}, ZeRO stage {zero_stage(engine)}; "

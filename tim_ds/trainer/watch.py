@@ -8,7 +8,9 @@ blocks. Rank 0 looks at all of them, the others at rank 0. A rank is
     hung     when no rank has come to another phase for `hung_after` seconds: the one that is furthest behind;
     failed   when it said so on its way out.
 
-Whoever finds one writes it down for all, and every process ends with that sentence and exit code `LOST`.
+Whoever finds one writes it down for all, and every process ends with that sentence and exit code `LOST`. The
+host of the store may itself vanish, with its connections open: a question is then never answered nor refused,
+and a second thread on every rank ends the process after `dead_after` seconds.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
@@ -67,6 +69,8 @@ class Watch:
     _stop: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _thread: threading.Thread | None = None
+    _question: object | None = None
+    """What the store was asked, as long as it has not answered."""
     _main: int = 0
     _count: int = 0
 
@@ -86,6 +90,8 @@ class Watch:
         self.world.barrier()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
+        arguments = (self._thread,)
+        threading.Thread(target=self._guard, args=arguments, name="watch of the store", daemon=True).start()
 
     def enter(self, phase: str) -> None:
         """This rank comes to a phase of its step."""
@@ -125,14 +131,14 @@ class Watch:
         seen: dict[int, tuple[str, float]] = {}
         progress: tuple[Any, float] = (None, time.monotonic())
         while not self._stop.wait(self.interval):
+            watched = [rank for rank in range(self.world.size) if rank != self.world.rank]
+            if not self.world.is_main:
+                watched = [0]
             try:
-                self._write_beat()
-                if self._store.check([_VERDICT]):
-                    return self._finish(self._store.get(_VERDICT).decode())
-                watched = [rank for rank in range(self.world.size) if rank != self.world.rank]
-                if not self.world.is_main:
-                    watched = [0]
-                beats = self._store.multi_get([_beat(rank) for rank in watched])
+                with self._asking():
+                    self._write_beat()
+                    told = self._store.get(_VERDICT).decode() if self._store.check([_VERDICT]) else ""
+                    beats = [] if told else self._store.multi_get([_beat(rank) for rank in watched])
             except (RuntimeError, dist.DistError) as error:
                 if self._stop.is_set():
                     return None
@@ -140,6 +146,8 @@ class Watch:
                     "rank 0, or the launcher, has ended without a word: the key-value store that it keeps "
                     f"does not answer ({str(error).splitlines()[0]})"
                 )
+            if told:
+                return self._finish(told)
             now = time.monotonic()
             for rank, raw in zip(watched, beats, strict=True):
                 value = raw.decode()
@@ -157,6 +165,32 @@ class Watch:
                     progress = (places, now)
                 elif now - progress[1] > self.hung_after:
                     self._judge(_hung(values, self.hung_after))
+        return None
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        self._question = object()
+        try:
+            yield
+        finally:
+            self._question = None
+
+    def _guard(self, thread: threading.Thread) -> None:
+        """End this process where the thread waits for the store in vain. Also while `close` waits for it."""
+        question, waited = None, 0.0
+        while thread.is_alive():
+            thread.join(self.interval)
+            if self._question is None or self._question is not question:
+                question, waited = self._question, 0.0
+                continue
+            # Not by the clock: a machine that stood still was not asked for so long.
+            waited += self.interval
+            if waited >= self.dead_after:
+                address = os.environ.get("MASTER_ADDR", "unknown")
+                return self._finish(
+                    f"no sign of life for {self.dead_after:g} s of the host of rank 0, or of the launcher "
+                    f"({address}): the key-value store there does not answer"
+                )
         return None
 
     def _beat(self) -> dict[str, Any]:
@@ -177,7 +211,7 @@ class Watch:
 
     def _judge(self, verdict: str) -> None:
         """Write the verdict down for every rank; the first one stays."""
-        with suppress(RuntimeError, dist.DistError):
+        with suppress(RuntimeError, dist.DistError), self._asking():
             self._store.compare_set(_VERDICT, "", verdict)
 
     def _finish(self, verdict: str) -> None:

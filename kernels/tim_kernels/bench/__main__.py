@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from pathlib import Path
@@ -97,4 +98,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # Whoever reads the table may leave (`... | head`); then this ends as any program of a pipe does.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main())

@@ -108,7 +108,7 @@ def test_what_the_baseline_does_not_have_is_named() -> None:
     settings = recipe(
         TEXT,
         "objective.transport={kind: tim}",
-        "objective.weight.adaptive=false",
+        "objective.weight.adaptive_over=kind",
         "model.time_condition=r",
         "train.precision=bf16",
     )

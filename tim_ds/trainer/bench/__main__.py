@@ -14,6 +14,7 @@ from typing import Literal, get_args
 
 import torch
 
+from data_pipeline.command import command
 from tim_ds.config.load import load_recipe, split_arguments
 from tim_ds.config.recipe import Recipe
 from tim_ds.errors import RequestError, TimError
@@ -58,28 +59,25 @@ PRESETS = {
 }
 
 
+@command(TimError, OSError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0, also where time or memory ran out; 1 if a contender disagreed or failed; 2 for wrong
     settings, or if nothing could be measured."""
     parser = _parser()
     words = sys.argv[1:] if arguments is None else list(arguments)
     options = parser.parse_intermixed_args(words)
-    try:
-        if options.render is not None:
-            return _render(options.render)
-        paths, overrides = split_arguments(options.recipe)
-        if len(paths) != 1:
-            parser.error("expected one recipe")
-        if options.append and options.out is None:
-            parser.error("--append needs --out")
-        preset = PRESETS[options.preset]
-        given = {word.partition("=")[0] for word in overrides}
-        kept = [word for word in preset.overrides if word.partition("=")[0] not in given]
-        recipe = load_recipe(paths[0], [*kept, *overrides])
-        return _run(options, recipe, preset, ["python -m tim_ds.trainer.bench", shlex.join(words)])
-    except TimError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if options.render is not None:
+        return _render(options.render)
+    paths, overrides = split_arguments(options.recipe)
+    if len(paths) != 1:
+        parser.error("expected one recipe")
+    if options.append and options.out is None:
+        parser.error("--append needs --out")
+    preset = PRESETS[options.preset]
+    given = {word.partition("=")[0] for word in overrides}
+    kept = [word for word in preset.overrides if word.partition("=")[0] not in given]
+    recipe = load_recipe(paths[0], [*kept, *overrides])
+    return _run(options, recipe, preset, ["python -m tim_ds.trainer.bench", shlex.join(words)])
 
 
 def images_of(size: str, recipe: Recipe, preset: Preset) -> list[tuple[Sides, int]]:

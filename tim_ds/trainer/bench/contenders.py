@@ -288,7 +288,7 @@ def check_recipe(recipe: Recipe) -> None:
         "objective.transport.kind": (transport.kind, "ot_fm"),
         "objective.transport.sigma_data": (transport.sigma_data or 1.0, 1.0),
         "objective.derivative_step": (objective.derivative_step or DIFFERENCE_STEP, DIFFERENCE_STEP),
-        "objective.weight": (objective.weight, WeightConfig()),
+        "objective.weight": (objective.weight, WeightConfig(adaptive_over="image")),
         "objective.directional": (objective.directional, True),
         "objective.guided_target": (objective.guided_target, None),
         "train.adapter": (recipe.train.adapter, None),
