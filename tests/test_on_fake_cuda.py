@@ -168,7 +168,7 @@ EXAMPLES = {name for name in RECIPES if name.startswith("handwriting")}
 PACKS: dict[str, dict[str, Any]] = {
     "some": {},
     "no": {"diffusion_share": 1.0, "consistency_share": 0.0},
-    "all": {"diffusion_share": 0.0, "diffusion_time": "larger"},
+    "all": {"diffusion_share": 0.0, "diffusion_time": PAIRED.diffusion_time},
 }
 """Which images of a pack have r < t."""
 
