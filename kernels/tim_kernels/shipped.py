@@ -1,6 +1,7 @@
 """Every kernel variant that is compiled ahead of time and whose resources are on record (`aot.py`).
 
-Widths are those of the authors' networks: 1152 (XL) and 768 (B). A new kernel adds its variants here.
+What the recipes of `launch/recipes` launch in training, at the widths of the authors' networks: 1152 (XL) and
+768 (B). A new kernel adds its variants here.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from tim_kernels.varlen_attention import jvp_kernel as attention_jvp
 
 _INT32_POINTERS = ("chunks_ptr", "first_chunk_ptr", "tiles_ptr")
 _COEFFICIENTS = ("alpha_hat", "sigma_hat", "b_over_db", "d_alpha_hat", "d_sigma_hat")
+_TERMS = ("count", "denoising", "directional")
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Variant:
     """Whether it is meant to run on the tensor cores."""
     max_registers: int | None = None
     """Of a thread, where the op sets a limit."""
+    is_seldom: bool = False
+    """Whether few recipes launch it, or packs that seldom come, beside one much like it."""
 
     @property
     def name(self) -> str:
@@ -136,9 +140,12 @@ def _modulated_layer_norm() -> list[Variant]:
         (1152, "fp32", "bf16", False),
         (1152, "fp32", "fp32", False),
         (768, "fp32", "bf16", True),
+        (768, "fp32", "bf16", False),
+        (768, "fp32", "fp32", False),
     ):
         label = f"width {width}, stream {stream}, h {stored}, {'with' if residual else 'no'} residual"
         optional = stored if residual else None
+        is_seldom = width == 768 and not residual
         modulation = {"shift": "fp32", "scale": "fp32", "gate": "fp32" if residual else None}
         pointers: dict[str, str | None] = {
             **modulation,
@@ -158,6 +165,7 @@ def _modulated_layer_norm() -> list[Variant]:
                 types={"eps": "fp32"},
                 # x, shift, scale and, with a residual, branch and gate: each at least one a thread.
                 wide_loads=5 if residual else 3,
+                is_seldom=is_seldom,
             )
         )
         pointers |= {
@@ -177,6 +185,7 @@ def _modulated_layer_norm() -> list[Variant]:
                 pointers,
                 norm.backward_options(width),
                 wide_loads=5 if residual else 3,
+                is_seldom=is_seldom,
             )
         )
     return found
@@ -185,25 +194,19 @@ def _modulated_layer_norm() -> list[Variant]:
 def _gated_residual() -> list[Variant]:
     names = ("gate", "x", "out", "d_out", "partial")
     pointers: dict[str, str | None] = {**dict.fromkeys(names, "fp32"), "branch": "bf16", "d_branch": "bf16"}
-    label = "width 1152, stream fp32, branch bf16"
-    return [
-        _variant(
-            "gated_residual",
-            f"forward: {label}",
-            gated.forward_kernel,
-            pointers,
-            gated.forward_options(1152),
-            wide_loads=5,
-        ),
-        _variant(
-            "gated_residual",
-            f"backward: {label}",
-            gated.backward_kernel,
-            pointers,
-            gated.backward_options(1152),
-            wide_loads=5,
-        ),
-    ]
+    found = []
+    for width in (1152, 768):
+        for form, kernel, options in (
+            ("forward", gated.forward_kernel, gated.forward_options(width)),
+            ("backward", gated.backward_kernel, gated.backward_options(width)),
+        ):
+            label = f"{form}: width {width}, stream fp32, branch bf16"
+            found.append(
+                _variant(
+                    "gated_residual", label, kernel, pointers, options, wide_loads=5, is_seldom=width == 768
+                )
+            )
+    return found
 
 
 def _qk_norm_rope() -> list[Variant]:
@@ -276,50 +279,97 @@ def _qk_norm_rope() -> list[Variant]:
 
 
 def _swiglu() -> list[Variant]:
-    """The MLP (3072, in the same tiles as 2048), captions (4608), AdaLN of blocks (864), end (384, 576)."""
+    """The MLP (3072; of B 2048), captions (4608), AdaLN of blocks (864), of the end (384, 576; of B 256)."""
     found = []
-    for width, stored in ((3072, "bf16"), (4608, "bf16"), (384, "fp32"), (576, "fp32"), (864, "fp32")):
+    for width, stored in (
+        (3072, "bf16"),
+        (2048, "bf16"),
+        (4608, "bf16"),
+        (256, "fp32"),
+        (384, "fp32"),
+        (576, "fp32"),
+        (864, "fp32"),
+    ):
         label = f"width {width}, {stored}"
         pointers: dict[str, str | None] = dict.fromkeys(
             ("gate", "up", "out", "d_out", "d_gate", "d_up"), stored
         )
-        options, rows = swiglu.tile_options(width), {"num_rows": "i32"}
         # Two vectors of bfloat16, or four of float32, for each input.
         vectors = 2 if stored == "bf16" else 4
-        forward, backward = swiglu.forward_kernel, swiglu.backward_kernel
-        found += [
-            _variant(
-                "swiglu", f"forward: {label}", forward, pointers, options, types=rows, wide_loads=2 * vectors
-            ),
-            _variant(
-                "swiglu",
-                f"backward: {label}",
-                backward,
-                pointers,
-                options,
-                types=rows,
-                wide_loads=3 * vectors,
-            ),
-        ]
+        for form, kernel, inputs in (
+            ("forward", swiglu.forward_kernel, 2),
+            ("backward", swiglu.backward_kernel, 3),
+        ):
+            found.append(
+                _variant(
+                    "swiglu",
+                    f"{form}: {label}",
+                    kernel,
+                    pointers,
+                    swiglu.tile_options(width),
+                    types={"num_rows": "i32"},
+                    wide_loads=inputs * vectors,
+                    is_seldom=width in (2048, 256),
+                )
+            )
     return found
 
 
 def _transition_loss() -> list[Variant]:
-    """Latents of 32 channels, one cell a token, F and all others in float32; also with a guided target."""
-    names = ("F", "x", "z", "dF_dt", "partial", "d_F", "count", "denoising", "directional")
-    gradients = ("d_denoising", "d_directional")
-    pointers: dict[str, str | None] = dict.fromkeys((*names, *gradients, *_COEFFICIENTS), "fp32")
-    options = loss.cell_options(32, 32)
-    tiles = {**options, "DIRECTIONAL": True}
-    finish = {"C": options["C"], "L": options["L"], **loss.FINISH_OPTIONS}
+    """F and all others in float32, for the latents of the recipes: channels of a token, of a cell.
+
+    dF/dt is absent from a pack in which no segment has r < t.
+    """
     name = "transition_loss"
-    found = [_variant(name, "finish: 32 channels", loss.finish_kernel, pointers, finish, wide_loads=0)]
-    for label, guided in (("32 channels", None), ("32 channels, guided", "fp32")):
-        own = {**pointers, "diffusion_target": guided}
-        # Two vectors for each of F, x, z and dF/dt, and of the guided target.
-        loads = 8 if guided is None else 10
-        for form, kernel in (("forward", loss.forward_kernel), ("backward", loss.backward_kernel)):
-            found.append(_variant(name, f"{form}: {label}", kernel, own, tiles, wide_loads=loads))
+    found = []
+    for width, cell, guided, directional in (
+        (32, 32, False, True),
+        (32, 32, True, True),
+        (32, 32, False, False),
+        (16, 4, False, True),
+        (16, 4, True, True),
+        (64, 4, False, True),
+    ):
+        label = f"{width} channels" if cell == width else f"{width} channels, {cell} a cell"
+        options = loss.cell_options(width, cell)
+        if directional and not guided:
+            pointers: dict[str, str | None] = dict.fromkeys(("partial", *_TERMS), "fp32")
+            finish = {"C": options["C"], "L": options["L"], **loss.FINISH_OPTIONS}
+            found.append(
+                _variant(
+                    name,
+                    f"finish: {label}",
+                    loss.finish_kernel,
+                    pointers,
+                    finish,
+                    wide_loads=0,
+                    is_seldom=width != 32,
+                )
+            )
+        label += ", guided" if guided else ""
+        label += "" if directional else ", no directional term"
+        for slope in ("fp32", None):
+            names = ("F", "x", "z", "partial", "d_F", "d_denoising", *_TERMS, *_COEFFICIENTS)
+            pointers = {
+                **dict.fromkeys(names, "fp32"),
+                "dF_dt": slope,
+                "diffusion_target": "fp32" if guided else None,
+                "d_directional": "fp32" if directional else None,
+            }
+            # Two vectors for each of F, x, z and, where they are there, of dF/dt and the guided target.
+            vectors = 2 * (3 + (slope is not None) + guided)
+            for form, kernel in (("forward", loss.forward_kernel), ("backward", loss.backward_kernel)):
+                found.append(
+                    _variant(
+                        name,
+                        f"{form}: {label}" + ("" if slope else ", no dF/dt"),
+                        kernel,
+                        pointers,
+                        {**options, "DIRECTIONAL": directional},
+                        wide_loads=vectors,
+                        is_seldom=width != 32 or slope is None or not directional,
+                    )
+                )
     return found
 
 
@@ -408,6 +458,8 @@ def _swiglu_jvp() -> list[Variant]:
         (3072, "bf16", "neighbours"),
         (3072, "bf16", "anywhere"),
         (384, "fp32", "neighbours"),
+        (384, "fp32", "anywhere"),
+        (576, "fp32", "neighbours"),
         (576, "fp32", "anywhere"),
         (864, "fp32", "anywhere"),
     ):
@@ -424,6 +476,7 @@ def _swiglu_jvp() -> list[Variant]:
                 swiglu.tile_options(width),
                 types={"num_rows": "i32"},
                 wide_loads=4 * vectors,
+                is_seldom=(width, rows) in ((384, "anywhere"), (576, "neighbours")),
             )
         )
     return found

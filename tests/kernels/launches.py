@@ -119,6 +119,8 @@ def _modulated_layer_norm(lengths: tuple[int, ...], device: torch.device) -> Non
         (1152, fp32, bf16, False),
         (1152, fp32, fp32, False),
         (768, fp32, bf16, True),
+        (768, fp32, bf16, False),
+        (768, fp32, fp32, False),
     ):
         gate, shift, scale = (_leaf(segments, width, dtype=fp32, device=device) for _ in range(3))
         x = _leaf(rows, width, dtype=stream, device=device)
@@ -157,10 +159,12 @@ def _qk_norm_rope(lengths: tuple[int, ...], device: torch.device) -> None:
 
 
 def _swiglu(rows: int, device: torch.device) -> None:
-    packed = _leaf(rows, 2 * 3072, dtype=torch.bfloat16, device=device)
-    swiglu_packed(packed).backward(torch.ones(rows, 3072, dtype=torch.bfloat16, device=device))
+    for width in (3072, 2048):
+        packed = _leaf(rows, 2 * width, dtype=torch.bfloat16, device=device)
+        swiglu_packed(packed).backward(torch.ones(rows, width, dtype=torch.bfloat16, device=device))
     for width, dtype in (
         (4608, torch.bfloat16),
+        (256, torch.float32),
         (384, torch.float32),
         (576, torch.float32),
         (864, torch.float32),
@@ -170,22 +174,39 @@ def _swiglu(rows: int, device: torch.device) -> None:
 
 
 def _transition_loss(lengths: tuple[int, ...], device: torch.device) -> None:
-    F, x, z, dF_dt = (_leaf(sum(lengths), 32, dtype=torch.float32, device=device) for _ in range(4))
     coefficients = TargetCoefficients(*(torch.ones(len(lengths), device=device) for _ in range(5)))
     plan = ChunkPlan.from_lengths(lengths, device=device)
-    for guided in (None, x):
-        denoising_S, directional_S = transition_loss(
-            F, x, z, dF_dt, coefficients, plan, latent_channels=32, diffusion_target_TC=guided
-        )
-        (denoising_S + directional_S).sum().backward()
+    for width, cell, guided, directional in (
+        (32, 32, False, True),
+        (32, 32, True, True),
+        (32, 32, False, False),
+        (16, 4, False, True),
+        (16, 4, True, True),
+        (64, 4, False, True),
+    ):
+        F, x, z, dF_dt = (_leaf(sum(lengths), width, dtype=torch.float32, device=device) for _ in range(4))
+        for slope in (dF_dt, None):
+            denoising_S, directional_S = transition_loss(
+                F,
+                x,
+                z,
+                slope,
+                coefficients,
+                plan,
+                latent_channels=cell,
+                diffusion_target_TC=x if guided else None,
+                directional=directional,
+            )
+            (denoising_S + directional_S if directional else denoising_S).sum().backward()
 
 
 def _gated_residual(lengths: tuple[int, ...], device: torch.device) -> None:
     plan = ChunkPlan.from_lengths(lengths, device=device)
-    x = _leaf(sum(lengths), 1152, dtype=torch.float32, device=device)
-    branch = _leaf(sum(lengths), 1152, dtype=torch.bfloat16, device=device)
-    gate = _leaf(len(lengths), 1152, dtype=torch.float32, device=device)
-    gated_residual(x, branch, gate, plan).backward(torch.ones_like(x))
+    for width in (1152, 768):
+        x = _leaf(sum(lengths), width, dtype=torch.float32, device=device)
+        branch = _leaf(sum(lengths), width, dtype=torch.bfloat16, device=device)
+        gate = _leaf(len(lengths), width, dtype=torch.float32, device=device)
+        gated_residual(x, branch, gate, plan).backward(torch.ones_like(x))
 
 
 def _tangents(device: torch.device) -> None:
@@ -213,11 +234,11 @@ def _tangents(device: torch.device) -> None:
     packed = matrix(3, 2 * 3072, bf16)
     swiglu_packed_jvp(packed, packed, plan)
     swiglu_packed_jvp(packed, packed[:2], neighbours)
-    x = matrix(3, 384, fp32)
-    swiglu_jvp(x, x, x, x)
-    for width in (576, 864):
+    for width in (384, 576, 864):
         x = matrix(3, width, fp32)
         swiglu_jvp(x, x, x, x, plan)
+        if width != 864:
+            swiglu_jvp(x, x, x, x)
     position = torch.arange(3, dtype=torch.int32, device=device)
     for num_heads, head_dim, with_shift in ((16, 72, True), (16, 72, False), (12, 64, True)):
         table = RotaryTable.from_positions(position, position, 3, head_dim)

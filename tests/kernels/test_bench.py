@@ -44,6 +44,21 @@ def test_kernels_and_twins_pass_their_parity_check(case, device):
     assert check(case, case.twin, LENGTHS, device) < 2**-7
 
 
+TORCH_ALONE = [(case, name) for case in SMALL for name in case.libraries if name.startswith("torch ")]
+
+
+@pytest.mark.parametrize(("case", "name"), TORCH_ALONE, ids=lambda x: x if isinstance(x, str) else x.name)
+def test_what_torch_offers_for_an_op_computes_the_same(case, name, device):
+    """Beside every op there is a row to beat, on machines without other libraries too."""
+    assert check(case, case.libraries[name], LENGTHS, device) < 2**-7
+
+
+def test_every_op_that_a_library_knows_is_measured_beside_one():
+    with_rival = {case.op for case in SMALL if case.libraries or case.yardsticks}
+    assert with_rival == {case.op for case in SMALL if not case.op.endswith("_jvp")}
+    assert {case.op for case, _ in TORCH_ALONE} == {"gated_residual", "qk_norm_rope", "swiglu"}
+
+
 @pytest.mark.parametrize("case", ONE_OF_EACH, ids=lambda case: case.op)
 @pytest.mark.parametrize("fault", ["forward", "gradient", "nan"])
 def test_a_wrong_implementation_gets_no_row(case, fault, device):

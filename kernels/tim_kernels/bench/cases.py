@@ -129,6 +129,9 @@ def _residual(width: int) -> Case:
     def twin(x: Inputs, plan: ChunkPlan) -> tuple[Tensor]:
         return (gated_residual_reference(x["x"], x["branch"], x["gate"], plan.segment_ids),)
 
+    def addcmul(x: Inputs, plan: ChunkPlan) -> tuple[Tensor]:
+        return (torch.addcmul(x["x"], x["gate"].index_select(0, plan.segment_ids), x["branch"].float()),)
+
     return Case(
         "gated_residual",
         f"float32 stream, width {width}",
@@ -139,6 +142,7 @@ def _residual(width: int) -> Case:
         # x 4, branch 2, result 4.   Its gradient 4, branch 2, d_branch 2.
         10 * width,
         8 * width,
+        libraries={"torch addcmul": addcmul},
     )
 
 
@@ -179,6 +183,20 @@ def _heads(width: int, head_dim: int) -> Iterator[Case]:
         norms = (norm(x, "k"),)
         return packed_norm_rope_reference(x["kv"], num_heads, norms, None, None, None, eps=1e-5)
 
+    def by_library(x: Inputs, plan: ChunkPlan) -> tuple[Tensor, ...]:
+        """torch's layer norm of the heads in float32, and a product of complex numbers."""
+        packed = next(x[name] for name in ("qkv", "q", "kv") if name in x).float()
+        if "shift" in x:
+            packed = packed + x["shift"].index_select(0, plan.segment_ids)
+        parts = list(packed.unflatten(1, (-1, num_heads, head_dim)).unbind(1))
+        for i, name in enumerate(name for name in "qk" if f"{name} weight" in x):
+            parts[i] = nnf.layer_norm(parts[i], (head_dim,), *norm(x, name), eps=1e-5)
+            if "cos" in x:
+                cos, sin = (torch.cat([x[n][x["a"]], x[n][x["b"]]], dim=1)[:, None] for n in ("cos", "sin"))
+                pairs = torch.view_as_complex(parts[i].unflatten(-1, (-1, 2)))
+                parts[i] = torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
+        return tuple(y.to(bf16) for y in parts)
+
     shifted = {"qkv": Spec(3 * width, bf16), "shift": Spec(3 * width, axis="S")}
     shared = self_attention, self_attention_twin
     q_affine, k_affine = ({n: x for n, x in affine.items() if n[0] == first} for first in "qk")
@@ -201,12 +219,17 @@ def _heads(width: int, head_dim: int) -> Iterator[Case]:
             "T",
             forward * width,
             backward * width,
+            libraries={"torch layer_norm and complex product": by_library},
         )
 
 
 def _swiglu(hidden: int) -> Case:
     def twin(x: Inputs, plan: ChunkPlan) -> tuple[Tensor]:
         return (swiglu_reference(*x["gate_up"].chunk(2, dim=-1)),)
+
+    def silu_and_product(x: Inputs, plan: ChunkPlan) -> tuple[Tensor]:
+        gate, up = x["gate_up"].chunk(2, dim=-1)
+        return (nnf.silu(gate) * up,)
 
     return Case(
         "swiglu",
@@ -218,7 +241,7 @@ def _swiglu(hidden: int) -> Case:
         # gate and up 4, result 2.   Its gradient 2, gate and up 4, their gradients 4.
         6 * hidden,
         10 * hidden,
-        libraries=_liger_swiglu(),
+        libraries={"torch silu and product": silu_and_product, **_liger_swiglu()},
     )
 
 
@@ -258,6 +281,9 @@ def _loss(channels: int) -> Case:
             directional=True,
         )
 
+    def given_target(x: Inputs, plan: ChunkPlan) -> tuple[Tensor, Tensor]:
+        return nnf.mse_loss(x["F"], x["x"]), nnf.cosine_similarity(x["F"], x["x"], dim=-1)
+
     return Case(
         "transition_loss",
         f"float32, {channels} channels",
@@ -272,4 +298,5 @@ def _loss(channels: int) -> Case:
         # F, x, z and dF/dt.   The same again, and d_F.
         16 * channels,
         20 * channels,
+        yardsticks={"torch mse_loss and cosine_similarity alone": given_target},
     )
