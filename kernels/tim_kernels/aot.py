@@ -110,7 +110,7 @@ def disassemble(variant: Variant, architecture: int, *, is_aligned: bool = True)
         fn=variant.kernel,
         signature=signature,
         constexprs=variant.constants,
-        attrs=divided if is_aligned else {},  # type: ignore[arg-type]
+        attrs=divided if is_aligned else {},  # type: ignore[arg-type]  # keys are paths of indices
     )
     options = {"num_warps": variant.num_warps, "maxnreg": variant.max_registers}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
@@ -127,7 +127,7 @@ def fill_cache(variant: Variant, architecture: int) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
 
-    driver.set_active(_NoDevice(GPUTarget("cuda", architecture, 32)))  # type: ignore[arg-type]
+    driver.set_active(_NoDevice(GPUTarget("cuda", architecture, 32)))  # type: ignore[arg-type]  # a stand-in
     dtypes = {"*fp32": torch.float32, "*bf16": torch.bfloat16, "*i32": torch.int32}
     given = dict(variant.constants)
     for name, kind in variant.types.items():

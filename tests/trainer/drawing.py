@@ -51,7 +51,7 @@ class Decoder(Weights):
         self._seen = seen
 
     def encode(self, pixels: Tensor) -> Tensor:
-        raise NotImplementedError
+        raise AssertionError("a drawing encodes no picture")
 
     def decode(self, latents: Tensor) -> Tensor:
         self._seen["pictures decoded"] += 1
