@@ -1,6 +1,6 @@
-"""What a run prints when nobody reads it any more: the launcher, the connection, the terminal or the `tee` that
-did has ended, or the disk of a log is full. A run is worth more than its words: they are dropped, where Python
-would raise in the middle of a step."""
+"""What a run prints when nobody reads it any more: the launcher, the connection, the terminal or the `tee`
+that did has ended, or the disk of a log is full. A run is worth more than its words: they are dropped, where
+Python would raise in the middle of a step."""
 
 from __future__ import annotations
 
