@@ -56,7 +56,7 @@ STEPS = (0.05, 0.02, 0.01, 0.005, 0.001)
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One network and one pack, in float32 (or float64)."""
+    """One network and one pack, in float32 (or float64); times in float64, as in training."""
 
     network: TiM
     pack: NoisedPack
@@ -66,10 +66,7 @@ class Case:
         pack, condition = self.pack, self.pack.condition
         if isinstance(condition, TextCondition):
             condition = replace(condition, states_LE=condition.states_LE.double())
-        times = replace(pack.times, t_S=pack.times.t_S.double(), r_S=pack.times.r_S.double())
-        wide = replace(
-            pack, x_TC=pack.x_TC.double(), z_TC=pack.z_TC.double(), times=times, condition=condition
-        )
+        wide = replace(pack, x_TC=pack.x_TC.double(), z_TC=pack.z_TC.double(), condition=condition)
         return Case(copy.deepcopy(self.network).double(), wide)
 
     def difference(self, step: float | None) -> Tensor:
@@ -287,7 +284,7 @@ def build_case(
     config = ObjectiveConfig(
         weight=WeightConfig(time_type="constant"), diffusion_share=0.0, consistency_share=0.0
     )
-    times = draw_times(transport, config, normals, uniforms)
+    times = draw_times(transport, config, normals, uniforms, dtype=torch.float64)
     z_TC = torch.randn(x_TC.shape, generator=generator)
     return Case(network, NoisedPack(transport, x_TC, z_TC, times, segments, condition))
 
