@@ -1,8 +1,8 @@
 """How well, and at what price, each estimator finds dF/dt: tables for a trained or a random network.
 
-python -m tim_ds.eval.derivative_error runs/NAME/export --data runs/handwriting
-python -m tim_ds.eval.derivative_error --recipe launch/recipes/t2i_xl.yaml --images 2
-python -m tim_ds.eval.derivative_error --hidden-size 384 --depth 12 --num-heads 6 --grid 16x16
+python -m tim_ds.objective.derivative_error runs/NAME/export --data runs/handwriting
+python -m tim_ds.objective.derivative_error --recipe launch/recipes/t2i_xl.yaml --images 2
+python -m tim_ds.objective.derivative_error --hidden-size 384 --depth 12 --num-heads 6 --grid 16x16
 
 Error: against forward mode in float64 of the same weights, over one pack in which every image has r < t.
 Cost: a training step, forward and backward, on a pack of which every second image has r < t, over the step
@@ -326,7 +326,7 @@ def cost_table(rows: Sequence[CostRow]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print both tables and what they are of; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m tim_ds.eval.derivative_error",
+        prog="python -m tim_ds.objective.derivative_error",
         description="Error and cost of the estimators of dF/dt, for an export folder or a random network.",
     )
     source = parser.add_mutually_exclusive_group()
