@@ -14,7 +14,7 @@ import torch.nn.functional as nnf
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.objective.networks import TRANSPORTS, SmoothNetwork, differenced
+from tests.objective.networks import TRANSPORTS, SmoothNetwork, differenced, images_at
 from tim_ds.errors import ConfigError, ShapeError, TimeDomainError
 from tim_ds.objective.config import GuidedTargetConfig, ObjectiveConfig, TransportConfig, WeightConfig
 from tim_ds.objective.loss import LossTerms, non_finite_samples, transition_loss
@@ -153,12 +153,10 @@ GRIDS = [(2, 2), (1, 3), (4, 3)]
 
 
 def pack(seed: int = 40, channels: int = 8):
-    generator = torch.Generator().manual_seed(seed)
-    segments = Segments.from_grids(GRIDS)
-    x, z = torch.randn(2, segments.num_tokens, channels, generator=generator, dtype=torch.float64)
-    t = torch.tensor([0.7, 0.9, 0.5], dtype=torch.float64)
-    times = Times.from_tensors(TRANSPORTS["tim"], t, torch.tensor([0.7, 0.2, 0.0], dtype=torch.float64))
-    return x, z, times, segments, ClassCondition(torch.arange(3))
+    images = images_at(
+        TRANSPORTS["tim"], [0.7, 0.9, 0.5], [0.7, 0.2, 0.0], GRIDS, channels=channels, seed=seed
+    )
+    return images.x_TC, images.z_TC, images.times, images.segments, images.condition
 
 
 def loss(
