@@ -10,8 +10,8 @@ then put side by side by `python -m tim_ds.eval.compare`, which also compares se
 on where it was.
 
 A noisy estimator is `dde` whose own passes, and nothing else of a step, run in reduced precision: those of
-`python -m tim_ds.eval.derivative_error`, which says how large their error is on a trained network. `gaussian`
-is `dde` in float32 with white noise of three times every image's own derivative added.
+`python -m tim_ds.objective.derivative_error`, which says how large their error is on a trained network.
+`gaussian` is `dde` in float32 with white noise of three times every image's own derivative added.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from torch import Tensor, nn
 
 from tim_ds.eval import cli as evaluation
 from tim_ds.eval import compare
-from tim_ds.eval.derivative_error import Precision, at_precision
 from tim_ds.objective import target
 from tim_ds.objective.derivative import central_difference
+from tim_ds.objective.derivative_error import Precision, at_precision
 from tim_ds.objective.noised import NoisedPack
 from tim_ds.packed import Network, Segments
 from tim_ds.trainer import cli as training

@@ -8,9 +8,9 @@ import torch
 from tests.model.networks import normal, random_network, random_pack, text_config
 from tests.objective.study import ADAPTIVE, ESTIMATORS, RECIPE, derivative_of, overrides, with_noise
 from tim_ds.config.load import load_recipe
-from tim_ds.eval.derivative_error import at_precision
 from tim_ds.objective.config import ObjectiveConfig
 from tim_ds.objective.derivative import central_difference
+from tim_ds.objective.derivative_error import at_precision
 from tim_ds.objective.noised import NoisedPack
 from tim_ds.objective.target import output_and_parts
 from tim_ds.objective.time_sampling import Times
