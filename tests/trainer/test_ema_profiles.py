@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.trainer.ranks import recipe
+from tim_ds.config.load import load_recipe
 from tim_ds.trainer.config import WIDEST_SIGMA_REL, AverageConfig
 from tim_ds.trainer.ema_profiles import (
     Profile,
@@ -17,6 +18,8 @@ from tim_ds.trainer.ema_profiles import (
     share_of_start,
     step_weights,
 )
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_warm_up_shortens_the_memory_of_the_first_steps() -> None:
@@ -49,6 +52,11 @@ def test_an_average_too_slow_for_the_run_is_remarked_on() -> None:
         steps = 100_000 if enough == "{decay: 0.9999}" else 100
         settings = recipe(Path("data"), f"train.ema={{averages: [{enough}]}}", f"train.steps={steps}")
         assert remark_on_start(settings.train) is None
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "launch" / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_what_a_recipe_exports_has_forgotten_its_start(path: Path) -> None:
+    assert remark_on_start(load_recipe(path, []).train) is None
 
 
 @pytest.mark.parametrize("sigma_rel", [0.01, 0.05, 0.1, 0.25, WIDEST_SIGMA_REL])
