@@ -785,3 +785,19 @@ def test_the_stored_picture_counts_are_those_of_the_index(many, tmp_path):
     assert sum(report["sizes"].values()) == report["samples"] == len(index)
     assert report["text_tokens"] >= int(np.sum(index.columns["text_length"]))
     assert set(report["shards"]) == set(index.shards)
+
+
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
+def test_ctrl_c_ends_it_with_one_word_and_the_same_command_goes_on(workers, many, tmp_path):
+    source, out = many[0], tmp_path / "out"
+    arguments = [str(source), "--out", str(out), *PIXELS, *WORDS, "--per-shard", "2", "--no-progress"]
+    command = [sys.executable, "-m", "data_pipeline.prepare", *arguments, "--workers", workers]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while process.poll() is None and not any(out.glob("*.tar")):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (-signal.SIGINT, ("", "interrupted\n"))
+    assert prepare.main(arguments) == 0 and not (out / ".prepare").exists()
