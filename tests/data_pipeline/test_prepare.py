@@ -351,9 +351,20 @@ def test_paths_that_leave_the_source_are_refused(tmp_path):
     report = manifest_of(tmp_path / "out")["report"]
     assert report["samples"] == 2
     assert report["dropped"] == {sources.ESCAPES: 4, sources.MISSING: 1}
+    assert report["examples"][sources.ESCAPES][0] == f"../secret.png is not in {root} (--root)"
     # A wider root is a decision of the user.
     assert run(root / "list.jsonl", tmp_path / "wide", *PIXELS, *WORDS, *share, "--root", str(tmp_path)) == 0
     assert manifest_of(tmp_path / "wide")["report"]["samples"] == 1
+
+
+@pytest.mark.parametrize("path", [".", "metadata.jsonl"])
+def test_a_list_may_lie_in_the_working_folder(path, tmp_path, monkeypatch):
+    (tmp_path / "source").mkdir()
+    folder = source_folders.metadata(tmp_path / "source", 6)
+    [listed] = folder.rglob("metadata.jsonl")
+    monkeypatch.chdir(listed.parent)
+    assert run(Path(path), tmp_path / "out", *PIXELS, *WORDS) == 0
+    assert manifest_of(tmp_path / "out")["samples"] == 6
 
 
 def test_odd_tars_are_used_as_far_as_they_go(tmp_path):
