@@ -16,7 +16,9 @@ can be cut into fixed parts, started again, or spread over processes without any
 from __future__ import annotations
 
 import json
+import logging
 import os
+import shlex
 import tarfile
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -34,10 +36,13 @@ from data_pipeline.errors import DataError
 from data_pipeline.pictures import Refused
 from data_pipeline.resolution import parse_size
 
+logger = logging.getLogger(__name__)
+
 KINDS = ("folder", "list", "webdataset", "tim_toy", "tim_latents")
 
 PICTURE_ENDINGS = (
-    "jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "jfif", "mpo", "ppm"
+    "jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "heif", "jp2", "jfif", "mpo",
+    "ppm",
 )  # fmt: skip
 """Endings that count as pictures; what the bytes are is found by looking at them."""
 
@@ -123,8 +128,9 @@ def detect_kind(path: Path) -> str:
     if path.is_file() and path.suffix.lower() == ".csv":
         raise DataError(
             f"{path}: lists are .jsonl or .parquet; a .csv with a heading becomes one by\n"
-            "  python -c 'import csv, json, sys; [print(json.dumps(r)) for r in csv.DictReader(sys.stdin)]' "
-            f"< {path} > {path.with_suffix('.jsonl')}"
+            '  python -c \'import csv, json, sys; sys.stdin.reconfigure(encoding="utf-8-sig", newline=""); '
+            "[print(json.dumps(r)) for r in csv.DictReader(sys.stdin)]' "
+            f"< {shlex.quote(str(path))} > {shlex.quote(str(path.with_suffix('.jsonl')))}"
         )
     if not path.is_dir():
         raise DataError(f"{path}: expected a folder, a .jsonl, .parquet or .tar file; received no such path")
@@ -243,12 +249,21 @@ def _walk_files(root: Path, endings: tuple[str, ...]) -> list[str]:
     if not root.is_dir():
         raise DataError(f"{root}: expected a folder")
     found: list[str] = []
+    links: list[str] = []
     for folder, folders, files in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         prefix = os.path.relpath(folder, root)
+        links += [
+            os.path.join(folder, name) for name in folders if os.path.islink(os.path.join(folder, name))
+        ]
         for name in files:
             if not name.startswith(".") and name.rpartition(".")[2].lower() in endings:
                 found.append(name if prefix == "." else f"{prefix}/{name}")
+    if links:
+        named = ", ".join(_display(os.path.relpath(link, root)) for link in links[:4])
+        logger.warning(
+            "%s: folders that are links are not entered: %s%s", root, named, ", ..." if len(links) > 4 else ""
+        )
     # By bytes: the order must not depend on a locale.
     return sorted(found, key=os.fsencode)
 
@@ -401,8 +416,10 @@ class FolderSource:
         picture = _read_file(path, source)
         sidecars: dict[str, bytes | None] = {}
         for ending in ("txt", "json"):
-            beside = path.with_suffix(f".{ending}")
-            sidecars[ending] = _read_file(beside, source) if beside.is_file() else None
+            # As cameras and older systems write them, too.
+            beside = (path.with_suffix(f".{one}") for one in (ending, ending.upper()))
+            there = next((file for file in beside if file.is_file()), None)
+            sidecars[ending] = None if there is None else _read_file(there, source)
         top, slash, _ = name.partition("/")
         class_name = _display(top) if slash else None
         return _sidecars(source, picture, sidecars["txt"], sidecars["json"], self._keep, class_name)

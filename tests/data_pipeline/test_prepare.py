@@ -235,6 +235,43 @@ def test_classes_come_from_folders_lists_and_tars(tmp_path):
         assert load_all(stored, AutoencoderConfig(kind="pixels", factor=4), None) == set(range(COUNT))
 
 
+def test_a_file_of_classes_is_read_as_an_editor_left_it(tmp_path, capsys):
+    source, names = source_folders.folder(tmp_path / "source", COUNT), tmp_path / "classes.txt"
+    names.write_bytes("\ufeffclass_0\r\nclass_1\r\n".encode())
+    options = [*PIXELS, "--condition", "class", "--classes", str(names)]
+    assert run(source, tmp_path / "out", *options) == 0
+    assert manifest_of(tmp_path / "out")["classes"] == ["class_0", "class_1"]
+    names.write_bytes("class_0\nhöhle\n".encode("latin-1"))
+    assert run(source, tmp_path / "other", *options) == 2
+    assert f"--classes {names}: expected text in UTF-8" in capsys.readouterr().err
+
+
+def test_captions_are_found_whatever_the_case_of_their_endings(tmp_path):
+    source = tmp_path / "camera"
+    source.mkdir()
+    for number, ending in enumerate(("txt", "TXT", "JSON")):
+        (source / f"{number}.JPG").write_bytes(odd_pictures.encode(odd_pictures.plain(), "JPEG"))
+        caption = f"picture {number}"
+        text = json.dumps({"caption": caption}) if ending == "JSON" else caption
+        (source / f"{number}.{ending}").write_text(text)
+    assert run(source, tmp_path / "out", *PIXELS, *WORDS) == 0
+    assert sorted(meta["caption"] for meta in metas(tmp_path / "out")) == [f"picture {n}" for n in range(3)]
+
+
+def test_what_a_folder_does_not_give_is_told(tmp_path, caplog, capsys):
+    source = source_folders.folder(tmp_path / "source", 4)
+    # Of a telephone; Pillow does not read it.
+    (source / "phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(64))
+    (source / "phone.txt").write_text("a picture")
+    (tmp_path / "elsewhere").mkdir()
+    (source / "more").symlink_to(tmp_path / "elsewhere")
+    assert run(source, tmp_path / "out", *PIXELS, *WORDS, "--max-drop-share", "0.5") == 0
+    assert "phone.HEIC: HEIC, which is not read here; convert it to JPEG or PNG" in capsys.readouterr().out
+    assert [r.getMessage() for r in caplog.records if "links" in r.getMessage()] == [
+        f"{source}: folders that are links are not entered: more"
+    ]
+
+
 def test_the_toy_layout_can_take_its_own_buckets(tmp_path):
     source, out = source_folders.toy(tmp_path / "source", COUNT), tmp_path / "out"
     assert run(source, out, *PIXELS, *WORDS, "--size", "buckets") == 0
@@ -692,18 +729,20 @@ def test_sources_that_are_not_there_are_refused(tmp_path, capsys):
 
 
 def test_a_csv_of_captions_is_refused_with_the_command_that_converts_it(tmp_path, capsys):
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "metadata.csv").write_text("file_name,text\na.png,a three\n")
-    assert run(tmp_path / "photos", tmp_path / "out", *PIXELS, *WORDS) == 2
+    photos = tmp_path / "my photos"
+    photos.mkdir()
+    # As a spreadsheet writes it.
+    (photos / "metadata.csv").write_bytes("\ufefffile_name,text\r\na.png,eine Drei für dich\r\n".encode())
+    assert run(photos, tmp_path / "out", *PIXELS, *WORDS) == 2
     said = capsys.readouterr().err
     command = next(line for line in said.splitlines() if line.startswith("  python -c"))
     subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True)
-    row = json.loads((tmp_path / "photos" / "metadata.jsonl").read_text())
-    assert row == {"file_name": "a.png", "text": "a three"}
+    row = json.loads((photos / "metadata.jsonl").read_text())
+    assert row == {"file_name": "a.png", "text": "eine Drei für dich"}
     # Beside pictures with captions of their own, a table is one of many files.
-    (tmp_path / "photos" / "metadata.jsonl").unlink()
-    (tmp_path / "photos" / "a.txt").write_text("a three")
-    assert sources.detect_kind(tmp_path / "photos") == "folder"
+    (photos / "metadata.jsonl").unlink()
+    (photos / "a.txt").write_text("a three")
+    assert sources.detect_kind(photos) == "folder"
 
 
 def test_several_splits_of_parquet_are_not_mixed(tmp_path, capsys):
