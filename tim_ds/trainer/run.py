@@ -93,13 +93,15 @@ def train(
         engine_file: DeepSpeed settings in JSON (`ds_configs/`).
         world: from `start_world`.
         signals: what asks the run to stop; the same on every rank, or on none.
-        watch: started; told where this rank stands.
+        watch: told where this rank stands.
     Returns:
         One sentence for the user.
     Raises:
         RunStopped: after a save, because `signals` asked for it.
         TimError, DataError: for everything that the user can put right.
     """
+    watch = watch or Watch()
+    watch.enter("data")
     engine_config, data = world.together(lambda: _read(recipe, engine_file, world), (TimError, DataError))
     if world.is_main and (remark := remark_on_start(recipe.train)) is not None:
         logger.warning(remark)
@@ -111,6 +113,7 @@ def train(
             milestones=recipe.train.checkpoint.milestones,
             strict=recipe.train.checkpoint.strict,
         )
+        watch.enter("checkpoint")
         checkpoint = folder.newest()
         if checkpoint is not None:
             world.together(partial(check_same_run, checkpoint, recipe, data), (CheckpointError,))
@@ -119,7 +122,6 @@ def train(
                     f"{run_dir}: finished at step {checkpoint.step}, nothing to do. "
                     f"Weights: {run_dir / EXPORT}"
                 )
-        watch = watch or Watch(world)
         watch.before_end = folder.leave
         return _run(
             recipe,
@@ -148,6 +150,7 @@ def _run(
     watch: Watch,
 ) -> str:
     config = recipe.train
+    watch.enter("loader")
     loader, encoders = _open_data(recipe, world, data, checkpoint)
     engine, root, initial_digest = _build_engine(recipe, engine_config, world, checkpoint, watch)
     watch.enter("restore")
@@ -220,7 +223,7 @@ def _run(
     try:
         progress = loop.run()
         watch.enter("export")
-        _export_last(recipe, run_dir, ema, world, loop)
+        _export_last(recipe, run_dir, ema, world, loop, watch)
         if events is not None:
             events.add(FINISHED, progress.step)
     except BaseException as error:
@@ -236,7 +239,7 @@ def _run(
     return f"{run_dir}: finished at step {progress.step}. Weights: {run_dir / EXPORT}"
 
 
-def _export_last(recipe: Recipe, run_dir: Path, ema: Ema, world: World, loop: Loop) -> None:
+def _export_last(recipe: Recipe, run_dir: Path, ema: Ema, world: World, loop: Loop, watch: Watch) -> None:
     """Export what the run ends with, also where its last checkpoint failed: that is four times as large.
 
     Raises:
@@ -245,7 +248,7 @@ def _export_last(recipe: Recipe, run_dir: Path, ema: Ema, world: World, loop: Lo
     step, problem = loop.progress.step, loop.unsaved
     exported = f"the averaged weights of step {step} are in {run_dir / EXPORT}"
     try:
-        export(recipe, run_dir, ema, world, step)
+        export(recipe, run_dir, ema, world, step, watch.moved)
     except CheckpointError as error:
         if problem is None:
             raise
@@ -284,6 +287,7 @@ def _build_engine(
     config, packs = recipe.train, recipe.data.packs_per_step
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
     world.together(partial(prove_attention, world.device, dtype, recipe.model.head_dim), (ConfigError,))
+    watch.enter("weights")
     initial = world.together(partial(initial_weights, recipe, checkpoint), (TimError,))
     merged_config = merge_config(engine_config, config, packs_per_step=packs, world_size=world.size)
     split = Splitter(merged_config) if zero_stage(merged_config) == 3 else None
@@ -332,7 +336,7 @@ def _viewers(
         )
         prompts += evaluate.prompts
     watch.enter("captions")
-    prepare_captions(pipeline, prompts, world, loader)
+    prepare_captions(pipeline, prompts, world, loader, watch.moved)
     return preview, evaluate
 
 
@@ -425,16 +429,30 @@ def restore(checkpoint: Checkpoint, engine: Engine, ema: Ema, sums: Sums) -> Pro
     return Progress(**checkpoint.manifest["progress"])
 
 
-def export(recipe: Recipe, run_dir: Path, ema: Ema, world: World, step: int) -> None:
+def export(
+    recipe: Recipe,
+    run_dir: Path,
+    ema: Ema,
+    world: World,
+    step: int,
+    moved: Callable[[], None] = lambda: None,
+) -> None:
     """Write the averaged weights as an export folder, as they are gathered; every rank calls this.
 
     An adapter is written in a folder of its own, and merged into the weights that it was trained on.
 
+    Args:
+        moved: called with every tensor.
     Raises:
         CheckpointError: on every rank, if it cannot be written.
     """
-    gathered = ((name.removeprefix("network."), value) for name, value in ema.full())
-    problem = None
+
+    def gather() -> Iterator[tuple[str, Tensor]]:
+        for name, value in ema.full():
+            moved()
+            yield name.removeprefix("network."), value
+
+    gathered, problem = gather(), None
     if world.is_main:
         try:
             _write_export(recipe, run_dir, gathered, step)
