@@ -19,7 +19,7 @@ import json
 import os
 import tarfile
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path, PurePosixPath
@@ -238,6 +238,13 @@ class _Lister:
         return self._digest.hexdigest()
 
 
+def _hash_of_names(names: Sequence[str]) -> str:
+    lister = _Lister()
+    for name in names:
+        lister.add(name)
+    return lister.hexdigest()
+
+
 def _walk_files(root: Path, endings: tuple[str, ...]) -> list[str]:
     """Relative names beneath `root` with one of the endings, sorted; hidden files and folders are skipped."""
     if not root.is_dir():
@@ -389,10 +396,7 @@ class FolderSource:
         return tuple(_display(name) for name in self._classes)
 
     def fingerprint(self) -> str:
-        lister = _Lister()
-        for name in self._names:
-            lister.add(name)
-        return lister.hexdigest()
+        return _hash_of_names(self._names)
 
     def read(self, number: int) -> Item:
         name = self._names[number]
@@ -763,10 +767,7 @@ class LatentSource:
         return ()
 
     def fingerprint(self) -> str:
-        lister = _Lister()
-        for name in self._names:
-            lister.add(name)
-        return lister.hexdigest()
+        return _hash_of_names(self._names)
 
     def read(self, number: int) -> Item:
         name = self._names[number]

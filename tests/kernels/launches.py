@@ -31,7 +31,7 @@ from tim_kernels import (
     varlen_attention_jvp,
 )
 from tim_kernels.qk_norm_rope import RotaryTable, kv_norm_rope, qk_norm_rope, qkv_norm_rope
-from tim_kernels.shipped import Variant, variants
+from tim_kernels.shipped import LOSS_FORMS, Variant, variants
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
 
@@ -176,14 +176,7 @@ def _swiglu(rows: int, device: torch.device) -> None:
 def _transition_loss(lengths: tuple[int, ...], device: torch.device) -> None:
     coefficients = TargetCoefficients(*(torch.ones(len(lengths), device=device) for _ in range(5)))
     plan = ChunkPlan.from_lengths(lengths, device=device)
-    for width, cell, guided, directional in (
-        (32, 32, False, True),
-        (32, 32, True, True),
-        (32, 32, False, False),
-        (16, 4, False, True),
-        (16, 4, True, True),
-        (64, 4, False, True),
-    ):
+    for width, cell, guided, directional in LOSS_FORMS:
         F, x, z, dF_dt = (_leaf(sum(lengths), width, dtype=torch.float32, device=device) for _ in range(4))
         for slope in (dF_dt, None):
             denoising_S, directional_S = transition_loss(

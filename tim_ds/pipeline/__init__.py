@@ -7,7 +7,7 @@ output.save("pictures")
 """
 
 from tim_ds.pipeline.encoders import check_device
-from tim_ds.pipeline.files import PNG_KEY, file_stem, read_settings, refuse_unwritable, sha256, write_png
+from tim_ds.pipeline.files import PNG_KEY, file_stem, read_settings, refuse_unwritable, write_png
 from tim_ds.pipeline.output import OutputType, PipelineOutput
 from tim_ds.pipeline.request import PromptLike, Request, Size
 from tim_ds.pipeline.tim_pipeline import OnStepEnd, TiMPipeline
@@ -25,6 +25,5 @@ __all__ = [
     "file_stem",
     "read_settings",
     "refuse_unwritable",
-    "sha256",
     "write_png",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -93,12 +92,3 @@ def refuse_unwritable(folder: Path) -> None:
         raise RequestError(f"{folder}: {there} is not a folder; choose another")
     if not os.access(there, os.W_OK | os.X_OK):
         raise RequestError(f"{folder}: {there} cannot be written to; choose another folder")
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
