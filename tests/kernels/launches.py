@@ -72,19 +72,20 @@ class Launch:
 
 
 @contextmanager
-def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
-    """Launches of the shipped kernels within the block. The kernels still run."""
+def recorded(monkeypatch: pytest.MonkeyPatch, *, runs: bool = True) -> Iterator[list[Launch]]:
+    """Launches of the shipped kernels within the block; what they would write is left as it was where they
+    do not run."""
     launches: list[Launch] = []
     with monkeypatch.context() as patch:
         for kernel in {id(v.kernel): v.kernel for v in variants()}.values():
-            patch.setattr(kernel, "run", _spy(kernel, launches))
+            patch.setattr(kernel, "run", _spy(kernel, launches, runs))
         yield launches
 
 
 def record_launches(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
-    """Run every op in its shipped forms, forward and backward."""
+    """Every op in its shipped forms, forward and backward, up to its kernels."""
     lengths = (3, 2)
-    with recorded(monkeypatch) as launches, use_path("triton"):
+    with recorded(monkeypatch, runs=False) as launches, use_path("triton"):
         _modulated_layer_norm(lengths, device)
         _gated_residual(lengths, device)
         _qk_norm_rope(lengths, device)
@@ -95,12 +96,12 @@ def record_launches(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> li
     return launches
 
 
-def _spy(kernel: Any, launches: list[Launch]) -> Callable[..., Any]:
+def _spy(kernel: Any, launches: list[Launch], runs: bool) -> Callable[..., Any]:
     run = kernel.run
 
     def spied(*args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         launches.append(Launch.of(kernel, args, grid, options))
-        return run(*args, grid=grid, warmup=warmup, **options)
+        return run(*args, grid=grid, warmup=warmup, **options) if runs else None
 
     return spied
 
