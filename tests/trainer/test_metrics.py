@@ -31,7 +31,7 @@ from tim_ds.trainer.metrics import (
     memory_of_process,
     read_metrics,
 )
-from tim_ds.trainer.run import restore
+from tim_ds.trainer.run_state import restore
 from tim_ds.trainer.world import World
 
 DEVICE = torch.device("cpu")
