@@ -36,6 +36,9 @@ ANIMATED = "several frames"
 
 ORIENTATION_TAG = 0x0112
 
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")
+"""Of the pictures that telephones take, in the first bytes of the file."""
+
 
 class Refused(Exception):
     """A source item that is left out by rule. `reason` is counted, `detail` is kept as an example."""
@@ -104,6 +107,8 @@ def open_picture(data: bytes, *, frames: str = "first", max_pixels: int = MAX_PI
     """
     if not data:
         raise Refused(EMPTY, "0 bytes")
+    if data[4:8] == b"ftyp" and data[8:12] in _HEIC_BRANDS:
+        raise Refused(NOT_A_PICTURE, "HEIC, which is not read here; convert it to JPEG or PNG")
     notes: list[str] = []
     with _reasons(), Image.open(io.BytesIO(data)) as opened:
         width, height = opened.size

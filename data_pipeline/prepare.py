@@ -601,7 +601,10 @@ def _settings(options: argparse.Namespace, kind: str) -> Settings:
         raise DataError(f"--patch-size: expected at least 1, received {options.patch_size}")
     classes: tuple[str, ...] = ()
     if options.classes is not None:
-        names = options.classes.read_text(encoding="utf-8").splitlines()
+        try:
+            names = options.classes.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise DataError(f"--classes {options.classes}: expected text in UTF-8 ({error})") from error
         classes = tuple(name.strip() for name in names if name.strip())
     return Settings(
         condition=condition,

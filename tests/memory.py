@@ -35,29 +35,33 @@ class LiveBytes(TorchDispatchMode):
 
     Args:
         apart_from: tensors that exist anyway; views of them are not counted.
+        collects: whether to look for garbage at every peak; slow.
     """
 
-    def __init__(self, apart_from: Iterable[Tensor] = ()) -> None:
+    def __init__(self, apart_from: Iterable[Tensor] = (), *, collects: bool = True) -> None:
         super().__init__()
         self.now = self.peak = 0
+        self._collects = collects
         self._alive: dict[int, object] = {x.untyped_storage()._cdata: x for x in apart_from}
         # What follows is collected often, at a cost that grows with what is looked at.
-        gc.collect()
-        gc.freeze()
+        if collects:
+            gc.collect()
+            gc.freeze()
 
     def __exit__(self, *reason: Any) -> None:
         super().__exit__(*reason)
-        gc.unfreeze()
+        if self._collects:
+            gc.unfreeze()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and not tensor.is_meta:
                 self._count(tensor.untyped_storage())
-        if self.now > self.peak:
+        if self.now > self.peak and self._collects:
             # Triton's interpreter leaves cycles behind, which hold tensors that a device would have freed.
             gc.collect()
-            self.peak = max(self.peak, self.now)
+        self.peak = max(self.peak, self.now)
         return made
 
     def _count(self, storage: torch.UntypedStorage) -> None:

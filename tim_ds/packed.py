@@ -323,7 +323,11 @@ class NetworkOutput(NamedTuple):
 class Network(Protocol):
     """The transition network as the objective and the sampler see it.
 
-    t_S and r_S are *conditioning* times, c_noise(t) and c_noise(r), float [S]; x_TC is [T, C].
+    t_S and r_S are *conditioning* times, c_noise(t) and c_noise(r), [S]; x_TC is [T, C].
+
+    Dtypes:
+        of t_S and r_S: in training that of `objective.time_sampling.Times`, float32 unless they were drawn in
+        float64; in sampling that of x_TC, at least float32.
     """
 
     def __call__(

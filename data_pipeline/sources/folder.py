@@ -36,8 +36,10 @@ class FolderSource:
         picture = read_file(path, source)
         sidecars: dict[str, bytes | None] = {}
         for ending in ("txt", "json"):
-            beside = path.with_suffix(f".{ending}")
-            sidecars[ending] = read_file(beside, source) if beside.is_file() else None
+            # As cameras and older systems write them, too.
+            beside = (path.with_suffix(f".{one}") for one in (ending, ending.upper()))
+            there = next((file for file in beside if file.is_file()), None)
+            sidecars[ending] = None if there is None else read_file(there, source)
         top, slash, _ = name.partition("/")
         class_name = display(top) if slash else None
         return with_sidecars(source, picture, sidecars["txt"], sidecars["json"], self._keep, class_name)

@@ -13,7 +13,8 @@ from torch import Tensor
 from data_pipeline.pictures import Refused
 
 PICTURE_ENDINGS = (
-    "jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "jfif", "mpo", "ppm"
+    "jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "heif", "jp2", "jfif", "mpo",
+    "ppm",
 )  # fmt: skip
 """Endings that count as pictures; what the bytes are is found by looking at them."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Protocol
 
@@ -56,8 +57,9 @@ def detect_kind(path: Path) -> str:
     if path.is_file() and path.suffix.lower() == ".csv":
         raise DataError(
             f"{path}: lists are .jsonl or .parquet; a .csv with a heading becomes one by\n"
-            "  python -c 'import csv, json, sys; [print(json.dumps(r)) for r in csv.DictReader(sys.stdin)]' "
-            f"< {path} > {path.with_suffix('.jsonl')}"
+            '  python -c \'import csv, json, sys; sys.stdin.reconfigure(encoding="utf-8-sig", newline=""); '
+            "[print(json.dumps(r)) for r in csv.DictReader(sys.stdin)]' "
+            f"< {shlex.quote(str(path))} > {shlex.quote(str(path.with_suffix('.jsonl')))}"
         )
     if not path.is_dir():
         raise DataError(f"{path}: expected a folder, a .jsonl, .parquet or .tar file; received no such path")

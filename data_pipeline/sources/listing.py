@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
 
 from data_pipeline.errors import DataError
+from data_pipeline.sources.item import display
+
+logger = logging.getLogger(__name__)
 
 
 def walk_files(root: Path, endings: tuple[str, ...]) -> list[str]:
@@ -15,12 +19,21 @@ def walk_files(root: Path, endings: tuple[str, ...]) -> list[str]:
     if not root.is_dir():
         raise DataError(f"{root}: expected a folder")
     found: list[str] = []
+    links: list[str] = []
     for folder, folders, files in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         prefix = os.path.relpath(folder, root)
+        links += [
+            os.path.join(folder, name) for name in folders if os.path.islink(os.path.join(folder, name))
+        ]
         for name in files:
             if not name.startswith(".") and name.rpartition(".")[2].lower() in endings:
                 found.append(name if prefix == "." else f"{prefix}/{name}")
+    if links:
+        named = ", ".join(display(os.path.relpath(link, root)) for link in links[:4])
+        logger.warning(
+            "%s: folders that are links are not entered: %s%s", root, named, ", ..." if len(links) > 4 else ""
+        )
     # By bytes: the order must not depend on a locale.
     return sorted(found, key=os.fsencode)
 

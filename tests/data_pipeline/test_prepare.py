@@ -28,6 +28,14 @@ from data_pipeline.loader import build_loader
 from data_pipeline.reader import ShardReader
 from data_pipeline.resolution import SizeRules, fit
 from data_pipeline.schema import decode_tensor, decode_tensors, take_variants
+from data_pipeline.sources.item import (
+    BAD_CAPTION,
+    BAD_LATENT,
+    ESCAPES,
+    MISSING,
+    NO_PICTURE,
+    UNREADABLE,
+)
 from tests.data_pipeline import odd_pictures, source_folders
 from tests.data_pipeline.tiny_models import save_autoencoders, save_gemma, save_t5
 
@@ -195,7 +203,7 @@ def test_stored_latents_keep_their_mirror_image_and_label(models, tmp_path):
     options = ["--autoencoder", "sd_vae", "--autoencoder-path", str(models / "sd_vae"), "--num-classes", "10"]
     assert run(source, out, *options, "--max-drop-share", "0.5") == 0
     manifest = manifest_of(out)
-    assert manifest["report"]["dropped"] == {sources.BAD_LATENT: 1}
+    assert manifest["report"]["dropped"] == {BAD_LATENT: 1}
     assert "mirror" in manifest["augmentation"]
     index = load_index(out)
     assert (index.num_classes, len(index)) == (10, 7)
@@ -233,6 +241,43 @@ def test_classes_come_from_folders_lists_and_tars(tmp_path):
         assert run(source, stored, *PIXELS, "--condition", "class", "--pictures", "png") == 0
         assert load_index(stored).columns["label"].tolist() == labels
         assert load_all(stored, AutoencoderConfig(kind="pixels", factor=4), None) == set(range(COUNT))
+
+
+def test_a_file_of_classes_is_read_as_an_editor_left_it(tmp_path, capsys):
+    source, names = source_folders.folder(tmp_path / "source", COUNT), tmp_path / "classes.txt"
+    names.write_bytes("\ufeffclass_0\r\nclass_1\r\n".encode())
+    options = [*PIXELS, "--condition", "class", "--classes", str(names)]
+    assert run(source, tmp_path / "out", *options) == 0
+    assert manifest_of(tmp_path / "out")["classes"] == ["class_0", "class_1"]
+    names.write_bytes("class_0\nhöhle\n".encode("latin-1"))
+    assert run(source, tmp_path / "other", *options) == 2
+    assert f"--classes {names}: expected text in UTF-8" in capsys.readouterr().err
+
+
+def test_captions_are_found_whatever_the_case_of_their_endings(tmp_path):
+    source = tmp_path / "camera"
+    source.mkdir()
+    for number, ending in enumerate(("txt", "TXT", "JSON")):
+        (source / f"{number}.JPG").write_bytes(odd_pictures.encode(odd_pictures.plain(), "JPEG"))
+        caption = f"picture {number}"
+        text = json.dumps({"caption": caption}) if ending == "JSON" else caption
+        (source / f"{number}.{ending}").write_text(text)
+    assert run(source, tmp_path / "out", *PIXELS, *WORDS) == 0
+    assert sorted(meta["caption"] for meta in metas(tmp_path / "out")) == [f"picture {n}" for n in range(3)]
+
+
+def test_what_a_folder_does_not_give_is_told(tmp_path, caplog, capsys):
+    source = source_folders.folder(tmp_path / "source", 4)
+    # Of a telephone; Pillow does not read it.
+    (source / "phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(64))
+    (source / "phone.txt").write_text("a picture")
+    (tmp_path / "elsewhere").mkdir()
+    (source / "more").symlink_to(tmp_path / "elsewhere")
+    assert run(source, tmp_path / "out", *PIXELS, *WORDS, "--max-drop-share", "0.5") == 0
+    assert "phone.HEIC: HEIC, which is not read here; convert it to JPEG or PNG" in capsys.readouterr().out
+    assert [r.getMessage() for r in caplog.records if "links" in r.getMessage()] == [
+        f"{source}: folders that are links are not entered: more"
+    ]
 
 
 def test_the_toy_layout_can_take_its_own_buckets(tmp_path):
@@ -289,7 +334,7 @@ def test_odd_captions_follow_the_rules(tmp_path, caplog):
     share = ["--max-drop-share", "0.9"]
     assert run(source, tmp_path / "out", *PIXELS, *WORDS, *share, "--max-caption-characters", "100") == 0
     report = manifest_of(tmp_path / "out")["report"]
-    assert report["dropped"] == {"empty caption": 1, "no caption": 1, sources.BAD_CAPTION: 1}
+    assert report["dropped"] == {"empty caption": 1, "no caption": 1, BAD_CAPTION: 1}
     assert report["notes"]["caption cut"] == 1
     assert "caption of 100001 characters cut to 100" in caplog.text
     found = {meta["source"]: meta["caption"] for meta in metas(tmp_path / "out")}
@@ -313,7 +358,7 @@ def test_paths_that_leave_the_source_are_refused(tmp_path):
     assert run(root / "list.jsonl", tmp_path / "out", *PIXELS, *WORDS, *share) == 0
     report = manifest_of(tmp_path / "out")["report"]
     assert report["samples"] == 2
-    assert report["dropped"] == {sources.ESCAPES: 4, sources.MISSING: 1}
+    assert report["dropped"] == {ESCAPES: 4, MISSING: 1}
     # A wider root is a decision of the user.
     assert run(root / "list.jsonl", tmp_path / "wide", *PIXELS, *WORDS, *share, "--root", str(tmp_path)) == 0
     assert manifest_of(tmp_path / "wide")["report"]["samples"] == 1
@@ -341,8 +386,8 @@ def test_odd_tars_are_used_as_far_as_they_go(tmp_path):
     assert run(root, tmp_path / "out", *PIXELS, *WORDS, "--max-drop-share", "0.9") == 0
     report = manifest_of(tmp_path / "out")["report"]
     assert "a good one" in {meta["caption"] for meta in metas(tmp_path / "out")}
-    assert report["dropped"][sources.ESCAPES] == 1 and report["dropped"][sources.NO_PICTURE] == 1
-    assert report["dropped"][sources.UNREADABLE] == 1 and report["samples"] == 5
+    assert report["dropped"][ESCAPES] == 1 and report["dropped"][NO_PICTURE] == 1
+    assert report["dropped"][UNREADABLE] == 1 and report["samples"] == 5
     (root / "b.tar").write_bytes(b"no tar at all")
     assert run(root, tmp_path / "other", *PIXELS, *WORDS) == 2
 
@@ -692,18 +737,20 @@ def test_sources_that_are_not_there_are_refused(tmp_path, capsys):
 
 
 def test_a_csv_of_captions_is_refused_with_the_command_that_converts_it(tmp_path, capsys):
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "metadata.csv").write_text("file_name,text\na.png,a three\n")
-    assert run(tmp_path / "photos", tmp_path / "out", *PIXELS, *WORDS) == 2
+    photos = tmp_path / "my photos"
+    photos.mkdir()
+    # As a spreadsheet writes it.
+    (photos / "metadata.csv").write_bytes("\ufefffile_name,text\r\na.png,eine Drei für dich\r\n".encode())
+    assert run(photos, tmp_path / "out", *PIXELS, *WORDS) == 2
     said = capsys.readouterr().err
     command = next(line for line in said.splitlines() if line.startswith("  python -c"))
     subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True)
-    row = json.loads((tmp_path / "photos" / "metadata.jsonl").read_text())
-    assert row == {"file_name": "a.png", "text": "a three"}
+    row = json.loads((photos / "metadata.jsonl").read_text())
+    assert row == {"file_name": "a.png", "text": "eine Drei für dich"}
     # Beside pictures with captions of their own, a table is one of many files.
-    (tmp_path / "photos" / "metadata.jsonl").unlink()
-    (tmp_path / "photos" / "a.txt").write_text("a three")
-    assert sources.detect_kind(tmp_path / "photos") == "folder"
+    (photos / "metadata.jsonl").unlink()
+    (photos / "a.txt").write_text("a three")
+    assert sources.detect_kind(photos) == "folder"
 
 
 def test_several_splits_of_parquet_are_not_mixed(tmp_path, capsys):

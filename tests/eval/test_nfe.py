@@ -275,13 +275,15 @@ class TestReport:
 
     def test_sheet_shows_every_layout(self, evaluation: nfe.Evaluation) -> None:
         seen = evaluation.sets[0]
-        columns = report.choose_columns(seen, 10, max_cells=3)
+        columns = report.choose_columns(seen, 10, max_cells={"row": 3, "column": 2})
         layouts = [(seen.prompts[c].orientation, len(seen.prompts[c].cells)) for c in columns]
         assert len(set(columns)) == 10
-        assert set(layouts) == {layout for layout in SEEN_LAYOUTS if layout[1] <= 3}
+        assert set(layouts) == {
+            layout for layout in SEEN_LAYOUTS if layout[1] <= {"row": 3, "column": 2}[layout[0]]
+        }
         assert layouts == sorted(layouts, key=lambda x: (x[0] == "column", x[1]))
         few = replace(seen, prompts=seen.prompts[:3])
-        assert sorted(report.choose_columns(few, 10, max_cells=4)) == [0, 1, 2]
+        assert sorted(report.choose_columns(few, 10, max_cells={"row": 4, "column": 4})) == [0, 1, 2]
 
 
 class TestRefusals:

@@ -74,7 +74,9 @@ def test_value_and_gradients_are_the_same_bits_with_and_without(name, recompute,
     config = CONFIGS[name]
     network = random_network(config, dtype=torch.float32)
     network.checkpoint_blocks = recompute
-    pack = in_dtype(random_pack(config, dtype=torch.float32), torch.float32)
+    x, t, r, segments, condition = in_dtype(random_pack(config, dtype=torch.float32), torch.float32)
+    # As in training.
+    pack = (x, t.double(), r.double(), segments, condition)
 
     def run(**beside: Any) -> tuple[list[Tensor], int, Tensor | None]:
         kept = 0

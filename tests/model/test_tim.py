@@ -165,10 +165,12 @@ def test_activation_checkpointing_changes_no_gradient():
 def test_output_is_float32_under_autocast_and_with_bfloat16_weights():
     config = text_config()
     x, t, r, segments, condition = random_pack(config, dtype=torch.float32)
+    t, r = t.double(), r.double()  # as in training
     exact = random_network(config, dtype=torch.float32)(x, t, r, segments, condition).F_TC
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast = random_network(config, dtype=torch.float32)(x, t, r, segments, condition).F_TC
     stored = random_network(config, dtype=torch.float32).to(torch.bfloat16)(x, t, r, segments, condition).F_TC
+    assert exact.dtype == torch.float32
     for F in (cast, stored):
         assert F.dtype == torch.float32
         # bf16 keeps 8 bits: relative error 2^-9 a rounding, about 2 % after three blocks of random weights

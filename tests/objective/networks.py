@@ -1,7 +1,8 @@
-"""Small networks with the signature of the real one, for tests of the objective."""
+"""Small networks with the signature of the real one, and images for them, for tests of the objective."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,8 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from tim_ds.objective.config import ObjectiveConfig
+from tim_ds.objective.noised import NoisedPack
+from tim_ds.objective.time_sampling import Times
 from tim_ds.objective.transport import EDM, OTFM, VE, VP, TiMTransport, Transport, TrigFlow
 from tim_ds.packed import ClassCondition, Condition, Direction, Network, NetworkOutput, Segments
 
@@ -49,6 +52,25 @@ def random_times(transport: Transport, count: int, seed: int = 0) -> tuple[Tenso
     else:
         times = transport.T_min + (transport.T_max - transport.T_min) * u
     return times.amax(0), times.amin(0)
+
+
+def images_at(
+    transport: Transport,
+    t: Tensor | Sequence[float],
+    r: Tensor | Sequence[float],
+    grids: Sequence[tuple[int, int]],
+    *,
+    channels: int = 4,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+) -> NoisedPack:
+    """Unit normal images of `grids` at the times (t, r); image i has label i."""
+    generator = torch.Generator().manual_seed(seed)
+    segments = Segments.from_grids(grids)
+    x, z = torch.randn(2, segments.num_tokens, channels, generator=generator, dtype=dtype)
+    t_S, r_S = (torch.as_tensor(s, dtype=dtype) for s in (t, r))
+    times = Times.from_tensors(transport, t_S, r_S)
+    return NoisedPack(transport, x, z, times, segments, ClassCondition(torch.arange(len(grids))))
 
 
 class Call(NamedTuple):

@@ -10,7 +10,8 @@ then put side by side by `python -m tim_ds.eval.compare`, which also compares se
 on where it was.
 
 A noisy estimator is `dde` whose own passes, and nothing else of a step, run in reduced precision: those of
-`python -m tim_ds.eval.derivative_error`, which says how large their error is on a trained network.
+`python -m tim_ds.objective.derivative_error`, which says how large their error is on a trained network.
+`gaussian` is `dde` in float32 with white noise of three times every image's own derivative added.
 """
 
 from __future__ import annotations
@@ -24,15 +25,16 @@ from pathlib import Path
 from typing import cast
 from unittest import mock
 
+import torch
 from torch import Tensor, nn
 
 from tim_ds.eval import cli as evaluation
 from tim_ds.eval import compare
-from tim_ds.eval.derivative_error import Precision, at_precision
 from tim_ds.objective import target
 from tim_ds.objective.derivative import central_difference
+from tim_ds.objective.derivative_error import Precision, at_precision
 from tim_ds.objective.noised import NoisedPack
-from tim_ds.packed import Network
+from tim_ds.packed import Network, Segments
 from tim_ds.trainer import cli as training
 
 ROOT = Path(__file__).parents[2]
@@ -44,8 +46,12 @@ ESTIMATORS: dict[str, tuple[str, Precision]] = {
     "dde": ("dde", "float32"),
     "products": ("dde", "bf16 products"),
     "everywhere": ("dde", "bf16 everywhere"),
+    "gaussian": ("dde", "float32"),
 }
 """`objective.derivative`, and the precision of its own passes."""
+
+GAUSSIAN_ERROR = 3.0
+"""Noise over signal, in the 2-norm of an image."""
 
 ADAPTIVE = {
     "off": ("objective.weight.adaptive=false", "objective.weight.adaptive_over=kind"),
@@ -55,15 +61,25 @@ ADAPTIVE = {
 
 
 @contextmanager
-def passes_at(precision: Precision) -> Iterator[None]:
-    """Within the block `dde` calls the network on its own, at `precision`, and not with the main call."""
+def derivative_of(estimator: str) -> Iterator[None]:
+    """Within the block `dde` calls the network on its own, as `estimator` does, not with the main call."""
+    precision = ESTIMATORS[estimator][1]
+    noise = torch.Generator().manual_seed(0)
 
-    def rounded(network: Network, pack: NoisedPack, indices: Sequence[int], step: float | None) -> Tensor:
+    def noisy(network: Network, pack: NoisedPack, indices: Sequence[int], step: float | None) -> Tensor:
         with at_precision(cast(nn.Module, network), precision):
-            return central_difference(network, pack, indices, step)
+            dF_TC = central_difference(network, pack, indices, step)
+        return with_noise(dF_TC, pack.segments.select(indices), noise) if estimator == "gaussian" else dF_TC
 
-    with mock.patch.object(target, "build_derivative", lambda config: rounded):
+    with mock.patch.object(target, "build_derivative", lambda config: noisy):
         yield
+
+
+def with_noise(dF_TC: Tensor, segments: Segments, generator: torch.Generator) -> Tensor:
+    """White noise of `GAUSSIAN_ERROR` times the mean square of every image, drawn anew in every call."""
+    parts = dF_TC.split(list(segments.lengths))
+    size_T1 = torch.cat([part.square().mean().sqrt().expand(len(part)) for part in parts])[:, None]
+    return dF_TC + GAUSSIAN_ERROR * size_T1 * torch.randn(dF_TC.shape, generator=generator)
 
 
 def overrides(estimator: str, share: float, adaptive: str, time: str, step: float | None) -> list[str]:
@@ -78,11 +94,11 @@ def overrides(estimator: str, share: float, adaptive: str, time: str, step: floa
     return words if step is None else [*words, f"objective.derivative_step={step:g}"]
 
 
-def train(arguments: Sequence[str], precision: Precision) -> None:
+def train(arguments: Sequence[str], estimator: str) -> None:
     """The body of a training process: a process group lasts as long as its process."""
-    if precision == "float32":
+    if estimator in ("exact", "dde"):
         sys.exit(training.main(arguments))
-    with passes_at(precision):
+    with derivative_of(estimator):
         sys.exit(training.main(arguments))
 
 
@@ -118,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = [str(RECIPE), "--ds", str(ENGINE), "--run", str(run), *words, *setting]
         # Forked, a process would share the threads and the process group of this one.
         process = multiprocessing.get_context("spawn").Process(
-            target=train, args=(command, ESTIMATORS[options.estimator][1])
+            target=train, args=(command, options.estimator)
         )
         process.start()
         process.join()

@@ -9,12 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.objective.networks import TRANSPORTS, AttentionNetwork, SmoothNetwork, invert_c_noise, random_times
+from tests.objective.networks import (
+    TRANSPORTS,
+    AttentionNetwork,
+    SmoothNetwork,
+    images_at,
+    invert_c_noise,
+    random_times,
+)
 from tim_ds.errors import ConfigError, ShapeError
 from tim_ds.objective.config import ObjectiveConfig
 from tim_ds.objective.derivative import build_derivative, central_difference, forward_mode
 from tim_ds.objective.noised import NoisedPack
-from tim_ds.objective.time_sampling import Times
 from tim_ds.objective.transport import Transport
 from tim_ds.packed import ClassCondition, Condition, Network, NetworkOutput, Segments
 
@@ -30,13 +36,9 @@ def pack(
     t: Tensor | None = None,
     r: Tensor | None = None,
 ) -> NoisedPack:
-    generator = torch.Generator().manual_seed(seed)
-    segments = Segments.from_grids(GRIDS)
-    x, z = torch.randn(2, segments.num_tokens, CHANNELS, generator=generator, dtype=dtype)
     if t is None or r is None:
         t, r = random_times(transport, len(GRIDS), seed + 1)
-    times = Times.from_tensors(transport, t.to(dtype), r.to(dtype))
-    return NoisedPack(transport, x, z, times, segments, ClassCondition(torch.arange(4)))
+    return images_at(transport, t, r, GRIDS, channels=CHANNELS, seed=seed, dtype=dtype)
 
 
 def tensors_of(images: NoisedPack) -> tuple[Tensor, ...]:

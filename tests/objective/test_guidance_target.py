@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.objective.networks import TRANSPORTS, GaussianNetwork, SmoothNetwork, random_times
+from tests.objective.networks import TRANSPORTS, GaussianNetwork, SmoothNetwork, images_at, random_times
 from tim_ds.errors import ConfigError, ShapeError
 from tim_ds.objective.config import GuidedTargetConfig, ObjectiveConfig
 from tim_ds.objective.guidance_target import guided_diffusion_target, guided_segments
@@ -97,12 +97,8 @@ def test_guidance_by_the_exact_local_field_keeps_the_mean_target(name: str) -> N
 
 
 def pack(t: list[float], dtype: torch.dtype = torch.float64) -> NoisedPack:
-    generator = torch.Generator().manual_seed(22)
-    segments = Segments.from_grids([(1, 2), (2, 2), (3, 1)])
-    x, z = torch.randn(2, segments.num_tokens, 3, generator=generator, dtype=dtype)
-    transport = TRANSPORTS["ot_fm"]
-    times = Times.from_tensors(transport, torch.tensor(t, dtype=dtype), torch.tensor(t, dtype=dtype))
-    return NoisedPack(transport, x, z, times, segments, ClassCondition(torch.tensor([0, 1, 2])))
+    grids = [(1, 2), (2, 2), (3, 1)]
+    return images_at(TRANSPORTS["ot_fm"], t, t, grids, channels=3, seed=22, dtype=dtype)
 
 
 def test_both_ends_of_the_interval_are_guided_in_float32() -> None:

@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -13,13 +14,13 @@ import torch.nn.functional as nnf
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.objective.networks import TRANSPORTS, SmoothNetwork, differenced
+from tests.objective.networks import TRANSPORTS, SmoothNetwork, differenced, images_at
 from tim_ds.errors import ConfigError, ShapeError, TimeDomainError
 from tim_ds.objective.config import GuidedTargetConfig, ObjectiveConfig, TransportConfig, WeightConfig
 from tim_ds.objective.loss import LossTerms, non_finite_samples, transition_loss
 from tim_ds.objective.noised import NoisedPack
 from tim_ds.objective.target import transition_target
-from tim_ds.objective.time_sampling import Times
+from tim_ds.objective.time_sampling import Times, draw_times
 from tim_ds.packed import ClassCondition, Condition, NetworkOutput, Segments, patchify, unpatchify
 
 STORED = Path(__file__).parents[1] / "golden"
@@ -152,12 +153,10 @@ GRIDS = [(2, 2), (1, 3), (4, 3)]
 
 
 def pack(seed: int = 40, channels: int = 8):
-    generator = torch.Generator().manual_seed(seed)
-    segments = Segments.from_grids(GRIDS)
-    x, z = torch.randn(2, segments.num_tokens, channels, generator=generator, dtype=torch.float64)
-    t = torch.tensor([0.7, 0.9, 0.5], dtype=torch.float64)
-    times = Times.from_tensors(TRANSPORTS["tim"], t, torch.tensor([0.7, 0.2, 0.0], dtype=torch.float64))
-    return x, z, times, segments, ClassCondition(torch.arange(3))
+    images = images_at(
+        TRANSPORTS["tim"], [0.7, 0.9, 0.5], [0.7, 0.2, 0.0], GRIDS, channels=channels, seed=seed
+    )
+    return images.x_TC, images.z_TC, images.times, images.segments, images.condition
 
 
 def loss(
@@ -318,6 +317,74 @@ def test_bfloat16_outputs_meet_a_float32_target() -> None:
         condition,
         latent_channels=2,
     )
+    assert {term.dtype for term in terms} == {torch.float32}
+
+
+def test_times_wider_than_the_images_reach_the_network_and_widen_nothing_else() -> None:
+    seen: list[tuple[torch.dtype, ...]] = []
+
+    def network(
+        x_TC: Tensor,
+        t_S: Tensor,
+        r_S: Tensor,
+        segments: Segments,
+        condition: Condition,
+        *,
+        with_features: bool = False,
+    ) -> NetworkOutput:
+        seen.append((x_TC.dtype, t_S.dtype, r_S.dtype))
+        times_T1 = segments.expand(torch.sin(t_S - 0.5 * r_S).to(x_TC.dtype))[:, None]
+        return NetworkOutput(torch.tanh(x_TC + times_T1), None)
+
+    x, z, times, segments, condition = pack()
+    guided = GuidedTargetConfig(start=0.0, end=1.0)
+    config = differenced(guided_target=guided)
+    narrow, wide = (
+        transition_loss(
+            network,
+            TRANSPORTS["tim"],
+            config,
+            x.to(dtype),
+            z.to(dtype),
+            times,
+            segments,
+            condition,
+            latent_channels=2,
+            teacher=network,
+            null_condition=condition,
+        )
+        for dtype in (torch.float32, torch.float64)
+    )
+    # The teacher, both sides, the main call.
+    assert seen[:3] == [(torch.float32, torch.float64, torch.float64)] * 3
+    assert {term.dtype for term in narrow} == {torch.float32}
+    # float32 rounding of F, 6e-8, divided by 2e = 0.01.
+    assert all(torch.allclose(a.double(), b, rtol=1e-4) for a, b in zip(narrow, wide, strict=True))
+
+
+@pytest.mark.parametrize("estimator", ["dde", "jvp"])
+def test_float32_times_are_all_that_a_network_of_float32_is_given(estimator: Literal["dde", "jvp"]) -> None:
+    """As drawn by default: a linear layer of torch takes them."""
+    layer = torch.nn.Linear(2, 8)
+
+    def network(
+        x_TC: Tensor,
+        t_S: Tensor,
+        r_S: Tensor,
+        segments: Segments,
+        condition: Condition,
+        *,
+        with_features: bool = False,
+    ) -> NetworkOutput:
+        return NetworkOutput(x_TC + segments.expand(layer(torch.stack([t_S, r_S], -1))), None)
+
+    x, z, _, segments, condition = pack()
+    draws = torch.Generator().manual_seed(3)
+    normals, uniforms = (torch.rand(3, n, generator=draws, dtype=torch.float64) for n in (2, 3))
+    config = ObjectiveConfig(derivative=estimator, diffusion_share=0.0)
+    times = draw_times(TRANSPORTS["vp"], config, normals, uniforms)
+    given = (x.float(), z.float(), times, segments, condition)
+    terms = transition_loss(network, TRANSPORTS["vp"], config, *given, latent_channels=2)
     assert {term.dtype for term in terms} == {torch.float32}
 
 

@@ -12,11 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.objective.networks import CarryingNetwork, SmoothNetwork
+from tests.objective.networks import CarryingNetwork, SmoothNetwork, images_at
 from tim_ds.errors import ConfigError
 from tim_ds.objective.config import ObjectiveConfig
 from tim_ds.objective.loss import transition_loss
-from tim_ds.objective.time_sampling import Times
 from tim_ds.objective.transport import OTFM
 from tim_ds.packed import ClassCondition, Condition, Network, NetworkOutput, Segments
 from tim_ds.sampler.config import SamplerConfig
@@ -67,23 +66,25 @@ def test_the_program_of_the_readme_reaches_what_the_readme_says(capsys: pytest.C
     assert received == pytest.approx(written, abs=0.3)
 
 
+IMAGES = images_at(OTFM(), [0.8, 0.5, 0.9], [0.2, 0.5, 0.0], [(2, 2), (1, 3), (2, 1)], channels=2)
+
+
+def loss_of(network: Network, config: ObjectiveConfig, condition: Condition = IMAGES.condition) -> Tensor:
+    given = (IMAGES.x_TC, IMAGES.z_TC, IMAGES.times, IMAGES.segments, condition)
+    return transition_loss(network, OTFM(), config, *given, latent_channels=2).denoising_S
+
+
 def test_paired_with_a_network_that_carries_nothing_names_what_works() -> None:
-    times = Times.from_tensors(OTFM(), torch.tensor([0.8, 0.5]).double(), torch.tensor([0.2, 0.5]).double())
-    x_TC = torch.randn(4, 2, dtype=torch.float64)
-    pack = (x_TC, x_TC, times, Segments.from_lengths([3, 1]), ClassCondition(torch.tensor([0, 1])))
     with pytest.raises(ConfigError, match=r"SmoothNetwork takes none.*'jvp'.*'dde'"):
-        transition_loss(SmoothNetwork(2), OTFM(), ObjectiveConfig(), *pack, latent_channels=2)
+        loss_of(SmoothNetwork(2), ObjectiveConfig())
 
 
 def test_a_type_error_inside_a_network_that_carries_is_its_own() -> None:
     def broken(*_: object, **__: object) -> NetworkOutput:
         raise TypeError("of the network itself")
 
-    times = Times.from_tensors(OTFM(), torch.tensor([0.8]).double(), torch.tensor([0.2]).double())
-    x_TC = torch.randn(3, 2, dtype=torch.float64)
-    pack = (x_TC, x_TC, times, Segments.from_lengths([3]), ClassCondition(torch.tensor([0])))
     with pytest.raises(TypeError, match="of the network itself"):
-        transition_loss(CarryingNetwork(broken), OTFM(), ObjectiveConfig(), *pack, latent_channels=2)
+        loss_of(CarryingNetwork(broken), ObjectiveConfig())
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,22 +136,12 @@ def test_a_condition_of_another_kind_passes_through_the_objective(
     derivative: Literal["dde", "jvp"],
 ) -> None:
     """F times 2 for every image is a network whose output layer is twice as large."""
-    torch.manual_seed(0)
-    t, r = torch.tensor([0.8, 0.5, 0.9]).double(), torch.tensor([0.2, 0.5, 0.0]).double()
-    times = Times.from_tensors(OTFM(), t, r)
-    x_TC, z_TC = torch.randn(2, 9, 2, dtype=torch.float64)
-    segments, labels = Segments.from_grids([(2, 2), (1, 3), (2, 1)]), torch.tensor([0, 3, 1])
-    config = ObjectiveConfig(derivative=derivative)
-    sized = Sized(labels, torch.full((3,), 2.0).double())
-    pack = (x_TC, z_TC, times, segments)
-    received = transition_loss(
-        of_size(SmoothNetwork(2)), OTFM(), config, *pack, sized, latent_channels=2
-    ).denoising_S
+    config, labels = ObjectiveConfig(derivative=derivative), torch.tensor([0, 3, 1])
+    received = loss_of(of_size(SmoothNetwork(2)), config, Sized(labels, torch.full((3,), 2.0).double()))
     twice = SmoothNetwork(2)
     twice.outward.data *= 2
-    expected = transition_loss(twice, OTFM(), config, *pack, ClassCondition(labels), latent_channels=2)
     # The same sums, scaled before or after: float64 rounding, over a difference of 0.01 for dde.
-    assert torch.allclose(received, expected.denoising_S, rtol=1e-11)
+    assert torch.allclose(received, loss_of(twice, config, ClassCondition(labels)), rtol=1e-11)
 
 
 def test_a_condition_of_another_kind_is_guided() -> None:

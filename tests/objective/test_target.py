@@ -5,25 +5,27 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.objective.networks import TRANSPORTS, CarryingNetwork, SmoothNetwork, differenced, random_times
+from tests.objective.networks import (
+    TRANSPORTS,
+    CarryingNetwork,
+    SmoothNetwork,
+    differenced,
+    images_at,
+    random_times,
+)
 from tim_ds.objective.config import GuidedTargetConfig, ObjectiveConfig
 from tim_ds.objective.derivative import central_difference
 from tim_ds.objective.noised import NoisedPack
 from tim_ds.objective.target import output_and_parts, transition_target
-from tim_ds.objective.time_sampling import Times
-from tim_ds.packed import ClassCondition, Segments
+from tim_ds.packed import ClassCondition
 
 T = [0.9, 0.4, 0.6, 0.8]
+GRIDS = [(2, 2), (1, 3), (2, 1), (3, 2)]
 NULL = ClassCondition(torch.full((4,), 4))
 
 
-def pack(r: list[float]):
-    generator = torch.Generator().manual_seed(30)
-    transport = TRANSPORTS["trigflow"]
-    segments = Segments.from_grids([(2, 2), (1, 3), (2, 1), (3, 2)])
-    x, z = torch.randn(2, segments.num_tokens, 4, generator=generator, dtype=torch.float64)
-    times = Times.from_tensors(transport, torch.tensor(T).double(), torch.tensor(r).double())
-    return NoisedPack(transport, x, z, times, segments, ClassCondition(torch.arange(4)))
+def pack(r: list[float]) -> NoisedPack:
+    return images_at(TRANSPORTS["trigflow"], T, r, GRIDS, seed=30)
 
 
 def output_and_target(network, config, images: NoisedPack, **extra):
@@ -88,13 +90,9 @@ def test_a_carried_derivative_gives_the_target_of_forward_mode(
 ) -> None:
     """On every transport, so with every c_noise; F is that of a call without direction."""
     transport = TRANSPORTS[name]
-    generator = torch.Generator().manual_seed(31)
-    segments = Segments.from_grids([(2, 2), (1, 3), (2, 1), (3, 2)])
-    x, z = torch.randn(2, segments.num_tokens, 4, generator=generator, dtype=torch.float64)
     t, r = random_times(transport, 4, seed=8)
     r[1] = t[1]
-    times = Times.from_tensors(transport, t, r)
-    images = NoisedPack(transport, x, z, times, segments, ClassCondition(torch.arange(4)))
+    images = images_at(transport, t, r, GRIDS, seed=31)
     extra = {} if guided is None else {"teacher": SmoothNetwork(4), "null_condition": NULL}
     networks = CarryingNetwork(SmoothNetwork(4)), CarryingNetwork(SmoothNetwork(4))
     configs = (ObjectiveConfig(derivative=d, guided_target=guided) for d in ("jvp", "paired"))

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from data_pipeline.loader import StepLoader
 from data_pipeline.storage import Folder
+from tests.memory import LiveBytes
 from tests.small_files import small_files
 from tests.trainer.drawing import draw_where_needed
 from tests.trainer.plain import steps_of
@@ -38,6 +39,7 @@ from tim_ds.model.tim import TiM
 from tim_ds.pipeline import TiMPipeline
 from tim_ds.trainer import assembly
 from tim_ds.trainer import checkpoint as checkpoint_module
+from tim_ds.trainer import run as run_module
 from tim_ds.trainer.assembly import UNITS, build_root, teacher_parameters
 from tim_ds.trainer.checkpoint import CheckpointFolder, Piece, find_checkpoints
 from tim_ds.trainer.ema import Ema
@@ -614,7 +616,7 @@ def borrow_average(world: World, folder: Path, shards: Path, poisoned: Path) -> 
                 ema.update(step)
                 if borrow and step == 2:
                     reference = build_root(settings, 1).network
-                    full = {name.removeprefix("network."): value for name, value in ema.full()}
+                    full = {name.removeprefix("network."): value.clone() for name, value in ema.full()}
                     reference.load_state_dict(full)
                     with ema.applied() as module, torch.no_grad():
                         network: Any = module.network
@@ -629,6 +631,71 @@ def borrow_average(world: World, folder: Path, shards: Path, poisoned: Path) -> 
         seen["masters_equal"] = float(all(torch.equal(plain[name], borrowed[name]) for name in plain))
         found[name] = seen
     return found
+
+
+class CountingScorer:
+    """A scorer that needs no model."""
+
+    def __init__(self, device: str) -> None: ...
+
+    def score(self, captions: list[str], pictures: Any) -> dict[str, float | None]:
+        return {"pictures": float(len(pictures))}
+
+
+def gather_little(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[str, Any]:
+    """Bytes that previews, evaluations and export take at the most, where the average is split."""
+    prompts = folder / "prompts.txt"
+    if world.is_main:
+        prompts.write_text("a bird\na bird beside a tree\n")
+    world.barrier()
+    settings = recipe(
+        shards,
+        # Blocks that are large beside the embedders, and a network that is large beside its activations.
+        "model.hidden_size=64",
+        "model.num_heads=2",
+        "model.depth=4",
+        "train.steps=1",
+        "train.optimizer.warmup_steps=0",
+        "train.preview={every_steps: 1, prompts: [a cat], sizes: [4x6], num_steps: [2]}",
+        f"train.evaluation={{every_steps: 1, kinds: [resolution], prompts_file: {prompts}, sizes: [4x6], "
+        f"num_steps: [2], scorer: '{__name__}:CountingScorer'}}",
+    )
+    looked, exported = Loop._on_average, run_module.export
+    peaks: dict[str, int] = {}
+    refusals: list[str] = []
+
+    def beside(ema: Ema) -> LiveBytes:
+        """What is taken beside weights, masters and averages."""
+        engine = ema._engine
+        averages = [value for average in ema.averages.values() for value in average.values()]
+        weights = [_held(p) for p in engine.module.parameters()]
+        return LiveBytes([*weights, *(shard.owner for shard in engine.shards), *averages], collects=False)
+
+    def look(self: Loop, action: Any, step: int) -> None:
+        with beside(self.ema) as live:
+            looked(self, action, step)
+        peaks[type(action).__name__] = live.peak
+
+    def export(settings: Recipe, run_dir: Path, ema: Ema, *arguments: Any) -> None:
+        with beside(ema) as live:
+            exported(settings, run_dir, ema, *arguments)
+        peaks["export"] = live.peak
+        with small_files(8192 if world.is_main else None):
+            try:
+                exported(settings, folder / "full", ema, *arguments)
+            except CheckpointError as error:
+                refusals.append(str(error))
+
+    found: dict[str, Any] = {}
+    for stage in (1, 2, 3):
+        file = shared_engine_file(world, folder, stage, **(TIGHT if stage == 3 else {}))
+        with patch.object(Loop, "_on_average", look), patch.object(run_module, "export", export):
+            train(settings, folder / f"zero{stage}", file, world)
+        found[f"zero{stage}"] = dict(peaks)
+    network: Any = build_root(settings, 1).network
+    modules = {"network": network, "module": network.blocks[0]}
+    sizes = {name: 4 * sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
+    return {**found, "sizes": sizes, "refusals": refusals}
 
 
 # Nothing stays gathered between a module's forward and its backward, and nothing is fetched ahead.
@@ -1079,6 +1146,7 @@ CASES: dict[str, Callable[[World, Path, Path, Path], Any]] = {
         leave_drawings,
         average_by_hand,
         borrow_average,
+        gather_little,
         watch_trace,
         count_traffic,
         refresh_teacher,

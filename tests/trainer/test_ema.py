@@ -54,6 +54,29 @@ def test_a_teacher_under_zero3_is_split_and_refreshed_without_a_message(groups: 
     assert sum(found["held"] for found in both) == both[0]["parameters"]
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_previews_evaluations_and_export_hold_the_average_one_module_at_a_time(
+    groups: Groups, stage: int
+) -> None:
+    for found in groups.results(2, "gather_little"):
+        module = found["sizes"]["module"]
+        assert found["sizes"]["network"] > 4 * module
+        peaks = found[f"zero{stage}"]
+        assert peaks.keys() == {"Previews", "Evaluations", "export"}
+        # The activations of so small a picture are a tenth. ZeRO-3 gathers a block into one piece of memory
+        # and puts the parameters together in another.
+        drawing = 1.1 * module if stage < 3 else 2.1 * module
+        assert peaks["export"] <= 1.01 * module
+        assert 0.9 * module < max(peaks["Previews"], peaks["Evaluations"]) < drawing
+
+
+def test_an_export_that_fills_the_disk_half_way_is_refused_on_every_rank(groups: Groups) -> None:
+    for found in groups.results(2, "gather_little"):
+        assert len(found["refusals"]) == 3
+        assert all("tim.safetensors: cannot be written" in told for told in found["refusals"])
+    assert list((groups.folder_of(2, "gather_little") / "full" / "export").iterdir()) == []
+
+
 def drawn_from(export: Path, preview: str) -> np.ndarray:
     """The sheet of a preview, from exported weights."""
     config = recipe(export, preview).train.preview

@@ -63,6 +63,8 @@ def test_noise_is_unit_and_times_keep_their_order(shards: Path) -> None:
     n = noise.numel()
     assert abs(float(noise.mean())) < 4 / n**0.5 and abs(float(noise.var()) - 1) < 4 * (2 / n) ** 0.5
     assert all(bool((b.times.r_S <= b.times.t_S).all()) for b in batches)
+    # The network is told them as they are drawn.
+    assert {x.dtype for b in batches for x in (b.times.t_S, b.times.r_S)} == {torch.float64}
 
 
 def test_the_loader_may_prepare_in_other_processes(shards: Path) -> None:

@@ -45,6 +45,15 @@ def test_lines_that_a_full_disk_cuts_or_refuses_are_written_when_there_is_room(
     assert len(said) == 2 and "No space left" in said[0] and "nothing is missing" in said[1]
 
 
+def test_a_line_that_an_earlier_process_left_torn_takes_none_of_the_next_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    path.write_text('{"n": 0}\n{"n": 1')
+    file = LineFile(path)
+    file.add({"n": 2})
+    file.close()
+    assert path.read_text().splitlines() == ['{"n": 0}', '{"n": 1', '{"n": 2}']
+
+
 def test_lines_that_only_the_flush_refuses_are_written_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -244,6 +244,16 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None
     assert "train/grad_norm" not in tags and "speed/images_per_s" in tags
 
 
+def test_tensorboard_shows_nothing_of_a_process_that_was_lost_before_its_first_checkpoint(
+    tmp_path: Path,
+) -> None:
+    log_steps(tmp_path, 0, range(1, 6))
+    log_steps(tmp_path, 0, range(1, 4))
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("train/loss")] == [1, 2, 3]
+
+
 def test_a_disk_that_refuses_at_the_start_is_an_error_and_later_the_lines_wait(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"metrics cannot be written: .*run the same command again"):

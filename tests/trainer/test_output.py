@@ -46,6 +46,26 @@ def test_a_program_whose_reader_has_ended_goes_on_to_its_own_exit_code(options: 
     assert process.wait(timeout=60) == 75
 
 
+@pytest.mark.parametrize("options", [[], ["-u"]])
+def test_a_program_whose_terminal_has_gone_goes_on_to_its_own_exit_code(options: list[str]) -> None:
+    # Of a run that a shell no longer minds (`disown`): writes to a terminal that was closed fail otherwise
+    # than those to a pipe.
+    ours, theirs = os.openpty()
+    command = [sys.executable, *options, "-c", PRINTS]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=theirs, stderr=theirs, start_new_session=True
+    )
+    os.close(theirs)
+    assert process.stdin
+    said = b""
+    while said.count(b"begun") < 2:
+        said += os.read(ours, 100)
+    os.close(ours)
+    process.stdin.write(b"go on\n")
+    process.stdin.close()
+    assert process.wait(timeout=60) == 75
+
+
 def test_what_is_read_arrives_whole(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -29,9 +29,10 @@ TENSORBOARD_FOLDER = "tensorboard"
 SHEET_NAMES = {"seen": "samples_seen.png", "held_back": "samples_held_back.png"}
 
 _COLOURS = ("#1f6feb", "#d97706", "#2e9d6b", "#8957e5")
-_SHEET_COLUMNS = {"seen": 10, "held_back": 6}
-# One column of four cells would make every row of the sheet half as high again.
-_SHEET_CELLS = {"seen": 3, "held_back": 4}
+# As many as stand beside each other in a README at their full size.
+_SHEET_COLUMNS = {"seen": 7, "held_back": 4}
+# Of a row and of a column of digits: the highest picture makes every row of the sheet as high.
+_SHEET_CELLS = {"seen": {"row": 3, "column": 2}, "held_back": {"row": 4, "column": 4}}
 _FOOTNOTE = "Same prompts and seeds in every row. A red frame: the reader does not read what the prompt says."
 
 
@@ -219,11 +220,11 @@ def _scalars(scores: Scores) -> dict[str, float]:
     return values
 
 
-def choose_columns(prompts: PromptSet, count: int, *, max_cells: int) -> list[int]:
-    """The first prompts of every layout of up to `max_cells`, in turn; ordered by layout."""
+def choose_columns(prompts: PromptSet, count: int, *, max_cells: Mapping[str, int]) -> list[int]:
+    """The first prompts of each layout of up to `max_cells` of an orientation, in turn; ordered by layout."""
     by_layout: dict[tuple[str, int], list[int]] = {}
     for i, prompt in enumerate(prompts.prompts):
-        if len(prompt.cells) <= max_cells:
+        if len(prompt.cells) <= max_cells[prompt.orientation]:
             by_layout.setdefault((prompt.orientation, len(prompt.cells)), []).append(i)
     layouts = sorted(by_layout, key=lambda layout: (layout[0] == "column", layout[1]))
     chosen: list[tuple[int, int]] = []

@@ -32,14 +32,14 @@ class Linear(nn.Linear):
 
 
 class PreciseLinear(nn.Linear):
-    """A matrix product in float32 or wider, whatever autocast or the stored dtype says.
+    """A matrix product in the dtype of its weight, at least float32, whatever autocast or the input says.
 
     For the paths in which the time derivative lives: times, AdaLN generators, final layer. Rounded to
     bfloat16 they alone put an error of tens of percent on a central difference.
     """
 
     def forward(self, input: Tensor, side: Side | None = None) -> Tensor:
-        dtype = torch.promote_types(torch.promote_types(self.weight.dtype, torch.float32), input.dtype)
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
         with torch.autocast(input.device.type, enabled=False):
             weight = self.weight.to(dtype)
             bias = None if self.bias is None else self.bias.to(dtype)
@@ -99,7 +99,10 @@ class PatchEmbedder(nn.Module):
 
 
 def time_features(t_S: Tensor) -> Tensor:
-    """Sinusoid of a conditioning time, cosines first: [S] -> [S, 256]. The time is not multiplied by 1000."""
+    """Sinusoid of a conditioning time, cosines first: [S] -> [S, 256]. The time is not multiplied by 1000.
+
+    In the dtype of the time, at least float32.
+    """
     angle = _time_angle(ops.at_least_float32(t_S))
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
@@ -122,7 +125,11 @@ def _time_angle(t: Tensor) -> Tensor:
 
 
 class TimeEmbedder(nn.Module):
-    """Conditioning time to a vector: [S] -> [S, D], in float32 or wider."""
+    """Conditioning time to a vector: [S] -> [S, D].
+
+    Features are made in the dtype of the time and rounded at the first product, which is in the dtype of the
+    network, at least float32: a float64 time keeps its phases exact in a network of any dtype.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()

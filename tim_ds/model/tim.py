@@ -79,9 +79,13 @@ class TiM(nn.Module):
             x_TC: [T, C], C = patch_size^2 * in_channels. t_S, r_S: [S]. condition: one entry an image.
         Units:
             t_S and r_S are c_noise(t) and c_noise(r), not multiplied by 1000.
+        Dtypes:
+            t_S, r_S and the times of what is carried: any, whatever the network's. Phases and t - r are made
+            in it; float32 knows VP's 999 t to 3e-5.
         Returns:
-            F_TC [T, C], float32 (float64 when x_TC is); the projector's features when `with_features`; dF_TC
-            or copies_F_TC in the dtype of F, when there is a direction or there are copies.
+            F_TC [T, C], float32 (float64 of a float64 network); the projector's features when
+            `with_features`; dF_TC or copies_F_TC in the dtype of F, when there is a direction or there are
+            copies.
         Raises:
             ShapeError: if the parts of the pack and what it carries do not fit together, both are carried, or
                 features are asked of a network without projector.

@@ -83,7 +83,8 @@ def two_sides(pack: NoisedPack, indices: Sequence[int], step: float | None) -> T
         x_t_TC.index_copy_(0, tokens, state_TC)
     c_t_S = transport.c_noise(torch.stack(both_S, 1).flatten())
     copies = Copies(tuple(indices), 2, x_t_TC, c_t_S)
-    return TwoSides(copies, both, chosen.expand(both_S[0] - both_S[1])[:, None])
+    span_S = (both_S[0] - both_S[1]).to(pack.dtype)
+    return TwoSides(copies, both, chosen.expand(span_S)[:, None])
 
 
 @torch.no_grad()

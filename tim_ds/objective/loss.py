@@ -119,7 +119,7 @@ def transition_loss(
 ) -> LossTerms:
     """Loss of every image of the pack; an image counts once, however many tokens it has.
 
-    The loss is computed in the dtype of the times, at least float32.
+    The loss is computed in the dtype of x, at least float32; the network is told its times in theirs.
 
     Shapes:
         x_TC: clean latent tokens.   z_TC: unit noise.   features_TZ: REPA target, needed if repa_weight > 0.
@@ -165,6 +165,7 @@ def transition_loss(
     # How much each image counts (Eqs. 11-12, and the adaptive weight), and the sum (Eq. 13).
     is_diffusion_S = torch.tensor(times.is_diffusion).to(times.t_S.device, non_blocking=True)
     weight_S = time_weight(config.weight, times.t_S, times.r_S, is_diffusion_S, transport.sigma_data)
+    weight_S = weight_S.to(pack.dtype)
     adaptive_S = adaptive_weight(config.weight, distance_S, is_diffusion_S)
     total_S = weight_S * adaptive_S * distance_S + config.repa_weight * alignment_S
     return LossTerms(

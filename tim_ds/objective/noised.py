@@ -19,6 +19,9 @@ from tim_ds.packed import Condition, Segments
 class NoisedPack:
     """Images x with noise z of their own, each at a time t and bound for r <= t.
 
+    Conditioning times have the dtype of the times; states, targets and loss that of x (`dtype`), to which
+    coefficients are rounded once.
+
     Shapes:
         x_TC: clean latent tokens.   z_TC: unit noise.   Both [T, C].
     """
@@ -50,6 +53,11 @@ class NoisedPack:
         if min(segments.lengths, default=0) < 1:
             raise ShapeError("pack: expected segments of at least one token each")
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of x, at least float32."""
+        return torch.promote_types(self.x_TC.dtype, torch.float32)
+
     @cached_property
     def t_T1(self) -> Tensor:
         """The time of every token."""
@@ -76,7 +84,8 @@ class NoisedPack:
 
     def target_coefficients(self) -> TargetCoefficients:
         """Of Eq. 9, [S] each."""
-        return self.transport.target_coefficients(self.times.t_S, self.times.r_S)
+        coefficients = self.transport.target_coefficients(self.times.t_S, self.times.r_S)
+        return TargetCoefficients(*(c.to(self.dtype) for c in coefficients))
 
     def rows(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Tokens [T'] and places [S'] of the segments `indices`, int64, on this device.

@@ -18,7 +18,9 @@ class Times:
     """Times of a pack. What a step decides on (who takes part in which network call) is host-side.
 
     Shapes:
-        t_S, r_S: [S], float32 (or float64 in tests), in the transport's units.
+        t_S, r_S: [S], float32 or float64, in the transport's units.
+    Dtypes:
+        conditioning times have that of t_S and r_S; states, targets and loss that of the images.
     """
 
     t_S: Tensor
@@ -95,6 +97,9 @@ def draw_times(
     Shapes:
         normals_S2: float64 [S, 2], standard normal.   uniforms_S3: float64 [S, 3] in [0, 1).   Both on the
         CPU.
+    Args:
+        dtype: of the times, in which the network is also told them: float64 for one that takes them so, as
+            `TiM` does. float32 knows VP's conditioning time, 999 t, to 3e-5, and a derivative no better.
     Raises:
         ShapeError: for other shapes.
     """

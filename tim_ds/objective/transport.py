@@ -7,7 +7,8 @@ A transport states the path and the target of one row of Table 1. Interpolation,
 (Eqs. 5-6) and target (Eq. 9) are derived from them once, in the base class; a row may state closed forms.
 `x` is clean data, `z` unit noise, `F` the network's output. Times are tensors of any shape that broadcasts
 with the data: [T, 1] for packed tokens [T, C]. Coefficients have the dtype of the times, which should be
-float32 or float64: a bfloat16 time cannot hold t + 0.005.
+float32 or float64: a bfloat16 time cannot hold t + 0.005. States, velocities and diffusion targets have that
+of the data, at least float32.
 """
 
 from __future__ import annotations
@@ -167,15 +168,15 @@ class Transport(ABC):
 
     def interpolate(self, x: Tensor, z: Tensor, t: Tensor) -> Tensor:
         """x_t = alpha_t x + sigma_t z."""
-        return self.alpha(t) * x + self.sigma(t) * z
+        return _mixed(self.alpha(t), x, self.sigma(t), z)
 
     def velocity(self, x: Tensor, z: Tensor, t: Tensor) -> Tensor:
         """v_t = d(x_t)/dt at fixed (x, z).   Source: Eq. 2."""
-        return self.d_alpha(t) * x + self.d_sigma(t) * z
+        return _mixed(self.d_alpha(t), x, self.d_sigma(t), z)
 
     def diffusion_target(self, x: Tensor, z: Tensor, t: Tensor) -> Tensor:
         """alpha_hat_t x + sigma_hat_t z, the target at r = t.   Source: Eq. 3."""
-        return self.alpha_hat(t) * x + self.sigma_hat(t) * z
+        return _mixed(self.alpha_hat(t), x, self.sigma_hat(t), z)
 
     def target(
         self,
@@ -251,6 +252,12 @@ class Transport(ABC):
         if self.singular_time is None:
             return width
         return torch.minimum(width, (t - self.singular_time) / 8)
+
+
+def _mixed(of_x: Tensor, x: Tensor, of_z: Tensor, z: Tensor) -> Tensor:
+    """of_x x + of_z z; the coefficients may be wider than the data, for which they are rounded once."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return of_x.to(dtype) * x + of_z.to(dtype) * z
 
 
 class OTFM(Transport):

@@ -65,7 +65,8 @@ class Ema:
                 yield Piece(piece_kind(average.name), shard.name, shard.start, value)
 
     def full(self) -> Iterator[tuple[str, Tensor]]:
-        """Full tensors of the average in use, a few at a time. All ranks call it, and all receive them."""
+        """Full tensors of the average in use, a module's at a time, each good until the next is asked for.
+        All ranks call it, and all receive them."""
         return self._engine.full(self.values)
 
     def applied(self) -> AbstractContextManager[nn.Module]:

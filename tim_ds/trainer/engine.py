@@ -54,7 +54,8 @@ STATE_KEYS = ("exp_avg", "exp_avg_sq")
 """Tensors that AdamW keeps for every parameter."""
 
 GATHER_ELEMENTS = 1 << 25
-"""Elements that are gathered at a time when full tensors are put together from shards (128 MiB)."""
+"""The most that are gathered at a time when full tensors are put together from shards (128 MiB), unless one
+parameter has more; less where the largest unit of the network has less."""
 
 # Top-level keys that an engine file may set. DeepSpeed ignores keys that it does not know, so the list is
 # kept here; tests/trainer/test_engine_config.py compares it with the installed DeepSpeed.
@@ -509,6 +510,9 @@ class Engine:
             name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad
         }
         self.shards = tuple(self._make_shards())
+        self._gathered_at_once = max(
+            min(GATHER_ELEMENTS, _largest_unit(module, units)), *map(_numel, self._trainable.values())
+        )
 
     @property
     def module(self) -> nn.Module:
@@ -639,18 +643,20 @@ class Engine:
             gathered[0].all_gather(gathered)  # type: ignore[attr-defined]
 
     def full(self, values: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Full tensors from one flat tensor a shard, in the order of the parameters, a few at a time.
+        """Full tensors from one flat tensor a shard, in the order of the parameters.
 
-        Every rank receives them. The bits are exact: they travel as integers.
+        Every rank receives them, no more at a time than the largest unit has; a tensor is good until the next
+        one is asked for. The bits are exact: they travel as integers.
         """
         if self.zero_stage == 0:
             for shard in self.shards:
                 yield shard.name, values[shard.name].view(shard.shape)
             return
         pieces = {shard.name: shard for shard in self.shards}
+        memory = torch.empty(self._gathered_at_once, dtype=torch.int32, device=self.world.device)
         for names in self._gather_rounds():
             sizes = [_numel(self._trainable[name]) for name in names]
-            buffer = torch.zeros(sum(sizes), dtype=torch.int32, device=self.world.device)
+            buffer = memory.narrow(0, 0, sum(sizes)).zero_()
             offset = 0
             for name, size in zip(names, sizes, strict=True):
                 if name in pieces:
@@ -665,7 +671,7 @@ class Engine:
         names: list[str] = []
         total = 0
         for name, parameter in self._trainable.items():
-            if names and total + _numel(parameter) > GATHER_ELEMENTS:
+            if names and total + _numel(parameter) > self._gathered_at_once:
                 yield names
                 names, total = [], 0
             names.append(name)
@@ -717,6 +723,12 @@ def _adamw(module: nn.Module, config: OptimizerConfig, *, by_deepspeed: bool) ->
         weight_decay=config.weight_decay,
         fused=True,
     )
+
+
+def _largest_unit(module: nn.Module, units: Sequence[type[nn.Module]]) -> int:
+    """Trained elements of the largest unit; 0 without units."""
+    found = [part for part in module.modules() if isinstance(part, tuple(units))]
+    return max((sum(_numel(p) for p in part.parameters() if p.requires_grad) for part in found), default=0)
 
 
 def _full_shape(parameter: nn.Parameter) -> tuple[int, ...]:

@@ -137,6 +137,7 @@ class Prepare:
             self.objective,
             torch.from_numpy(np.stack(normals)),
             torch.from_numpy(np.stack(uniforms)),
+            dtype=torch.float64,
         )
 
     def _null_condition(self, batch: PackedBatch) -> Condition | None:

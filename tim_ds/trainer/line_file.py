@@ -32,6 +32,9 @@ class LineFile:
         self._end = self._flushed_end = os.fstat(self._file).st_size
         self._held: deque[bytes] = deque()
         """Lines that are not in the file."""
+        if self._end and os.pread(self._file, 1, self._end - 1) != b"\n":
+            # Torn by an earlier process that was killed: the next line would be lost with it.
+            self._held.append(b"\n")
         self._unflushed: list[bytes] = []
         """Lines that are, since the last flush: a network disk may refuse them only then."""
         self._refusal: str | None = None

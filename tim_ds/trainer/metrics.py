@@ -172,7 +172,7 @@ class MetricsLog:
             folder.mkdir(parents=True, exist_ok=True)
             _drop_after(path, start_step)
             self._file = LineFile(path)
-            self._board = Board(folder / "tensorboard", start_step + 1 if start_step else None)
+            self._board = Board(folder / "tensorboard", start_step + 1)
         except OSError as error:
             raise CheckpointError(
                 f"{folder}: metrics cannot be written: {error.strerror or error}. Checkpoints are "

@@ -1,6 +1,6 @@
-"""What a run prints when nobody reads it any more: the launcher, the connection or the `tee` that did has
-ended. A run is worth more than its words: they are dropped, where Python would raise in the middle of a
-step."""
+"""What a run prints when nobody reads it any more: the launcher, the connection, the terminal or the `tee`
+that did has ended, or the disk of a log is full. A run is worth more than its words: they are dropped, where
+Python would raise in the middle of a step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ class _Unread(io.FileIO):
     def write(self, data: bytes, /) -> int:  # type: ignore[override]  # any buffer, as the base class has it
         try:
             return super().write(data)
-        except BrokenPipeError:
+        except OSError:
+            # EPIPE of a pipe, EIO of a terminal that was closed, ENOSPC.
             return memoryview(data).nbytes
 
 

@@ -195,7 +195,8 @@ def as_inputs(work: Work, recipe: Recipe) -> StepInputs:
     x = _packed([image for batch in work.batches for image in batch.x], order)
     z = _packed([image for batch in work.batches for image in batch.z], order)
     t_S, r_S = (
-        torch.cat(times)[order].cpu() for times in ([b.t for b in work.batches], [b.r for b in work.batches])
+        torch.cat(times)[order].cpu().double()  # as `Prepare` draws them
+        for times in ([b.t for b in work.batches], [b.r for b in work.batches])
     )
     times = Times.from_tensors(
         build_transport(recipe.objective.transport), t_S, r_S, tuple(work.is_diffusion[i] for i in order)

@@ -1,8 +1,8 @@
 """How well, and at what price, each estimator finds dF/dt: tables for a trained or a random network.
 
-python -m tim_ds.eval.derivative_error runs/NAME/export --data runs/handwriting
-python -m tim_ds.eval.derivative_error --recipe launch/recipes/t2i_xl.yaml --images 2
-python -m tim_ds.eval.derivative_error --hidden-size 384 --depth 12 --num-heads 6 --grid 16x16
+python -m tim_ds.objective.derivative_error runs/NAME/export --data runs/handwriting
+python -m tim_ds.objective.derivative_error --recipe launch/recipes/t2i_xl.yaml --images 2
+python -m tim_ds.objective.derivative_error --hidden-size 384 --depth 12 --num-heads 6 --grid 16x16
 
 Error: against forward mode in float64 of the same weights, over one pack in which every image has r < t.
 Cost: a training step, forward and backward, on a pack of which every second image has r < t, over the step
@@ -56,7 +56,7 @@ STEPS = (0.05, 0.02, 0.01, 0.005, 0.001)
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One network and one pack, in float32 (or float64)."""
+    """One network and one pack, in float32 (or float64); times in float64, as in training."""
 
     network: TiM
     pack: NoisedPack
@@ -66,10 +66,7 @@ class Case:
         pack, condition = self.pack, self.pack.condition
         if isinstance(condition, TextCondition):
             condition = replace(condition, states_LE=condition.states_LE.double())
-        times = replace(pack.times, t_S=pack.times.t_S.double(), r_S=pack.times.r_S.double())
-        wide = replace(
-            pack, x_TC=pack.x_TC.double(), z_TC=pack.z_TC.double(), times=times, condition=condition
-        )
+        wide = replace(pack, x_TC=pack.x_TC.double(), z_TC=pack.z_TC.double(), condition=condition)
         return Case(copy.deepcopy(self.network).double(), wide)
 
     def difference(self, step: float | None) -> Tensor:
@@ -287,7 +284,7 @@ def build_case(
     config = ObjectiveConfig(
         weight=WeightConfig(time_type="constant"), diffusion_share=0.0, consistency_share=0.0
     )
-    times = draw_times(transport, config, normals, uniforms)
+    times = draw_times(transport, config, normals, uniforms, dtype=torch.float64)
     z_TC = torch.randn(x_TC.shape, generator=generator)
     return Case(network, NoisedPack(transport, x_TC, z_TC, times, segments, condition))
 
@@ -329,7 +326,7 @@ def cost_table(rows: Sequence[CostRow]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print both tables and what they are of; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m tim_ds.eval.derivative_error",
+        prog="python -m tim_ds.objective.derivative_error",
         description="Error and cost of the estimators of dF/dt, for an export folder or a random network.",
     )
     source = parser.add_mutually_exclusive_group()

@@ -12,10 +12,10 @@ from data_pipeline.schema import Sample
 from data_pipeline.shards import write_shard
 from tests.model.networks import class_config, random_network, text_config
 from tim_ds.config.load import load_recipe
-from tim_ds.eval import derivative_error
-from tim_ds.eval.derivative_error import build_case, describe, measure_cost, measure_errors, random_pack
 from tim_ds.model.export_folder import Export, SourceConfig, write_export
+from tim_ds.objective import derivative_error
 from tim_ds.objective.config import TransportConfig
+from tim_ds.objective.derivative_error import build_case, describe, measure_cost, measure_errors, random_pack
 from tim_ds.objective.transport import build_transport
 
 RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
