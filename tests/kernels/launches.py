@@ -72,20 +72,47 @@ class Launch:
 
 
 @contextmanager
-def recorded(monkeypatch: pytest.MonkeyPatch, *, runs: bool = True) -> Iterator[list[Launch]]:
-    """Launches of the shipped kernels within the block; what they would write is left as it was where they
-    do not run."""
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
+    """Launches of the shipped kernels within the block. The kernels still run."""
     launches: list[Launch] = []
+
+    def keep(kernel: Any, args: Any, grid: Any, options: dict[str, Any]) -> None:
+        launches.append(Launch.of(kernel, args, grid, options))
+
+    with _told(monkeypatch, keep, runs=True):
+        yield launches
+
+
+@contextmanager
+def without_running(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[Any]]:
+    """The shipped kernels write nothing within the block: for what does not depend on their results. Which
+    of them were launched; nothing that they were given is held."""
+    launched: set[Any] = set()
+    with _told(monkeypatch, lambda kernel, *_: launched.add(kernel), runs=False):
+        yield launched
+
+
+@contextmanager
+def _told(monkeypatch: pytest.MonkeyPatch, tell: Callable[..., None], *, runs: bool) -> Iterator[None]:
+    def spy(kernel: Any) -> Callable[..., Any]:
+        run = kernel.run
+
+        def spied(*args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+            tell(kernel, args, grid, options)
+            return run(*args, grid=grid, warmup=warmup, **options) if runs else None
+
+        return spied
+
     with monkeypatch.context() as patch:
         for kernel in {id(v.kernel): v.kernel for v in variants()}.values():
-            patch.setattr(kernel, "run", _spy(kernel, launches, runs))
-        yield launches
+            patch.setattr(kernel, "run", spy(kernel))
+        yield
 
 
 def record_launches(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     """Every op in its shipped forms, forward and backward, up to its kernels."""
     lengths = (3, 2)
-    with recorded(monkeypatch, runs=False) as launches, use_path("triton"):
+    with without_running(monkeypatch), recorded(monkeypatch) as launches, use_path("triton"):
         _modulated_layer_norm(lengths, device)
         _gated_residual(lengths, device)
         _qk_norm_rope(lengths, device)
@@ -94,16 +121,6 @@ def record_launches(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> li
         _tangents(device)
         _attention_tangents(device)
     return launches
-
-
-def _spy(kernel: Any, launches: list[Launch], runs: bool) -> Callable[..., Any]:
-    run = kernel.run
-
-    def spied(*args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        launches.append(Launch.of(kernel, args, grid, options))
-        return run(*args, grid=grid, warmup=warmup, **options) if runs else None
-
-    return spied
 
 
 def _leaf(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
