@@ -69,6 +69,7 @@ def save_released_configs(folder: Path) -> None:
             decoder_layers_per_block=(3,) * 6,
             encoder_qkv_multiscales=scales,
             decoder_qkv_multiscales=scales,
+            downsample_block_type="conv",
             upsample_block_type="interpolate",
             scaling_factor=0.41407,
         )

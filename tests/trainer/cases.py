@@ -61,6 +61,7 @@ from tim_ds.trainer.run import train
 from tim_ds.trainer.scaling import step_volume
 from tim_ds.trainer.signals import RunStopped, StopSignals
 from tim_ds.trainer.step import StepOutput, TransitionStep
+from tim_ds.trainer.watch import Watch
 from tim_ds.trainer.world import World
 
 GUIDED = "objective.guided_target={w_gt: 0.5, w_cond: 0.5, start: 0.0, end: 1.0}"
@@ -661,7 +662,9 @@ def gather_little(world: World, folder: Path, shards: Path, poisoned: Path) -> d
         f"num_steps: [2], scorer: '{__name__}:CountingScorer'}}",
     )
     looked, exported = Loop._on_average, run_module.export
+    watch = Watch()
     peaks: dict[str, int] = {}
+    moves: dict[str, int] = {}
     refusals: list[str] = []
 
     def beside(ema: Ema) -> LiveBytes:
@@ -672,14 +675,18 @@ def gather_little(world: World, folder: Path, shards: Path, poisoned: Path) -> d
         return LiveBytes([*weights, *(shard.owner for shard in engine.shards), *averages], collects=False)
 
     def look(self: Loop, action: Any, step: int) -> None:
+        before = watch._moves
         with beside(self.ema) as live:
             looked(self, action, step)
         peaks[type(action).__name__] = live.peak
+        moves[type(action).__name__] = watch._moves - before
 
     def export(settings: Recipe, run_dir: Path, ema: Ema, *arguments: Any) -> None:
+        before = watch._moves
         with beside(ema) as live:
             exported(settings, run_dir, ema, *arguments)
         peaks["export"] = live.peak
+        moves["export"] = watch._moves - before
         with small_files(8192 if world.is_main else None):
             try:
                 exported(settings, folder / "full", ema, *arguments)
@@ -690,12 +697,13 @@ def gather_little(world: World, folder: Path, shards: Path, poisoned: Path) -> d
     for stage in (1, 2, 3):
         file = shared_engine_file(world, folder, stage, **(TIGHT if stage == 3 else {}))
         with patch.object(Loop, "_on_average", look), patch.object(run_module, "export", export):
-            train(settings, folder / f"zero{stage}", file, world)
-        found[f"zero{stage}"] = dict(peaks)
+            train(settings, folder / f"zero{stage}", file, world, watch=watch)
+        found[f"zero{stage}"] = {"peaks": dict(peaks), "moves": dict(moves)}
     network: Any = build_root(settings, 1).network
     modules = {"network": network, "module": network.blocks[0]}
     sizes = {name: 4 * sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
-    return {**found, "sizes": sizes, "refusals": refusals}
+    tensors = len(list(network.parameters()))
+    return {**found, "sizes": sizes, "tensors": tensors, "refusals": refusals}
 
 
 # Nothing stays gathered between a module's forward and its backward, and nothing is fetched ahead.

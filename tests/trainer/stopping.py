@@ -8,10 +8,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
 
 from tests.trainer.cases import AVERAGES
 from tests.trainer.ranks import RECIPE
+from tim_ds.trainer import cli
 from tim_ds.trainer.cli import main
 from tim_ds.trainer.loop import Loop
 
@@ -30,7 +32,7 @@ def train_main(run_dir: Path, engine: Path, shards: Path, *settings: str) -> int
     recipe.write_text(RECIPE.replace("SHARDS", str(shards)))
     arguments = ["--ds", str(engine), "--run", str(run_dir), *LIMITS]
     try:
-        return main([str(recipe), *SETTINGS, *settings, *arguments])
+        return main([str(recipe), *SETTINGS, *arguments, *settings])
     except SystemExit as error:
         return int(error.code or 0)
 
@@ -60,19 +62,51 @@ def train_signalled(
     return train_main(run_dir, engine, shards, *settings)
 
 
+def hang() -> None:
+    time.sleep(1000)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail() -> None:
+    raise ZeroDivisionError("one rank divided by zero")
+
+
+WAYS = {"hangs": hang, "dies": die, "fails": fail}
+
+
 def train_missing(what: str, rank: int, run_dir: Path, engine: Path, shards: Path) -> int:
     """One rank goes missing in the third step."""
+    at_step(3, rank, WAYS[what])
+    return train_main(run_dir, engine, shards)
 
-    def hang() -> None:
-        time.sleep(1000)
 
-    def die() -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
+def start_missing(what: str, rank: int, run_dir: Path, engine: Path, shards: Path) -> int:
+    """One rank goes missing when all have met, before it has joined the process group."""
+    plain = deepspeed.init_distributed
 
-    def fail() -> None:
-        raise ZeroDivisionError("one rank divided by zero")
+    def acting(**settings: Any) -> None:
+        if os.environ["RANK"] == str(rank):
+            WAYS[what]()
+        plain(**settings)
 
-    at_step(3, rank, {"hangs": hang, "dies": die, "fails": fail}[what])
+    deepspeed.init_distributed = acting
+    return train_main(run_dir, engine, shards, "--hung-after=8")
+
+
+def end_missing(what: str, rank: int, run_dir: Path, engine: Path, shards: Path) -> int:
+    """One rank goes missing when its run is over, and the others wait for it."""
+    plain = cli.train
+
+    def acting(*arguments: Any, **named: Any) -> str:
+        message = plain(*arguments, **named)
+        if os.environ["RANK"] == str(rank):
+            WAYS[what]()
+        return message
+
+    cli.train = acting
     return train_main(run_dir, engine, shards)
 
 

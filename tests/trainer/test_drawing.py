@@ -74,8 +74,8 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def encoded_by(captions: DrawnCaptions, *texts: str) -> int:
-    """How many captions `prepare` encoded."""
-    counted = 0
+    """How many captions `prepare` encoded; it told the watch of each."""
+    counted, moves = 0, []
 
     def running() -> TextEncoder:
         nonlocal counted
@@ -90,7 +90,8 @@ def encoded_by(captions: DrawnCaptions, *texts: str) -> int:
         encoder.encode = counting
         return encoder
 
-    captions.prepare(texts, World(), running)
+    captions.prepare(texts, World(), running, lambda: moves.append(counted))
+    assert moves == list(range(1, counted + 1))
     return counted
 
 

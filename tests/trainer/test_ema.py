@@ -61,13 +61,23 @@ def test_previews_evaluations_and_export_hold_the_average_one_module_at_a_time(
     for found in groups.results(2, "gather_little"):
         module = found["sizes"]["module"]
         assert found["sizes"]["network"] > 4 * module
-        peaks = found[f"zero{stage}"]
+        peaks = found[f"zero{stage}"]["peaks"]
         assert peaks.keys() == {"Previews", "Evaluations", "export"}
-        # The activations of so small a picture are a tenth. ZeRO-3 gathers a block into one piece of memory
-        # and puts the parameters together in another.
-        drawing = 1.1 * module if stage < 3 else 2.1 * module
+        # ZeRO-3 gathers a block into one piece of memory and puts its parameters together in another. Half a
+        # block more for the activations of so small a picture (3 %) and for garbage not yet collected.
+        drawing = 1.5 * module if stage < 3 else 2.5 * module
         assert peaks["export"] <= 1.01 * module
         assert 0.9 * module < max(peaks["Previews"], peaks["Evaluations"]) < drawing
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_drawing_and_exporting_are_told_to_the_watch_as_they_go(groups: Groups, stage: int) -> None:
+    """Who draws or writes for hours is not taken for a rank that hangs."""
+    for rank, found in enumerate(groups.results(2, "gather_little")):
+        moves = found[f"zero{stage}"]["moves"]
+        # Two steps of a preview, two of an evaluation; rank 0 draws, and others where the weights are split.
+        draws = 2 if rank == 0 or stage == 3 else 0
+        assert moves == {"Previews": draws, "Evaluations": draws, "export": found["tensors"]}
 
 
 def test_an_export_that_fills_the_disk_half_way_is_refused_on_every_rank(groups: Groups) -> None:

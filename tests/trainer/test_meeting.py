@@ -9,7 +9,7 @@ import pytest
 
 from tests.trainer.ranks import engine_file, free_port, start_rank
 from tests.trainer.stopping import train_main
-from tim_ds.trainer.meeting import meet, ranges
+from tim_ds.trainer.meeting import connect, ranges
 from tim_ds.trainer.watch import LOST
 
 WITHIN_S = 1
@@ -47,7 +47,7 @@ def test_a_rank_that_does_not_start_is_named_by_all_that_did(
 
 def test_one_process_meets_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert meet(0.0) is None
+    assert connect(0.0) is None
 
 
 def test_ranks_that_follow_each_other_are_told_as_one_range() -> None:

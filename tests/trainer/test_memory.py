@@ -314,7 +314,7 @@ def test_the_command_says_whether_a_card_holds_the_run(capsys: pytest.CaptureFix
 def test_all_weights_are_fine_tuned_on_a_card_of_24_gib_encoders_included(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The figure of ds_configs/README.md, of encoders of the released sizes."""
+    """Of the released sizes; how much it is, `test_memory_tables.py` compares with ds_configs/README.md."""
     save_released_configs(tmp_path)
     paths = [f"data.{part}.path={tmp_path / kind}" for part, kind in RELEASED_ENCODERS.items()]
     recipe = ROOT / "launch" / "recipes" / "t2i_xl_finetune.yaml"
@@ -322,10 +322,6 @@ def test_all_weights_are_fine_tuned_on_a_card_of_24_gib_encoders_included(
     assert main([str(recipe), "--ds", str(engine_file), "--gpus", "1", "--card-gib", "24", *paths]) == 0
     printed = capsys.readouterr().out
     assert "a card of 24 GiB    fits" in printed and "not counted" not in printed
-    stated = re.search(r"then takes ([\d.]+) \+- ([\d.]+) GiB", (ROOT / "ds_configs/README.md").read_text())
-    found = re.search(r"^total +([\d.]+) .*GPU \+- ([\d.]+)$", printed, re.MULTILINE)
-    assert stated is not None and found is not None
-    assert [float(x) for x in found.groups()] == pytest.approx([float(x) for x in stated.groups()], abs=0.06)
 
 
 @pytest.mark.gpu

@@ -121,8 +121,8 @@ def _main(
         read_engine_file(options.ds)
         # The watch names who is missing before a collective fails without a name.
         timeout_s = options.hung_after + TIMEOUT_MARGIN_S
-        world = start_world(timeout_s=timeout_s, start_within_s=options.start_within)
-        with Watch(world, options.hung_after, options.dead_after) as watch:
+        with Watch(options.hung_after, options.dead_after) as watch:
+            world = start_world(timeout_s=timeout_s, start_within_s=options.start_within, watch=watch)
             message = train(recipe, options.run, options.ds, world, signals=signals, watch=watch)
     except RunStopped as stopped:
         assert world is not None  # a run stops after it began

@@ -78,13 +78,18 @@ class DrawnCaptions:
         return [self._read(_name(caption)) for caption in captions]
 
     def prepare(
-        self, captions: Iterable[str], world: World, running: Callable[[], TextEncoder | None]
+        self,
+        captions: Iterable[str],
+        world: World,
+        running: Callable[[], TextEncoder | None],
+        moved: Callable[[], None] = lambda: None,
     ) -> None:
         """Encode what the file lacks, on rank 0, and open it on every rank; called by all ranks.
 
         Args:
             captions: the same on every rank; the empty caption is added.
             running: the encoder that runs while training, if one does.
+            moved: called with every caption that is encoded.
         Raises:
             RequestError, DataError: if the encoder cannot be loaded, or does not fit the network.
             CheckpointError: if the file cannot be written, or a rank cannot read it.
@@ -93,13 +98,17 @@ class DrawnCaptions:
 
         def complete() -> None:
             if world.is_main:
-                self._complete(wanted, world.device, running)
+                self._complete(wanted, world.device, running, moved)
 
         world.together(complete, _ERRORS)
         world.together(self._open, _ERRORS)
 
     def _complete(
-        self, wanted: dict[str, str], device: torch.device, running: Callable[[], TextEncoder | None]
+        self,
+        wanted: dict[str, str],
+        device: torch.device,
+        running: Callable[[], TextEncoder | None],
+        moved: Callable[[], None],
     ) -> None:
         made_by = self._made_by()
         states = self._stored(made_by)
@@ -112,11 +121,12 @@ class DrawnCaptions:
                 f"{self._width} (model.text_dim)"
             )
         encoder.to(device)
-        # Each alone: a state depends on its caption, and not on what is encoded beside it.
-        states = {
-            name: states[name] if name in states else _exact(encoder.encode([caption])[0])
-            for name, caption in wanted.items()
-        }
+        states = {name: state for name, state in states.items() if name in wanted}
+        for name, caption in wanted.items():
+            if name not in states:
+                # Each alone: a state depends on its caption, and not on what is encoded beside it.
+                states[name] = _exact(encoder.encode([caption])[0])
+                moved()
         if encoder.padding_state is not None:
             states[_PADDING] = encoder.padding_state
         if made_by["revision"] is None:
@@ -237,16 +247,22 @@ def draw_for_main(
 
 
 def prepare_captions(
-    pipeline: TiMPipeline, prompts: Iterable[PromptLike], world: World, loader: StepLoader[Any]
+    pipeline: TiMPipeline,
+    prompts: Iterable[PromptLike],
+    world: World,
+    loader: StepLoader[Any],
+    moved: Callable[[], None] = lambda: None,
 ) -> None:
     """Encode what the run will draw; called by all ranks, with the same prompts.
 
+    Args:
+        moved: called with every caption that is encoded.
     Raises:
         RequestError, DataError, CheckpointError: as `DrawnCaptions.prepare`.
     """
     captions = pipeline.text_encoder
     if isinstance(captions, DrawnCaptions):
-        captions.prepare(map(str, prompts), world, lambda: loader.text_encoder)
+        captions.prepare(map(str, prompts), world, lambda: loader.text_encoder, moved)
         if world.device.type == "cuda":
             # The steps that follow ask for other sizes than the encoder did.
             torch.cuda.empty_cache()

@@ -41,8 +41,8 @@ from pydantic import BaseModel, ValidationError
 
 from tim_ds.errors import ConfigError
 from tim_ds.trainer.config import OptimizerConfig, TrainConfig
-from tim_ds.trainer.meeting import START_WITHIN_S, meet
-from tim_ds.trainer.watch import HUNG_AFTER_S
+from tim_ds.trainer.meeting import START_WITHIN_S, connect, meet
+from tim_ds.trainer.watch import HUNG_AFTER_S, Watch
 from tim_ds.trainer.world import World
 
 TIMEOUT_MARGIN_S = 120.0
@@ -150,12 +150,15 @@ class Shard:
         return self.master.numel()
 
 
-def start_world(timeout_s: float = TIMEOUT_S, start_within_s: float = START_WITHIN_S) -> World:
+def start_world(
+    timeout_s: float = TIMEOUT_S, start_within_s: float = START_WITHIN_S, watch: Watch | None = None
+) -> World:
     """Join the process group of the launcher, or be a group of one without a launcher.
 
     Args:
         timeout_s: how long a collective waits for the other ranks before it fails.
         start_within_s: how long the first rank waits for the last one.
+        watch: begun as soon as this rank can be heard by the others.
     Raises:
         ConfigError: processes were started together, but nothing says which rank each is.
         RankAbsentError: if a rank did not start.
@@ -173,19 +176,28 @@ def start_world(timeout_s: float = TIMEOUT_S, start_within_s: float = START_WITH
     accelerator: Any = get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
-    met_on = meet(start_within_s)
+    connection = connect(start_within_s)
+    if connection is not None:
+        if watch is not None:
+            watch.start(connection)
+        meet(connection, start_within_s)
+    if watch is not None:
+        watch.enter("process group")
     deepspeed.init_distributed(
         dist_backend=accelerator.communication_backend_name(),
         timeout=timedelta(seconds=timeout_s),
         verbose=False,
     )
-    del met_on
+    del connection
     device = torch.device(accelerator.current_device_name())
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # Every rank would take all cores, and they would wait for each other.
         on_host = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // on_host))
-    return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+    world = World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+    if watch is not None:
+        watch.world = world
+    return world
 
 
 def _refuse_tasks() -> None:

@@ -66,6 +66,7 @@ class Evaluations:
         self._config = recipe.train.evaluation
         self._world = world
         self._log = log
+        self._entered = entered
         self._pipeline = pipeline
         self._in_step = InStep(pipeline.network, world)
         data = Path(self._config.data or recipe.data.shards)
@@ -96,6 +97,7 @@ class Evaluations:
         for num_steps in self._config.num_steps:
             for one in self._sets:
                 name = f"{one.name}/{num_steps}_steps"
+                self._entered("evaluation")
                 output, problem = self._in_step.attempt(partial(self._draw, one, num_steps))
                 if problem is not None:
                     failures[name] = problem

@@ -294,5 +294,9 @@ class Loop:
         return every > 0 and applied and (step % every == 0 or step == self.config.steps)
 
     def _on_average(self, action: Callable[[int], None], step: int) -> None:
-        with self.ema.applied(), torch.no_grad():
-            action(step)
+        watch = self.watch or Watch()
+        with self.ema.applied() as module, torch.no_grad():
+            # However many pictures there are: what is drawn for hours is no rank that hangs.
+            network = module.get_submodule("network")
+            with network.register_forward_pre_hook(lambda *_: watch.moved()):
+                action(step)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
@@ -31,51 +32,39 @@ class RankAbsentError(Exception):
     """Ranks that never started; every rank that did raises it."""
 
 
-def meet(within_s: float) -> Store | None:
-    """Wait until every rank of the launcher is there.
+class Connection(NamedTuple):
+    """What a process knows of the job before there is a process group.
+
+    To be kept until the process group has its own store, which the same process serves where rank 0 does.
+    """
+
+    rank: int
+    size: int
+    store: Any
+
+    def own_store(self, name: str) -> Store:
+        """The key-value store by a connection of its own and under keys of its own: it can be asked from any
+        thread, whatever the collectives do."""
+        # What an attempt that torchrun has given up wrote is not of the next.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return PrefixStore(f"tim_ds/{name}/{attempt}", self.store.clone())
+
+
+def connect(within_s: float) -> Connection | None:
+    """Reach the store of the launcher, or that of rank 0, which serves it to the process group later.
 
     Returns:
-        The store on which they met, to be kept until the process group has its own, which then is served by
-        the same process; None for a single rank, or where the launcher does not say who the ranks are.
+        None for a single rank, or where the launcher does not say who the ranks are.
     Raises:
-        RankAbsentError: if one is not there `within_s` seconds after the first of the others.
+        RankAbsentError: if rank 0 keeps it and is not there within `within_s` seconds.
     """
     if any(name not in os.environ for name in _REQUIRED) or os.environ["WORLD_SIZE"] == "1":
         return None
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    end = time.monotonic() + within_s
-    # The names of an attempt that torchrun has given up are not those of the next.
-    prefix = f"tim_ds/meeting/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    store = PrefixStore(prefix, _connect(rank, within_s))
-    store.set(str(rank), socket.gethostname())
-    keys = [str(other) for other in range(size)]
-    try:
-        while True:
-            # Short, so that a signal is not kept waiting.
-            with suppress(dist.DistStoreError):
-                store.wait(keys, timedelta(seconds=_INTERVAL_S))
-                return store
-            if time.monotonic() > end:
-                store.compare_set(_VERDICT, "", _absence(store, keys, within_s))
-            if store.check([_VERDICT]):
-                raise RankAbsentError(store.get(_VERDICT).decode())
-    except RankAbsentError:
-        if rank == 0:
-            # It usually keeps the store that the others read this from.
-            time.sleep(3 * _INTERVAL_S)
-        raise
-    except (dist.DistError, RuntimeError) as error:
-        raise RankAbsentError(
-            f"rank 0, or the launcher, has ended while the ranks met ({str(error).splitlines()[0]})"
-        ) from error
-
-
-def _connect(rank: int, within_s: float) -> TCPStore:
-    """The store of the launcher, or that of rank 0, which serves it to the process group later."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
-        return TCPStore(
+        store = TCPStore(
             host,
             port,
             is_master=serves,
@@ -88,6 +77,38 @@ def _connect(rank: int, within_s: float) -> TCPStore:
             raise
         raise RankAbsentError(
             f"rank 0 did not start within {within_s:g} s: nobody answers at {host}:{port}"
+        ) from error
+    return Connection(rank, size, store)
+
+
+def meet(connection: Connection, within_s: float) -> None:
+    """Wait until every rank of the launcher is there.
+
+    Raises:
+        RankAbsentError: if one is not there `within_s` seconds after the first of the others.
+    """
+    end = time.monotonic() + within_s
+    try:
+        store = connection.own_store("meeting")
+        store.set(str(connection.rank), socket.gethostname())
+        keys = [str(rank) for rank in range(connection.size)]
+        while True:
+            # Short, so that a signal is not kept waiting.
+            with suppress(dist.DistStoreError):
+                store.wait(keys, timedelta(seconds=_INTERVAL_S))
+                return
+            if time.monotonic() > end:
+                store.compare_set(_VERDICT, "", _absence(store, keys, within_s))
+            if store.check([_VERDICT]):
+                raise RankAbsentError(store.get(_VERDICT).decode())
+    except RankAbsentError:
+        if connection.rank == 0:
+            # It usually keeps the store that the others read this from.
+            time.sleep(3 * _INTERVAL_S)
+        raise
+    except (dist.DistError, RuntimeError) as error:
+        raise RankAbsentError(
+            f"rank 0, or the launcher, has ended while the ranks met ({str(error).splitlines()[0]})"
         ) from error
 
 

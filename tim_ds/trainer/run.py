@@ -34,6 +34,7 @@ from tim_ds.trainer.assembly import (
 from tim_ds.trainer.checkpoint import SPARE_BYTES, Checkpoint, CheckpointFolder, free_bytes
 from tim_ds.trainer.drawing import drawing_pipeline, prepare_captions
 from tim_ds.trainer.ema import Ema
+from tim_ds.trainer.ema_profiles import remark_on_start
 from tim_ds.trainer.engine import STATE_KEYS, Engine, Splitter, merge_config, read_engine_file, zero_stage
 from tim_ds.trainer.events import BEGAN, CONTINUED, FAILED, FINISHED, STOPPED, Events
 from tim_ds.trainer.inputs import StepInputs
@@ -71,14 +72,18 @@ def train(
         engine_file: DeepSpeed settings in JSON (`ds_configs/`).
         world: from `start_world`.
         signals: what asks the run to stop; the same on every rank, or on none.
-        watch: started; told where this rank stands.
+        watch: told where this rank stands.
     Returns:
         One sentence for the user.
     Raises:
         RunStopped: after a save, because `signals` asked for it.
         TimError, DataError: for everything that the user can put right.
     """
+    watch = watch or Watch()
+    watch.enter("data")
     engine_config, data = world.together(lambda: _read(recipe, engine_file, world), (TimError, DataError))
+    if world.is_main and (remark := remark_on_start(recipe.train)) is not None:
+        logger.warning(remark)
     with held_by_this_run(run_dir, world) as run_folder:
         folder = CheckpointFolder(
             run_dir / CHECKPOINTS,
@@ -87,6 +92,7 @@ def train(
             milestones=recipe.train.checkpoint.milestones,
             strict=recipe.train.checkpoint.strict,
         )
+        watch.enter("checkpoint")
         checkpoint = folder.newest()
         if checkpoint is not None:
             world.together(partial(check_same_run, checkpoint, recipe, data), (CheckpointError,))
@@ -95,7 +101,6 @@ def train(
                     f"{run_dir}: finished at step {checkpoint.step}, nothing to do. "
                     f"Weights: {run_dir / EXPORT}"
                 )
-        watch = watch or Watch(world)
         watch.before_end = folder.leave
         run = _Run(
             recipe=recipe,
@@ -148,6 +153,7 @@ class _Run:
 
     def train(self) -> str:
         """Put everything together, train up to the last step, export; one sentence for the user."""
+        self.watch.enter("loader")
         loader, encoders = self._open_data()
         trained = self._build()
         log, events = self.world.together(partial(self._open_logs, trained.engine), (CheckpointError,))
@@ -213,6 +219,7 @@ class _Run:
         config, packs = recipe.train, recipe.data.packs_per_step
         dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
         world.together(partial(prove_attention, world.device, dtype, recipe.model.head_dim), (ConfigError,))
+        self.watch.enter("weights")
         initial = world.together(partial(initial_weights, recipe, self.checkpoint), (TimError,))
         merged_config = merge_config(self.engine_config, config, packs_per_step=packs, world_size=world.size)
         split = Splitter(merged_config) if zero_stage(merged_config) == 3 else None
@@ -305,7 +312,7 @@ class _Run:
             )
             prompts += evaluate.prompts
         watch.enter("captions")
-        prepare_captions(pipeline, prompts, world, loader)
+        prepare_captions(pipeline, prompts, world, loader, watch.moved)
         return preview, evaluate
 
     def _saves(
@@ -384,7 +391,7 @@ class _Run:
         step, problem = loop.progress.step, loop.unsaved
         exported = f"the averaged weights of step {step} are in {self.path / EXPORT}"
         try:
-            export(self.recipe, self.path, loop.ema, self.world, step)
+            export(self.recipe, self.path, loop.ema, self.world, step, self.watch.moved)
         except CheckpointError as error:
             if problem is None:
                 raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from torch import Tensor
@@ -21,16 +21,30 @@ EXPORT = "export"
 ADAPTER_FOLDER = "adapter"
 
 
-def export(recipe: Recipe, run_dir: Path, ema: Ema, world: World, step: int) -> None:
+def export(
+    recipe: Recipe,
+    run_dir: Path,
+    ema: Ema,
+    world: World,
+    step: int,
+    moved: Callable[[], None] = lambda: None,
+) -> None:
     """Write the averaged weights as an export folder, as they are gathered; every rank calls this.
 
     An adapter is written in a folder of its own, and merged into the weights that it was trained on.
 
+    Args:
+        moved: called with every tensor.
     Raises:
         CheckpointError: on every rank, if it cannot be written.
     """
-    gathered = ((name.removeprefix("network."), value) for name, value in ema.full())
-    problem = None
+
+    def gather() -> Iterator[tuple[str, Tensor]]:
+        for name, value in ema.full():
+            moved()
+            yield name.removeprefix("network."), value
+
+    gathered, problem = gather(), None
     if world.is_main:
         try:
             _write_export(recipe, run_dir, gathered, step)

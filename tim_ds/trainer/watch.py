@@ -1,11 +1,13 @@
 """Who is missing: a thread on every rank that names a hung, dead or failed rank and ends the job.
 
-Every few seconds each rank writes into the key-value store of the process group where it stands: the step,
-the phase, and the line of the program. Nothing passes through the collectives, which are what a missing rank
-blocks. Rank 0 looks at all of them, the others at rank 0. A rank is
+As soon as a rank has reached the key-value store of the launcher, before it meets the others and before
+there is a process group, it writes there every few seconds where it stands: the step, the phase, and the line
+of the program. Nothing passes through the collectives, which are what a missing rank blocks. Once all ranks
+have written, rank 0 looks at all of them, and the others at rank 0. A rank is
 
     dead     when it wrote nothing for `dead_after` seconds;
-    hung     when no rank has come to another phase for `hung_after` seconds: the one that is furthest behind;
+    hung     when no rank has come to another phase, or moved within one, for `hung_after` seconds: the one
+             that is furthest behind;
     failed   when it said so on its way out.
 
 Whoever finds one writes it down for all, and every process ends with that sentence and exit code `LOST`. The
@@ -22,6 +24,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -31,6 +34,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from tim_ds.trainer.meeting import Connection, RankAbsentError
 from tim_ds.trainer.world import World
 
 LOST = 70
@@ -57,17 +61,21 @@ class Watch:
         dead_after: seconds without a sign of life of one rank.
         before_end: called before the process ends; the time it takes is added.
         end: ends the process, from a thread, whatever the main thread is in.
+        world: the ranks, as soon as they have a process group.
     """
 
-    world: World
     hung_after: float = HUNG_AFTER_S
     dead_after: float = DEAD_AFTER_S
     before_end: Callable[[], None] | None = None
     end: Callable[[int], Any] = os._exit
+    world: World = field(default_factory=World)
+    _rank: int = 0
+    _size: int = 1
     _place: tuple[int, int, str] = (0, 0, "start")
     """Step, phases entered in it, name of the phase."""
+    _moves: int = 0
+    """Things done within phases."""
     _stop: threading.Event = field(default_factory=threading.Event)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
     _thread: threading.Thread | None = None
     _question: object | None = None
     """What the store was asked, as long as it has not answered."""
@@ -78,16 +86,14 @@ class Watch:
     def interval(self) -> float:
         return min(LONGEST_INTERVAL_S, self.dead_after / 6, self.hung_after / 6)
 
-    def start(self) -> None:
-        """Begin to watch; called by all ranks from their main thread."""
-        if self.world.size == 1:
-            return
+    def start(self, connection: Connection) -> None:
+        """Begin to watch; called by every rank from its main thread, before it meets the others."""
+        self._rank, self._size = connection.rank, connection.size
         self._main = threading.get_ident()
-        self._store = self.world.store("watch")
+        self._store = connection.own_store("watch")
         self._store.set_timeout(timedelta(seconds=self.dead_after))
+        # Before the rank meets the others: who has met them has left a sign, and is dead if no more follow.
         self._write_beat()
-        # From here on every rank has left a sign, and a missing one is a dead one.
-        self.world.barrier()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
         arguments = (self._thread,)
@@ -99,11 +105,15 @@ class Watch:
             step, entered, _ = self._place
             self._place = (step, entered + 1, phase)
 
+    def moved(self) -> None:
+        """This rank gets on within its phase, for as long as that takes; the others may wait for it."""
+        self._moves += 1
+
     def begin_step(self, step: int) -> None:
         self._place = (step, 0, "between steps")
 
     def close(self) -> None:
-        """Stop watching. Called by all ranks, before they leave the process group together."""
+        """Stop watching. Called by all ranks when none needs another any more."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -121,24 +131,25 @@ class Watch:
         if is_communication(error):
             # The thread finds a dead rank in this time, or reads who it was, and ends the process.
             thread.join(self.dead_after + 4 * self.interval)
-        self._judge(f"rank {self.world.rank} failed: {type(error).__name__}: {error}")
+        self._judge(f"rank {self._rank} failed: {type(error).__name__}: {error}")
         self._stop.set()
         thread.join()
         # Rank 0 usually keeps the store that the others read this from.
-        time.sleep(3 * self.interval if self.world.is_main else 0.0)
+        time.sleep(0.0 if self._rank else 3 * self.interval)
 
     def _run(self) -> None:
         seen: dict[int, tuple[str, float]] = {}
         progress: tuple[Any, float] = (None, time.monotonic())
+        watched = [0] if self._rank else list(range(1, self._size))
+        keys = [_beat(rank) for rank in watched]
+        all_came = False
         while not self._stop.wait(self.interval):
-            watched = [rank for rank in range(self.world.size) if rank != self.world.rank]
-            if not self.world.is_main:
-                watched = [0]
             try:
                 with self._asking():
                     self._write_beat()
                     told = self._store.get(_VERDICT).decode() if self._store.check([_VERDICT]) else ""
-                    beats = [] if told else self._store.multi_get([_beat(rank) for rank in watched])
+                    all_came = all_came or self._store.check(keys)
+                    beats = self._store.multi_get(keys) if all_came and not told else []
             except (RuntimeError, dist.DistError) as error:
                 if self._stop.is_set():
                     return None
@@ -148,6 +159,8 @@ class Watch:
                 )
             if told:
                 return self._finish(told)
+            if not all_came:
+                continue
             now = time.monotonic()
             for rank, raw in zip(watched, beats, strict=True):
                 value = raw.decode()
@@ -157,10 +170,10 @@ class Watch:
             if lost:
                 told = "; ".join(_described(rank, seen[rank][0]) for rank in lost)
                 self._judge(f"no sign of life for {self.dead_after:g} s: {told}")
-            elif self.world.is_main:
+            elif self._rank == 0:
                 values = {rank: json.loads(value) for rank, (value, _) in seen.items()}
-                values[self.world.rank] = self._beat()
-                places = {rank: tuple(value["place"]) for rank, value in values.items()}
+                values[0] = self._beat()
+                places = {rank: (*value["place"], value["moves"]) for rank, value in values.items()}
                 if places != progress[0]:
                     progress = (places, now)
                 elif now - progress[1] > self.hung_after:
@@ -200,6 +213,7 @@ class Watch:
         return {
             "count": self._count,
             "place": [step, entered, phase],
+            "moves": self._moves,
             "line": f"{where.filename}:{where.lineno} in {where.name}" if where is not None else "",
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -207,7 +221,7 @@ class Watch:
 
     def _write_beat(self) -> None:
         self._count += 1
-        self._store.set(_beat(self.world.rank), json.dumps(self._beat()))
+        self._store.set(_beat(self._rank), json.dumps(self._beat()))
 
     def _judge(self, verdict: str) -> None:
         """Write the verdict down for every rank; the first one stays."""
@@ -216,10 +230,9 @@ class Watch:
 
     def _finish(self, verdict: str) -> None:
         """End this process with the verdict."""
-        rank = self.world.rank
-        lines = [f"error (rank {rank}): {verdict}"]
+        lines = [f"error (rank {self._rank}): {verdict}"]
         frame = sys._current_frames().get(self._main)
-        if frame is not None and f"rank {rank} " in verdict:
+        if frame is not None and f"rank {self._rank} " in verdict:
             lines.append("this rank is at\n" + "".join(traceback.format_stack(frame)).rstrip())
         with suppress(OSError):
             print("\n".join(lines), file=sys.stderr, flush=True)
@@ -228,13 +241,19 @@ class Watch:
         self.end(LOST)
 
     def __enter__(self) -> Watch:
-        self.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and self.world.shared_error is not error and isinstance(error, Exception):
+        if error is None or self.world.shared_error is error:
+            self.enter("end")
+            try:
+                self.world.barrier()
+            except Exception as alone:
+                self.failed(alone)
+                raise
+        elif isinstance(error, Exception) and not isinstance(error, RankAbsentError):
             self.failed(error)
         self.close()
 
@@ -261,11 +280,16 @@ def _described(rank: int, beat: str | dict[str, Any]) -> str:
 
 
 def _hung(values: dict[int, dict[str, Any]], seconds: float) -> str:
-    """The ranks that are furthest behind; all of them where none is."""
+    """The ranks that are furthest behind; where none is, those that are elsewhere than most; or all."""
     places = {rank: tuple(value["place"][:2]) for rank, value in values.items()}
     last = min(places.values())
-    behind = [rank for rank, place in sorted(places.items()) if place == last]
-    told = "; ".join(_described(rank, values[rank]) for rank in behind)
-    if len(behind) == len(values):
-        return f"no rank has advanced for {seconds:g} s, all in the same phase: {told}"
-    return f"no rank has advanced for {seconds:g} s, the others wait for: {told}"
+    chosen = [rank for rank, place in sorted(places.items()) if place == last]
+    where = "the others wait for"
+    if len(chosen) == len(values):
+        line, count = Counter(value["line"] for value in values.values()).most_common(1)[0]
+        where = "all in the same phase"
+        if len(values) > count > len(values) // 2:
+            chosen = [rank for rank in chosen if values[rank]["line"] != line]
+            where += f", the others at {line}"
+    told = "; ".join(_described(rank, values[rank]) for rank in chosen)
+    return f"no rank has advanced for {seconds:g} s, {where}: {told}"
