@@ -8,12 +8,11 @@ import itertools
 import json
 import math
 import os
-import resource
 import shutil
 import threading
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from data_pipeline.loader import StepLoader
 from data_pipeline.storage import Folder
 from tests.memory import LiveBytes
+from tests.small_files import small_files
 from tests.trainer.drawing import draw_where_needed
 from tests.trainer.plain import steps_of
 from tests.trainer.ranks import UNEVEN_SIZES, engine_file, recipe, write_data
@@ -687,7 +687,7 @@ def gather_little(world: World, folder: Path, shards: Path, poisoned: Path) -> d
             exported(settings, run_dir, ema, *arguments)
         peaks["export"] = live.peak
         moves["export"] = watch._moves - before
-        with _small_files(8192 if world.is_main else None):
+        with small_files(8192 if world.is_main else None):
             try:
                 exported(settings, folder / "full", ema, *arguments)
             except CheckpointError as error:
@@ -955,20 +955,6 @@ def give_up(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[st
     return {"messages": messages, "gradients": gradients, "steps": steps}
 
 
-@contextmanager
-def _small_files(limit: int | None) -> Iterator[None]:
-    """Files of this process cannot grow beyond `limit`: the system refuses the write, as a full disk does."""
-    if limit is None:
-        yield
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def fill_the_disk(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[str, Any]:
     """Saves that fail in every way a full disk can make them fail, between two that succeed."""
     keeper = CheckpointFolder(folder / "checkpoints", world, keep=5)
@@ -988,7 +974,7 @@ def fill_the_disk(world: World, folder: Path, shards: Path, poisoned: Path) -> d
 
     results: dict[str, Any] = {"first": save(1)}
     last = world.size - 1
-    with _small_files(8192 if world.rank == last else None):
+    with small_files(8192 if world.rank == last else None):
         results["half_written"] = save(2)
     results["left_after_half"] = left()
     plain = shutil.disk_usage
