@@ -7,6 +7,7 @@ import os
 import select
 import sys
 from collections.abc import Callable, Sequence
+from types import TracebackType
 
 USER_ERROR = 2
 """Exit status where the user can put it right; the message says how. argparse ends with the same."""
@@ -21,6 +22,7 @@ def command(*errors: type[Exception]) -> Callable[[Main], Callable[..., int]]:
 
     Its exit status is what it returns (0; 1 for work that failed), but `USER_ERROR`, after the message alone,
     where it raises one of `errors`, and `READER_LEFT`, without a word, where its output cannot be written.
+    Ctrl-C ends it by that signal (130 in a shell) after one word: where it was is nothing to the user.
     """
 
     def decorate(main: Main) -> Callable[..., int]:
@@ -39,10 +41,20 @@ def command(*errors: type[Exception]) -> Callable[[Main], Callable[..., int]]:
             except errors as error:
                 print(f"error: {error}", file=sys.stderr)
                 return USER_ERROR
+            except KeyboardInterrupt:
+                sys.excepthook = _without_trace
+                raise
 
         return run
 
     return decorate
+
+
+def _without_trace(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def _reader_left() -> bool:

@@ -18,6 +18,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import threading
 from collections import Counter
@@ -156,6 +157,8 @@ _job: Job | None = None
 
 def _start_worker(job: Job, counter: Any) -> None:
     global _encoder, _job
+    # Ctrl-C meets the whole group; what is to be said of it says the parent.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(1))
     _leave_with_parent()
     torch.set_num_threads(1)
     with counter.get_lock():
@@ -246,6 +249,19 @@ def _add(total: PartReport, report: PartReport | None, bar: Any, max_drop_share:
         _check_drops(total, max_drop_share, final=False)
 
 
+@contextmanager
+def _unheard_by_children() -> Iterator[None]:
+    """Processes that are started within do not hear Ctrl-C until they listen to it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    earlier = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, earlier)
+
+
 def _run_workers(
     job: Job, todo: list[int], workers: int, total: PartReport, bar: Any, max_drop_share: float
 ) -> None:
@@ -259,7 +275,8 @@ def _run_workers(
     )
     reports: dict[int, PartReport] = {}
     with pool:
-        waiting = {pool.submit(_work, part) for part in todo}
+        with _unheard_by_children():
+            waiting = {pool.submit(_work, part) for part in todo}
         try:
             while waiting:
                 done, waiting = wait(waiting, return_when=FIRST_EXCEPTION, timeout=0.2)

@@ -286,10 +286,11 @@ def _read_inside(root: Path, name: str) -> bytes:
     """Bytes of the file `name` beneath `root`; a name that leads out of it is refused."""
     if "\x00" in name:
         raise Refused(ESCAPES, repr(name[:200]))
-    inside = os.path.normpath(os.path.join(root, name))
-    base = os.path.normpath(root)
+    # Absolute, as a list in the working folder begins at ".", with which no path begins.
+    base = os.path.abspath(root)
+    inside = os.path.normpath(os.path.join(base, name))
     if inside != base and not inside.startswith(base.rstrip(os.sep) + os.sep):
-        raise Refused(ESCAPES, name[:200])
+        raise Refused(ESCAPES, f"{name[:200]} is not in {base} (--root)")
     return _read_file(Path(inside), name[:200])
 
 

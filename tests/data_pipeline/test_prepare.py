@@ -351,9 +351,20 @@ def test_paths_that_leave_the_source_are_refused(tmp_path):
     report = manifest_of(tmp_path / "out")["report"]
     assert report["samples"] == 2
     assert report["dropped"] == {sources.ESCAPES: 4, sources.MISSING: 1}
+    assert report["examples"][sources.ESCAPES][0] == f"../secret.png is not in {root} (--root)"
     # A wider root is a decision of the user.
     assert run(root / "list.jsonl", tmp_path / "wide", *PIXELS, *WORDS, *share, "--root", str(tmp_path)) == 0
     assert manifest_of(tmp_path / "wide")["report"]["samples"] == 1
+
+
+@pytest.mark.parametrize("path", [".", "metadata.jsonl"])
+def test_a_list_may_lie_in_the_working_folder(path, tmp_path, monkeypatch):
+    (tmp_path / "source").mkdir()
+    folder = source_folders.metadata(tmp_path / "source", 6)
+    [listed] = folder.rglob("metadata.jsonl")
+    monkeypatch.chdir(listed.parent)
+    assert run(Path(path), tmp_path / "out", *PIXELS, *WORDS) == 0
+    assert manifest_of(tmp_path / "out")["samples"] == 6
 
 
 def test_odd_tars_are_used_as_far_as_they_go(tmp_path):
@@ -785,3 +796,19 @@ def test_the_stored_picture_counts_are_those_of_the_index(many, tmp_path):
     assert sum(report["sizes"].values()) == report["samples"] == len(index)
     assert report["text_tokens"] >= int(np.sum(index.columns["text_length"]))
     assert set(report["shards"]) == set(index.shards)
+
+
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
+def test_ctrl_c_ends_it_with_one_word_and_the_same_command_goes_on(workers, many, tmp_path):
+    source, out = many[0], tmp_path / "out"
+    arguments = [str(source), "--out", str(out), *PIXELS, *WORDS, "--per-shard", "2", "--no-progress"]
+    command = [sys.executable, "-m", "data_pipeline.prepare", *arguments, "--workers", workers]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while process.poll() is None and not any(out.glob("*.tar")):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (-signal.SIGINT, ("", "interrupted\n"))
+    assert prepare.main(arguments) == 0 and not (out / ".prepare").exists()

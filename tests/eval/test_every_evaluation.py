@@ -249,3 +249,13 @@ def test_a_kill_at_any_write_costs_no_finished_picture(
     assert kills >= 3
     assert cli.main([name, *words[name], "--out", str(out)]) == 0
     assert scores_of(out) == scores_of(undisturbed(name))
+
+
+def test_an_option_of_another_command_is_not_taken_for_a_beginning_of_ones_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`sample.py` has --size for every size, `evaluate.py resolution` --sizes for all: the last would win."""
+    words = ["resolution", "run", "--prompts-file", "p.txt", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*words, "--size", "8x8", "--size", "8x16"])
+    assert ended.value.code == 2 and "unrecognized arguments: --size 8x8" in capsys.readouterr().err

@@ -539,3 +539,15 @@ class TestCalibrate:
         (tmp_path / "results.jsonl").write_text(line)
         with pytest.raises(RequestError, match="line 1: not a verdict of GenEval's evaluator"):
             geneval.read_results(tmp_path / "results.jsonl")
+
+
+def test_a_score_of_some_tasks_is_less_the_offset_of_these() -> None:
+    agreements = [
+        geneval.Agreement("counting", both_right=6, both_wrong=2, only_ours=2, only_theirs=0),
+        geneval.Agreement("position", both_right=5, both_wrong=4, only_ours=0, only_theirs=1),
+    ]
+    found = calibration.Calibration.of(agreements, {}, pictures_sha256="", results_sha256="")
+    # Quotients of whole numbers, up to roundings of float64.
+    assert found.offset_of(["counting"]) == pytest.approx(0.2, abs=1e-15)
+    assert found.offset_of(["counting", "position"]) == pytest.approx(found.offset, abs=1e-15)
+    assert found.offset_of(["counting", "colors"]) is None

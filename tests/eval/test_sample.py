@@ -89,6 +89,17 @@ class TestJobs:
             ('{"prompt": "a", "seed": true}', r"prompts.jsonl:1: seed: expected int, received True"),
             ('{"prompt": "a", "num": 0}', r"prompts.jsonl:1: num: expected at least 1, received 0"),
             ('{"prompt": "a", "name": "../a"}', r"name: expected a plain file name, received '../a'"),
+            ('{"prompt": "a", "name": "a\\u0000b"}', r"name: expected a plain file name, received 'a\x00b'"),
+            (
+                '{"prompt": "a", "size": "8x8", "name": "grid"}',
+                "name: 'grid' is that of the sheet of all pictures",
+            ),
+            (
+                '{"prompt": "a", "size": "8x8", "name": "grid_2"}',
+                "name: 'grid_2' is that of the sheet of all pictures",
+            ),
+            ('{"prompt": "a", "cfg_interval": [0.5]}', "prompts.jsonl:1: cfg_interval: expected two numbers"),
+            ('{"prompt": "a", "cfg_interval": [0, "b"]}', "prompts.jsonl:1: cfg_interval: expected two"),
             ('{"prompt": "a"}', "--size: expected one, because"),
             (
                 '{"prompt": "a", "size": "8x8", "name": "b"}\n{"prompt": "a", "size": "8x8", "name": "b"}',
@@ -123,6 +134,41 @@ class TestJobs:
         status, _, error = draw("--prompts-file", str(tmp_path / "p.jsonl"))
         assert status == 2 and "prompts[0]: not text that can be written" in error
         assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize(
+        ("line", "words", "message"),
+        [
+            (
+                '{"prompt": "a", "size": "8x8"}',
+                ["--size", "8x16"],
+                "--size: no use: every prompt has its own",
+            ),
+            ('{"prompt": "a", "steps": 1}', ["--size", "8x8", "--steps", "2"], "--steps: no use"),
+            (
+                '{"prompt": "a"}',
+                ["--size", "8x8", "--negative-prompt", "b"],
+                "--negative-prompt: of --prompt",
+            ),
+        ],
+    )
+    def test_an_option_that_would_change_nothing_is_refused(
+        self, draw: Any, tmp_path: Path, line: str, words: list[str], message: str
+    ) -> None:
+        path = tmp_path / "prompts.jsonl"
+        path.write_text(line)
+        status, _, error = draw("--prompts-file", str(path), *words)
+        assert status == 2 and message in error and not (tmp_path / "out").exists()
+
+    def test_a_picture_is_repeated_as_it_was_or_not_at_all(self, draw: Any, tmp_path: Path) -> None:
+        assert draw("--prompt", "a three", "--size", "8x8", "--steps", "1", out="first")[0] == 0
+        (drawn,) = (tmp_path / "first").glob("0*.png")
+        status, _, error = draw("--from", str(drawn), "--steps", "2")
+        assert status == 2 and "--steps: no use: every prompt has its own" in error
+        # Beside a prompt, options are that prompt's.
+        options = ["--prompt", "a two", "--size", "8x16", "--steps", "2"]
+        assert draw("--from", str(drawn), *options)[0] == 0
+        found = [read_settings(p)["num_steps"] for p in sorted((tmp_path / "out").glob("0*.png"))]
+        assert sorted(found) == [1, 2]
 
     def test_no_prompt_at_all_is_refused(self, draw: Any) -> None:
         assert "give --prompt, --prompts-file or --from" in draw("--size", "8x8")[2]

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from tests.trainer.ranks import recipe
+from tim_ds.config.load import load_recipe
 from tim_ds.trainer.config import WIDEST_SIGMA_REL, AverageConfig
 from tim_ds.trainer.ema_profiles import (
     Profile,
@@ -10,8 +14,12 @@ from tim_ds.trainer.ema_profiles import (
     fit_profile,
     gamma_of,
     inner_product,
+    remark_on_start,
+    share_of_start,
     step_weights,
 )
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_warm_up_shortens_the_memory_of_the_first_steps() -> None:
@@ -19,6 +27,36 @@ def test_warm_up_shortens_the_memory_of_the_first_steps() -> None:
     assert [decay_at(n, average) for n in (1, 2, 10)] == [2 / 11, 3 / 12, 11 / 20]
     assert decay_at(10_000, average) == 0.99
     assert decay_at(1, AverageConfig(decay=0.99)) == 0.99
+
+
+@pytest.mark.parametrize(
+    "average",
+    [AverageConfig(decay=0.99), AverageConfig(decay=0.999, warmup=True), AverageConfig(sigma_rel=0.1)],
+)
+@pytest.mark.parametrize("steps", [1, 7, 40])
+def test_what_is_left_of_the_start_is_what_the_average_keeps_of_it(
+    average: AverageConfig, steps: int
+) -> None:
+    # Begun as 1, of weights that are 0 ever after.
+    kept = 1.0
+    for n in range(1, steps + 1):
+        kept *= decay_at(n, average)
+    # Forty roundings of float64.
+    assert share_of_start(average, steps) == pytest.approx(kept, rel=1e-13)
+
+
+def test_an_average_too_slow_for_the_run_is_remarked_on() -> None:
+    remark = remark_on_start(recipe(Path("data"), "train.ema={averages: [{decay: 0.9999}]}").train)
+    assert remark is not None and "100% of the averaged weights" in remark and "4 steps are few" in remark
+    for enough in ("{decay: 0.9999}", "{decay: 0.9999, warmup: true}", "{sigma_rel: 0.1}"):
+        steps = 100_000 if enough == "{decay: 0.9999}" else 100
+        settings = recipe(Path("data"), f"train.ema={{averages: [{enough}]}}", f"train.steps={steps}")
+        assert remark_on_start(settings.train) is None
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "launch" / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_what_a_recipe_exports_has_forgotten_its_start(path: Path) -> None:
+    assert remark_on_start(load_recipe(path, []).train) is None
 
 
 @pytest.mark.parametrize("sigma_rel", [0.01, 0.05, 0.1, 0.25, WIDEST_SIGMA_REL])

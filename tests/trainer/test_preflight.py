@@ -15,7 +15,14 @@ from tests.trainer.test_repa import save_autoencoder
 from tim_ds.config.load import load_recipe
 from tim_ds.errors import CheckpointError
 from tim_ds.trainer.cli import main
-from tim_ds.trainer.preflight import Findings, _look_at_drawing, _look_at_encoders, missing_weights
+from tim_ds.trainer.memory import GIB, MemoryEstimate, Part, Ranks
+from tim_ds.trainer.preflight import (
+    Findings,
+    _has_room,
+    _look_at_drawing,
+    _look_at_encoders,
+    missing_weights,
+)
 from tim_ds.trainer.world import World
 
 RECIPES = ROOT / "launch" / "recipes"
@@ -86,6 +93,29 @@ def test_all_problems_are_listed(tmp_path: Path, shards: Path) -> None:
         assert problem in printed.split("problems:")[1], printed
     assert "gradient norm" not in printed, "the step is not taken where it would fail"
     assert "not taken          because of the problems below" in printed
+
+
+def test_a_step_that_a_machine_without_a_gpu_could_not_hold_is_not_tried() -> None:
+    def needs(gib: int) -> MemoryEstimate:
+        part = Part("activations", gib * GIB, 0, "")
+        return MemoryEstimate(Ranks(1, 1), 0, (part,), 0, 0, 0)
+
+    found = Findings()
+    assert _has_room(found, needs(0), World(), 0) and not found.lines
+    assert not _has_room(found, needs(1 << 20), World(), 0)
+    assert "not tried          without a GPU the machine would have to hold 1048576.0 GiB" in found.lines[0]
+
+
+def test_what_is_found_is_told_before_the_step_and_once(capsys: pytest.CaptureFixture[str]) -> None:
+    found = Findings()
+    found.title("recipe")
+    found.say("name", "mine")
+    found.title("one step")
+    found.tell()
+    assert capsys.readouterr().out == "recipe\n  name               mine\n\none step\n"
+    found.say("loss", "1")
+    found.tell()
+    assert capsys.readouterr().out == "  loss               1\n"
 
 
 def test_a_wrong_recipe_and_a_wrong_engine_file_are_told_together(tmp_path: Path, shards: Path) -> None:

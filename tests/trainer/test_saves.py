@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import logging
 import os
 import shutil
@@ -26,7 +28,7 @@ from tim_ds.trainer.events import Events, read_events
 from tim_ds.trainer.loop import LossyStream, Progress
 from tim_ds.trainer.metrics import read_metrics
 from tim_ds.trainer.preview import Previews
-from tim_ds.trainer.run_folder import FolderTakenError, RunFolder
+from tim_ds.trainer.run_folder import FolderTakenError, RunFolder, held_by_this_run
 from tim_ds.trainer.saves import Saves
 from tim_ds.trainer.world import World
 
@@ -181,6 +183,21 @@ def test_the_same_folder_mounted_again_is_known_by_its_lock(
     folder._disk += 1
     folder.hold()
     assert folder._disk == tmp_path.stat().st_dev
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_trained_on_and_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    with held_by_this_run(tmp_path / "run", World()) as folder:
+        assert folder is not None
+        folder.hold()
+    [said] = [record.getMessage() for record in caplog.records]
+    assert said.startswith(f"{tmp_path / 'run'}: its file system keeps no locks") and "by nothing" in said
 
 
 def test_a_full_disk_that_holds_the_log_of_the_run_is_no_reason_to_end_it() -> None:

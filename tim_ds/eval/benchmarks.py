@@ -281,7 +281,9 @@ class Geneval(Benchmark):
         scores, details = geneval.summarise(self.results)
         found = self.calibrated
         if found is not None:
-            scores["overall_less_offset"] = (scores["overall"] or 0.0) - found.offset
+            # Of a part of the prompts, which may have a part of the tasks: the offset of that part.
+            overall, offset = scores["overall"], found.offset_of(details["by_task"])
+            scores["overall_less_offset"] = None if overall is None or offset is None else overall - offset
         per_prompt = len(pictures.names) // len(self.tasks)
         firsts = [
             next(n for n, task in enumerate(self.tasks) if task.tag == tag) for tag in details["by_task"]

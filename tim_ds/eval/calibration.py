@@ -9,7 +9,7 @@ agrees best elsewhere than at the published threshold says that its confidences 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,12 @@ class Calibration:
                 f"--calibration {path}: cannot be read ({error!r}); expected the {NUMBERS_NAME} of a run "
                 f"with --calibrate"
             ) from error
+
+    def offset_of(self, tasks: Collection[str]) -> float | None:
+        """Of an overall score over these tasks alone; None where one of them was not compared."""
+        if not set(tasks) <= self.by_task.keys():
+            return None
+        return sum(self.by_task[task]["offset"] for task in tasks) / len(tasks)
 
     def refuse_other(self, scorer: Mapping[str, Any], path: Path) -> None:
         """Raises RequestError if `scorer` is another evaluator than the one compared."""

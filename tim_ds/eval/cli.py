@@ -268,7 +268,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, evaluation in EVALUATIONS.items():
         summary = evaluation.run.__doc__
         example = f"example: python launch/evaluate.py {name} {evaluation.example}"
-        evaluation.add_arguments(commands.add_parser(name, help=summary, description=summary, epilog=example))
+        # Without abbreviations: --size A --size B, as sample.py has it, would be --sizes B.
+        evaluation.add_arguments(
+            commands.add_parser(name, help=summary, description=summary, epilog=example, allow_abbrev=False)
+        )
     options = parser.parse_args(arguments)
     EVALUATIONS[options.evaluation].run(options)
     return 0

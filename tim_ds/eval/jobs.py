@@ -4,6 +4,7 @@ before."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ SAMPLER_KEYS = {
 }
 """Settings of a line of prompts, and the fields of `SamplerConfig` that they set."""
 _STORED = (*SAMPLER_KEYS.values(), "cfg_upper", "schedule_dtype")
+_SHEET = re.compile(r"grid(_\d+)?")
+"""Names of the sheets of all pictures (`sample.GRID_NAME`)."""
 _KINDS: dict[str, tuple[type, ...]] = {
     "prompt": (str, int),
     "size": (str,),
@@ -123,9 +126,11 @@ def expand(
         seed: of the first picture; the n-th takes `seed` + n unless its line has a seed, which then counts
         up. sampler: settings that every line takes unless it has its own.
     Raises:
-        RequestError: if sizes are missing or too many, or two pictures would share a name.
+        RequestError: if sizes are missing, too many or of no use, or two pictures would share a name.
     """
     open_lines = [line for line in lines if line.size is None]
+    if sizes and not open_lines:
+        raise RequestError("--size: no use: every prompt has its own")
     if open_lines and not sizes:
         raise RequestError(f"--size: expected one, because {open_lines[0].where} has none of its own")
     if len(sizes) not in (0, 1, len(open_lines)):
@@ -141,6 +146,8 @@ def expand(
             stem = file_stem(len(jobs), line.prompt, drawn)
             if line.name is not None:
                 stem = line.name if count == 1 else f"{line.name}_{k}"
+                if _SHEET.fullmatch(stem):
+                    raise RequestError(f"{line.where}: name: {stem!r} is that of the sheet of all pictures")
             jobs.append(
                 Job(
                     stem=stem,
@@ -175,7 +182,7 @@ def _read_object(text: str, where: str) -> Line:
             kinds = " or ".join(kind.__name__ for kind in _KINDS[key])
             raise RequestError(f"{where}: {key}: expected {kinds}, received {value!r}")
     name = values.get("name")
-    if name is not None and (not name or "/" in name or name.startswith(".")):
+    if name is not None and (not name or "/" in name or "\0" in name or name.startswith(".")):
         raise RequestError(f"{where}: name: expected a plain file name, received {name!r}")
     if values.get("num", 1) < 1:
         raise RequestError(f"{where}: num: expected at least 1, received {values['num']}")
@@ -187,10 +194,19 @@ def _read_object(text: str, where: str) -> Line:
         seed=values.get("seed"),
         num=values.get("num"),
         name=name,
-        sampler={
-            name: _sampler_value(name, values[key]) for key, name in SAMPLER_KEYS.items() if key in values
-        },
+        sampler=_sampler_of(values, where),
     )
+
+
+def _sampler_of(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    try:
+        return {
+            name: _sampler_value(name, values[key]) for key, name in SAMPLER_KEYS.items() if key in values
+        }
+    except (TypeError, ValueError) as error:
+        raise RequestError(
+            f"{where}: cfg_interval: expected two numbers, received {values['cfg_interval']!r}"
+        ) from error
 
 
 def _sampler_value(name: str, value: Any) -> Any:

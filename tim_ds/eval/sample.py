@@ -131,6 +131,11 @@ def _sample(options: argparse.Namespace) -> None:
         raise RequestError(f"--num: expected at least 1, received {options.num}")
     given = {name: getattr(options, key) for key, name in SAMPLER_KEYS.items()}
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v is not None}
+    for key, name in SAMPLER_KEYS.items():
+        if name in given and all(name in line.sampler for line in lines):
+            raise RequestError(f"--{key.replace('_', '-')}: no use: every prompt has its own")
+    if options.negative_prompt is not None and not options.prompt:
+        raise RequestError("--negative-prompt: of --prompt, which is not given")
     jobs = expand(lines, options.size, num=options.num, seed=options.seed, sampler=given)
     refuse_unwritable(options.out)
     grid = _grid_path(options.out, [job.stem for job in jobs[:MAX_IN_GRID]])

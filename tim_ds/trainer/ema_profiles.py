@@ -10,13 +10,14 @@ Source: Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Di
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tim_ds.trainer.config import AverageConfig
+from tim_ds.trainer.config import AverageConfig, TrainConfig
 
 
 class Profile(NamedTuple):
@@ -52,6 +53,27 @@ def decay_at(applied_steps: int, average: AverageConfig) -> float:
         return (1.0 - 1.0 / n) ** (gamma_of(average.sigma_rel) + 1.0)
     assert average.decay is not None  # AverageConfig has one of the two
     return min(average.decay, (1 + n) / (10 + n)) if average.warmup else average.decay
+
+
+def share_of_start(average: AverageConfig, steps: int) -> float:
+    """Share of an average after so many steps that is still what it began as."""
+    if average.decay is not None and not average.warmup:
+        return average.decay**steps
+    # The first steps decide; later ones only take more away.
+    return math.prod(decay_at(n, average) for n in range(1, min(steps, 1000) + 1))
+
+
+def remark_on_start(config: TrainConfig) -> str | None:
+    """What to know of an average that is too slow for the run; None where it is not."""
+    average = config.ema.used
+    share = share_of_start(average, config.steps)
+    if share < 0.05:
+        return None
+    return (
+        f"{average.name}: {share:.0%} of the averaged weights, which are drawn with and exported, will be "
+        f"those that the run begins with: {config.steps:,} steps are few for decay {average.decay}; lower "
+        "it, or set warmup: true (train.ema.averages)"
+    )
 
 
 def step_weights(profile: Profile) -> NDArray[np.float64]:

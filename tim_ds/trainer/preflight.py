@@ -40,6 +40,7 @@ from tim_ds.trainer.agreement import DataFacts, check_parts, check_same_run
 from tim_ds.trainer.assembly import UNITS, build_root, initial_weights, prepare_of
 from tim_ds.trainer.checkpoint import SPARE_BYTES, find_checkpoints, free_bytes
 from tim_ds.trainer.ema import Ema
+from tim_ds.trainer.ema_profiles import remark_on_start
 from tim_ds.trainer.engine import (
     Engine,
     Splitter,
@@ -73,6 +74,14 @@ class Findings:
 
     lines: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    _told: bool = field(default=False, init=False)
+
+    def tell(self) -> None:
+        """Print what was found since the last time."""
+        text = "\n".join(self.lines)
+        print(text if self._told else text.lstrip("\n"), flush=True)
+        self._told = True
+        self.lines.clear()
 
     def title(self, name: str) -> None:
         self.lines += ["", name]
@@ -117,6 +126,7 @@ def check(
     on_host = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 0)
     size = world.size if launched else ranks or 1
     planned = Ranks(size, per_node or (on_host if launched else 0) or min(PER_NODE, size))
+    tried = True
     if recipe is not None:
         _look_at_recipe(found, recipe)
         index, loader = _look_at_data(found, recipe, world, planned)
@@ -127,23 +137,31 @@ def check(
         if engine_config is not None:
             images = None if loader is None else max(map(len, loader.plan.step(0).packs))
             online = None if index is None else index.online
-            _look_at_machine(found, recipe, engine_config, world, planned, images, online, run_dir, card_gib)
+            needs = _look_at_machine(
+                found, recipe, engine_config, world, planned, images, online, run_dir, card_gib
+            )
             if index is not None:
                 found.attempt(lambda: check_parts(recipe, engine_config, DataFacts.of(index)))
             if any(world.gather(found.problems)):
                 found.title("one step")
                 found.say("not taken", "because of the problems below; a check without them may find others")
             elif with_step:
-                _take_step(found, recipe, engine_config, world, planned)
+                found.title("one step")
+                tried = _has_room(found, needs, world, on_host)
+                if tried:
+                    if world.is_main:
+                        # It may take minutes, without a word.
+                        found.tell()
+                    _take_step(found, recipe, engine_config, world, planned)
     problems = list(dict.fromkeys(p for part in world.gather(found.problems) for p in part))
     if world.is_main:
-        print("\n".join(found.lines).lstrip("\n"))
+        found.tell()
         if problems:
             print(f"\n{len(problems)} problem{'s' if len(problems) > 1 else ''}:", file=sys.stderr)
             for problem in problems:
                 print(textwrap.indent(problem, "  "), file=sys.stderr)
         else:
-            print("\nno problems: the run can begin")
+            print("\nno problems: the run can begin" if tried else "\nno problems; the step is untried")
     stop_world(world)
     return 2 if problems else 0
 
@@ -157,6 +175,8 @@ def _look_at_recipe(found: Findings, recipe: Recipe) -> None:
         "precision",
         f"{config.precision}, activation checkpointing {str(config.activation_checkpointing).lower()}",
     )
+    if (remark := remark_on_start(config)) is not None:
+        found.say("average", remark)
     if config.init_from is not None:
         found.say(
             "starts from", f"{config.init_from}{' with adapters' if config.adapter is not None else ''}"
@@ -439,7 +459,7 @@ def _look_at_machine(
     online: Collection[str] | None,
     run_dir: Path | None,
     card_gib: float | None,
-) -> None:
+) -> MemoryEstimate | None:
     """Memory for packs of so many images, of which the shards leave that to encode; None: where the data are
     not known, of 1024 x 1024 pixels each, with all encoders that the recipe may run."""
     config = recipe.train
@@ -453,7 +473,7 @@ def _look_at_machine(
         lambda: estimate(recipe, engine_config, planned, image_tokens=tokens, online=online)
     )
     if merged is None or needs is None:
-        return
+        return needs
     found.title("engine and memory")
     found.say(
         "ZeRO stage", f"{zero_stage(merged)}, {merged['gradient_accumulation_steps']} micro-steps a step"
@@ -487,6 +507,24 @@ def _look_at_machine(
             "loader processes are part of it (table above)"
         )
     _look_at_disk(found, recipe, needs, run_dir)
+    return needs
+
+
+def _has_room(found: Findings, needs: MemoryEstimate | None, world: World, on_host: int) -> bool:
+    """Whether the step can be tried: a machine without a GPU would kill what takes all of its memory. The
+    same on every rank."""
+    room = available_bytes()
+    if world.device.type != "cpu" or needs is None or room is None:
+        return True
+    wanted = needs.device_bytes * max(1, on_host)
+    if any(world.gather(wanted > room)):
+        found.say(
+            "not tried",
+            f"without a GPU the machine would have to hold {wanted / GIB:.1f} GiB and more, {room / GIB:.1f} "
+            "are available; a smaller data.tokens_per_pack, or smaller pictures, take less",
+        )
+        return False
+    return True
 
 
 def _look_at_disk(found: Findings, recipe: Recipe, needs: MemoryEstimate, run_dir: Path | None) -> None:
@@ -538,7 +576,6 @@ def _take_step(
     found: Findings, recipe: Recipe, engine_config: dict[str, Any], world: World, planned: Ranks
 ) -> None:
     """One step of the real network on the real device with the first data, as a rank of the run takes it."""
-    found.title("one step")
     if world.size == 1:
         # What one of the ranks does; whole states instead of a share of them.
         packs = recipe.data.packs_per_step // planned.size

@@ -46,6 +46,7 @@ from tim_ds.trainer.checkpoint import (
 from tim_ds.trainer.config import EmaConfig
 from tim_ds.trainer.drawing import drawing_pipeline, prepare_captions
 from tim_ds.trainer.ema import Ema, piece_kind
+from tim_ds.trainer.ema_profiles import remark_on_start
 from tim_ds.trainer.engine import (
     STATE_KEYS,
     Engine,
@@ -102,6 +103,8 @@ def train(
     watch = watch or Watch()
     watch.enter("data")
     engine_config, data = world.together(lambda: _read(recipe, engine_file, world), (TimError, DataError))
+    if world.is_main and (remark := remark_on_start(recipe.train)) is not None:
+        logger.warning(remark)
     with held_by_this_run(run_dir, world) as run_folder:
         folder = CheckpointFolder(
             run_dir / CHECKPOINTS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -16,6 +17,9 @@ from tim_ds.trainer.world import World
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
+
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""What a file system without locks says: Lustre and NFS may be mounted so."""
 
 
 class FolderTakenError(CheckpointError):
@@ -83,6 +87,14 @@ class RunFolder:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            if error.errno in _NO_LOCKS:
+                logger.warning(
+                    "%s: its file system keeps no locks (%s): a second process is kept from training there "
+                    "by nothing",
+                    self.path,
+                    error.strerror,
+                )
+                return lock
             os.close(lock)
             if isinstance(error, BlockingIOError):
                 raise FolderTakenError(
