@@ -74,8 +74,8 @@ AVERAGES = (
     "train.ema={use: main, averages: [{name: fast, decay: 0.5}, {name: main, decay: 0.9}, "
     "{name: narrow, sigma_rel: 0.1}, {name: wide, sigma_rel: 0.25}], snapshots: {every_steps: 1}}"
 )
-# Short enough for a run that stops after its first step.
-ELSEWHERE = ("train.optimizer.warmup_steps=0",)
+# Short enough for a run that stops after its first step; a decay that shows in a few; a teacher.
+ELSEWHERE = ("train.optimizer.warmup_steps=0", "train.optimizer.weight_decay=0.3", GUIDED)
 GATHERS = {"count": 0, "elements": 0}
 
 
@@ -160,6 +160,8 @@ def train_every_stage(world: World, folder: Path, shards: Path, poisoned: Path) 
     if world.size > 1:
         recomputed = "train.activation_checkpointing=true"
         variants["zero3_recomputed"] = (3, (recomputed,), {})
+        for stage in (0, 2):
+            variants[f"zero{stage}_single"] = (stage, ("data.packs_per_step=2", recomputed), {})
         variants.update({f"zero{stage}_paired": (stage, (PAIRED,), {}) for stage in range(4)})
         variants["zero3_paired_recomputed"] = (3, (PAIRED, recomputed), {})
         for stage in (0, 1, 3):
@@ -693,10 +695,22 @@ def gather_little(world: World, folder: Path, shards: Path, poisoned: Path) -> d
             except CheckpointError as error:
                 refusals.append(str(error))
 
-    found: dict[str, Any] = {}
+    class Entered(Engine):
+        """Takes note of whether the weights are split before DeepSpeed sees the network."""
+
+        def __init__(self, module: Any, *arguments: Any, **named: Any) -> None:
+            split.append(all(hasattr(p, "ds_tensor") for p in module.parameters()))
+            super().__init__(module, *arguments, **named)
+
+    split: list[bool] = []
+    found: dict[str, Any] = {"split": split}
     for stage in (1, 2, 3):
         file = shared_engine_file(world, folder, stage, **(TIGHT if stage == 3 else {}))
-        with patch.object(Loop, "_on_average", look), patch.object(run_module, "export", export):
+        with (
+            patch.object(Loop, "_on_average", look),
+            patch.object(run_module, "export", export),
+            patch.object(run_module, "Engine", Entered),
+        ):
             train(settings, folder / f"zero{stage}", file, world, watch=watch)
         found[f"zero{stage}"] = {"peaks": dict(peaks), "moves": dict(moves)}
     network: Any = build_root(settings, 1).network
