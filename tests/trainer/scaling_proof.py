@@ -83,24 +83,26 @@ def measure(cluster: Cluster, stage: str, mbit: float, repetitions: int, out: Pa
 
 
 def pooled(rounds: Sequence[Pieces]) -> Pieces:
-    """Of all rounds, the lower fifth of the repetitions: where others use the machine, time is only added."""
+    """Medians over the rounds."""
 
-    def quiet(parts: Sequence[Seconds]) -> Seconds:
-        low = statistics.median(part.p20 for part in parts)
-        return Seconds(low, low, low, sum(part.repetitions for part in parts))
+    def median(parts: Sequence[Seconds]) -> Seconds:
+        middle = {
+            name: statistics.median(getattr(part, name) for part in parts) for name in ("p20", "p50", "p80")
+        }
+        return Seconds(**middle, repetitions=sum(part.repetitions for part in parts))
 
     steps = [
         Step(
             same[0].packs,
-            quiet([step.whole for step in same]),
-            quiet([step.alone for step in same]),
-            quiet([step.wire for step in same]),
+            median([step.whole for step in same]),
+            median([step.alone for step in same]),
+            median([step.wire for step in same]),
             same[0].sent,
         )
         for same in zip(*(one.steps for one in rounds), strict=True)
     ]
     collectives: list[Collective] = [
-        replace(same[0], seconds=quiet([one.seconds for one in same]))
+        replace(same[0], seconds=median([one.seconds for one in same]))
         for same in zip(*(one.collectives for one in rounds), strict=True)
     ]
     return replace(rounds[0], steps=tuple(steps), collectives=tuple(collectives))

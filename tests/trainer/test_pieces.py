@@ -152,6 +152,11 @@ def test_overlap_is_between_nothing_and_everything() -> None:
             replace(step, whole=exactly(step.alone.p50 + step.packs * exposed)) for step in pieces.steps
         )
         assert replace(pieces, steps=steps).overlap == pytest.approx(expected)
+    # On a slow wire no more can be hidden than is computed, of which a quarter is here.
+    steps = tuple(
+        replace(step, wire=exactly(9.0), whole=exactly(9.0 + 0.75 * step.alone.p50)) for step in pieces.steps
+    )
+    assert replace(pieces, steps=steps).overlap == pytest.approx(0.25)
     assert pieces_of(1, 1).overlap is None
 
 

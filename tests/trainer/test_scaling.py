@@ -118,6 +118,11 @@ def test_what_is_exposed_is_what_neither_overlap_nor_computation_hides() -> None
     assert exposed(0.75, 1e12) == pytest.approx(0.25)
     assert exposed(1.0, 1e12) == 0
     assert exposed(1.0, 1e30) == pytest.approx(1.0)
+    pack = even_pack(RECIPE)
+    slow = replace(HARDWARE, within=even_links(1e8), between=even_links(1e8))
+    row = scale(RECIPE, engine("zero3"), slow, Ranks(64, 8), packs_per_gpu=1, pack=pack)
+    assert row.communication_s > 10 * row.compute_s
+    assert row.communication_s - row.exposed_s == pytest.approx(0.5 * row.compute_s)
 
 
 def test_the_command_prints_a_model_with_its_inputs(capsys: pytest.CaptureFixture[str]) -> None:

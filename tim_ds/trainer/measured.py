@@ -155,12 +155,13 @@ class Pieces:
 
     @property
     def overlap(self) -> float | None:
-        """Share of the communication that passed behind computation, over all steps; None for one rank. Less
-        than 0 would be communication that costs more than by itself: none passed."""
-        wire = sum(step.wire.p50 for step in self.steps)
-        if self.ranks == 1 or wire <= 0:
+        """Share of what can pass behind computation, the shorter of communication and computation, that did,
+        over all steps; None for one rank. Beyond 0 and 1 there is only noise."""
+        possible = sum(min(step.wire.p50, step.alone.p50) for step in self.steps)
+        if self.ranks == 1 or possible <= 0:
             return None
-        return min(1.0, max(0.0, 1.0 - sum(step.exposed_s for step in self.steps) / wire))
+        hidden = sum(step.wire.p50 - step.exposed_s for step in self.steps)
+        return min(1.0, max(0.0, hidden / possible))
 
     def links(self, scope: Scope) -> dict[Kind, Link]:
         """Of each kind that was measured there: latency from the smallest tensor, bandwidth from the rest of

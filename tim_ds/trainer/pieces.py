@@ -64,6 +64,8 @@ WARM_UPS = 3
 LEAST_REPETITIONS = 3
 COLLECTIVE_S = 2.0
 """About how long one collective is repeated."""
+SCHEDULE = Path("/proc/thread-self/schedstat")
+"""Of Linux: nanoseconds that a thread ran, and that it waited for a core."""
 
 
 class Call(NamedTuple):
@@ -339,14 +341,32 @@ def _check_numbers(recipe: Recipe, image_tokens: int | None, packs: Sequence[int
         raise RequestError("\n".join(problems))
 
 
-def _clock(world: World, action: Callable[[], object]) -> float:
-    """Seconds of an action that all ranks begin together, of the rank that took longest."""
+def _clock(world: World, action: Callable[[], object], *, apart: bool = False) -> float:
+    """Seconds of an action that all ranks begin together, of the rank that took longest.
+
+    On a CPU, time in which a rank could have run and others had its core is taken off: of the rank that lost
+    most, since the others wait for it meanwhile, or of each its own where they work `apart`.
+    """
     _wait(world)
     world.barrier()
-    start = time.perf_counter()
+    start, queued_s = time.perf_counter(), _queued_s(world)
     action()
     _wait(world)
-    return max(world.gather(time.perf_counter() - start))
+    every = world.gather((time.perf_counter() - start, _queued_s(world) - queued_s))
+    if apart:
+        return max(taken - lost for taken, lost in every)
+    return max(taken for taken, _ in every) - max(lost for _, lost in every)
+
+
+def _queued_s(world: World) -> float:
+    """Seconds that this thread has waited for a core so far; 0 for a device of its own, and where the system
+    does not tell."""
+    if world.device.type != "cpu":
+        return 0.0
+    try:
+        return 1e-9 * int(SCHEDULE.read_text().split()[1])
+    except OSError:
+        return 0.0
 
 
 def _wait(world: World) -> None:
@@ -386,7 +406,7 @@ def _measure_steps(
         for _ in range(repetitions):
             for count in packs:
                 with wire.cut():
-                    taken = _clock(world, lambda count=count: trial.step(count))
+                    taken = _clock(world, lambda count=count: trial.step(count), apart=True)
                 times.setdefault((count, "alone"), []).append(taken)
                 taken = _clock(world, lambda count=count: trial.step(count))
                 times.setdefault((count, "whole"), []).append(taken)

@@ -63,7 +63,7 @@ class Hardware:
     between: Links
     """Collectives over nodes: what a node sends, all its network cards together."""
     overlap: float
-    """Share of the communication that can pass behind computation, 0 to 1."""
+    """Share of what can pass behind computation, the shorter of both, that does: 0 to 1."""
     update_s: float = 0.0
     """Of optimiser and averages on a GPU that updates all parameters, where `flops_per_s` leaves it out."""
 
@@ -282,7 +282,7 @@ def scale(
                 f"give {option}, or --measured with a file of machines where it was measured"
             )
         communication_s += links[part.kind].seconds(part)
-    hidden_s = min(hardware.overlap * communication_s, compute_s)
+    hidden_s = hardware.overlap * min(communication_s, compute_s)
     images = packs_per_gpu * ranks.size * len(pack.image_lengths)
     alone_s = packs_s + hardware.update_s
     return Scaled(ranks, images, alone_s, compute_s, communication_s, communication_s - hidden_s, volume)
@@ -441,7 +441,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mfu", type=float, help="share of the peak that a step reaches on one GPU, 0 to 1")
     parser.add_argument("--intra-gbs", type=float, help="GB/s a GPU sends within its node")
     parser.add_argument("--inter-gbs", type=float, help="GB/s a node sends to other nodes")
-    parser.add_argument("--overlap", type=float, help="share of communication that passes behind computation")
+    parser.add_argument("--overlap", type=float, help="share of what can pass behind computation that does")
     parser.add_argument("--message-us", type=float, help="latency of a ring's message (as measured, or 0)")
     parser.add_argument(
         "--packs-per-gpu",
