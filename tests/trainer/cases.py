@@ -46,6 +46,7 @@ from tim_ds.trainer.ema import Ema
 from tim_ds.trainer.engine import (
     Engine,
     Splitter,
+    collectives_through,
     merge_config,
     read_engine_file,
     start_world,
@@ -56,6 +57,7 @@ from tim_ds.trainer.in_step import InStep
 from tim_ds.trainer.loop import Loop
 from tim_ds.trainer.memory import Ranks, estimate
 from tim_ds.trainer.metrics import METRICS_FILE
+from tim_ds.trainer.pieces import Trial, Wire, measure
 from tim_ds.trainer.preview import describe_export
 from tim_ds.trainer.run import train
 from tim_ds.trainer.scaling import step_volume
@@ -74,8 +76,8 @@ AVERAGES = (
     "train.ema={use: main, averages: [{name: fast, decay: 0.5}, {name: main, decay: 0.9}, "
     "{name: narrow, sigma_rel: 0.1}, {name: wide, sigma_rel: 0.25}], snapshots: {every_steps: 1}}"
 )
-# Short enough for a run that stops after its first step.
-ELSEWHERE = ("train.optimizer.warmup_steps=0",)
+# Short enough for a run that stops after its first step; a decay that shows in a few; a teacher.
+ELSEWHERE = ("train.optimizer.warmup_steps=0", "train.optimizer.weight_decay=0.3", GUIDED)
 GATHERS = {"count": 0, "elements": 0}
 
 
@@ -160,6 +162,8 @@ def train_every_stage(world: World, folder: Path, shards: Path, poisoned: Path) 
     if world.size > 1:
         recomputed = "train.activation_checkpointing=true"
         variants["zero3_recomputed"] = (3, (recomputed,), {})
+        for stage in (0, 2):
+            variants[f"zero{stage}_single"] = (stage, ("data.packs_per_step=2", recomputed), {})
         variants.update({f"zero{stage}_paired": (stage, (PAIRED,), {}) for stage in range(4)})
         variants["zero3_paired_recomputed"] = (3, (PAIRED, recomputed), {})
         for stage in (0, 1, 3):
@@ -693,10 +697,22 @@ def gather_little(world: World, folder: Path, shards: Path, poisoned: Path) -> d
             except CheckpointError as error:
                 refusals.append(str(error))
 
-    found: dict[str, Any] = {}
+    class Entered(Engine):
+        """Takes note of whether the weights are split before DeepSpeed sees the network."""
+
+        def __init__(self, module: Any, *arguments: Any, **named: Any) -> None:
+            split.append(all(hasattr(p, "ds_tensor") for p in module.parameters()))
+            super().__init__(module, *arguments, **named)
+
+    split: list[bool] = []
+    found: dict[str, Any] = {"split": split}
     for stage in (1, 2, 3):
         file = shared_engine_file(world, folder, stage, **(TIGHT if stage == 3 else {}))
-        with patch.object(Loop, "_on_average", look), patch.object(run_module, "export", export):
+        with (
+            patch.object(Loop, "_on_average", look),
+            patch.object(run_module, "export", export),
+            patch.object(run_module, "Engine", Entered),
+        ):
             train(settings, folder / f"zero{stage}", file, world, watch=watch)
         found[f"zero{stage}"] = {"peaks": dict(peaks), "moves": dict(moves)}
     network: Any = build_root(settings, 1).network
@@ -787,6 +803,14 @@ def count_traffic(world: World, folder: Path, shards: Path, poisoned: Path) -> d
         "zero3_guided": (3, (GUIDED,), whole),
         "zero3_kept": (3, (), {"stage3_param_persistence_threshold": 0}),
         "zero3_nodes": (3, (), {**whole, "zero_hpz_partition_size": 2}),
+        "zero3_small": (3, (), {**TIGHT, "stage3_param_persistence_threshold": 500}),
+        "zero3_small_guided": (3, (GUIDED,), {**TIGHT, "stage3_param_persistence_threshold": 500}),
+        # 45,000 parameters.
+        "zero3_ahead": (
+            3,
+            ("model.depth=8", "data.packs_per_step=2"),
+            {**whole, "stage3_max_live_parameters": 20_000, "stage3_prefetch_bucket_size": 2_000},
+        ),
     }
     found = {}
     for name, (stage, overrides, zero) in variants.items():
@@ -805,6 +829,37 @@ def count_traffic(world: World, folder: Path, shards: Path, poisoned: Path) -> d
         file = read_engine_file(shared_engine_file(world, folder, stage, **zero))
         volume = step_volume(settings, file, Ranks(world.size, world.size), packs)
         found[name] = (wire.sent, volume.everywhere + volume.in_node)
+    return found
+
+
+def measure_pieces(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[str, Any]:
+    """The pieces of a step, and steps whose wire is cut."""
+    found: dict[str, Any] = {"stored": []}
+    for stage, overrides in ((2, (GUIDED,)), (3, ())):
+        settings = recipe(shards, *overrides, "data.text_encoder.max_tokens=2")
+        engine = read_engine_file(shared_engine_file(world, folder, stage))
+        pieces = measure(settings, engine, world, image_tokens=6, repetitions=3)
+        path = folder / f"{world.rank}_{stage}.json"
+        pieces.store(path)
+        modelled = [step_volume(settings, engine, Ranks(2, 2), step.packs) for step in pieces.steps]
+        found["stored"].append((path, [volume.everywhere for volume in modelled]))
+    wire = Wire(fills=True)
+
+    def wrap(backend: Any) -> Wire:
+        wire.backend = backend
+        return wire
+
+    with collectives_through(wrap):
+        trial = Trial(settings, engine, world, wire, image_tokens=6)
+        for _ in range(2):
+            trial.step(1)
+        before = masters(trial.engine)
+        with wire.cut():
+            # Nobody waits: the ranks take different numbers of steps.
+            for _ in range(1 + world.rank):
+                trial.step(1)
+        trial.step(1)
+        found["kept"] = all(torch.equal(before[name], value) for name, value in masters(trial.engine).items())
     return found
 
 
@@ -1157,6 +1212,7 @@ CASES: dict[str, Callable[[World, Path, Path, Path], Any]] = {
         gather_little,
         watch_trace,
         count_traffic,
+        measure_pieces,
         refresh_teacher,
         meet_poison,
         meet_poisoned_gradient,

@@ -62,6 +62,13 @@ def test_every_arrangement_trains_like_a_plain_loop(
     check_same(Path(groups.results(world_size, "train_every_stage")[0][variant]), plain)
 
 
+@pytest.mark.parametrize("stage", [0, 2])
+def test_one_pack_a_rank_and_step_trains_like_a_plain_loop(groups: Groups, shards: Path, stage: int) -> None:
+    """Nothing is accumulated. Blocks are computed again, too."""
+    run = Path(groups.results(2, "train_every_stage")[0][f"zero{stage}_single"])
+    check_same(run, train_plainly(recipe(shards, "data.packs_per_step=2")))
+
+
 @pytest.fixture(scope="module")
 def uneven_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_data(tmp_path_factory.mktemp("data") / "uneven", sizes=UNEVEN_SIZES)

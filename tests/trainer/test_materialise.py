@@ -28,6 +28,12 @@ def test_fresh_and_exported_weights_differ(groups: Groups) -> None:
     assert any(not torch.equal(fresh[name], exported[name]) for name in fresh)
 
 
+def test_a_run_splits_its_weights_before_there_is_an_engine(groups: Groups) -> None:
+    """DeepSpeed would split a whole network too."""
+    for found in groups.results(2, "gather_little"):
+        assert found["split"] == [False, False, True], "stages 1, 2 and 3"
+
+
 @pytest.mark.parametrize("start", ["fresh", "exported"])
 def test_no_rank_holds_more_than_its_pieces_and_one_parameter(groups: Groups, start: str) -> None:
     for found in groups.results(2, "hold_little"):

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.data_pipeline.tiny_models import save_autoencoders, save_gemma
 from tests.trainer.ranks import engine_file, run_ranks
@@ -48,6 +49,14 @@ def test_a_check_says_what_will_happen_takes_a_step_and_writes_nothing(tmp_path:
     assert "16 of 16 samples" in printed and "26,492 trained parameters, 2 GPUs" in printed
     assert re.search(r"memory +for packs of \d+ images, as in the fullest of the first step", printed)
     assert "every 100 steps, 1 in the run" in printed and "4x6  a cat" in printed
+    if not torch.cuda.is_available():
+        total = re.search(r"total +([\d.]+) +([\d.]+)", printed)
+        on_host = re.search(
+            r"no GPU here +the column is that of a run on GPUs.* at least ([\d.]+) GiB", printed
+        )
+        assert total is not None and on_host is not None
+        # Both columns, less what is assumed for CUDA.
+        assert float(on_host[1]) == pytest.approx(float(total[1]) + float(total[2]) - 1.25, abs=0.02)
     assert "gradient norm" in printed and "no problems: the run can begin" in printed
     assert "no problems" not in (out / "output_1.txt").read_text(), "one rank prints"
 

@@ -168,7 +168,8 @@ def test_a_run_continues_on_other_ranks_and_stages(tmp_path: Path, shards: Path,
     plain = train_plainly(recipe(shards, *ELSEWHERE, f"train.steps={steps_in_all}"))
     lines = read_metrics(folder / "run")
     assert [line["step"] for line in lines] == list(range(1, steps_in_all + 1))
-    # The settings of the parameter group, which an engine's own checkpoint would carry, are the recipe's.
+    # The settings of the parameter group, which an engine's own checkpoint would carry, are the recipe's: the
+    # rate, and by the weights below AdamW's betas, epsilon and decay, none of which is PyTorch's default.
     assert {line["lr"] for line in lines} == {recipe(shards).train.optimizer.lr}
     # As in test_arrangements: float32 sums in another order.
     assert [line["denoising"] for line in lines] == pytest.approx(plain.denoising, rel=1e-5)

@@ -1,10 +1,10 @@
 """Gives the parameters of a root module that was built on the meta device their values, one at a time.
 
-Under ZeRO-3 a parameter is split among the ranks as soon as it has its value, so that no rank ever holds more
-than one whole parameter beside its own pieces. `deepspeed.zero.Init` as a context would do so too, but at the
-end of each module's constructor: the values would be those that the constructors draw, from one generator in
-their order, and the network's own initialisation would have to gather everything again. Here the value of a
-parameter depends on its name alone, so all stages begin with the same bits.
+Under ZeRO-3 `deepspeed.zero.Init` (`engine.Splitter`) splits a parameter among the ranks as soon as it has
+its value, so that no rank ever holds more than one whole parameter beside its own pieces. As a context it
+would do so too, but at the end of each module's constructor: the values would be those that the constructors
+draw, from one generator in their order, and the network's own initialisation would have to gather everything
+again. Here the value of a parameter depends on its name alone, so all stages begin with the same bits.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ from tim_ds.trainer.flops import PackShape
 from tim_ds.trainer.host_copy import available_bytes
 from tim_ds.trainer.inputs import StepInputs
 from tim_ds.trainer.meeting import START_WITHIN_S
-from tim_ds.trainer.memory import GIB, MemoryEstimate, Ranks, estimate
+from tim_ds.trainer.memory import GIB, RUNTIME_BYTES, MemoryEstimate, Ranks, estimate
 from tim_ds.trainer.preview import describe_export
 from tim_ds.trainer.run import CHECKPOINTS
 from tim_ds.trainer.scaling import expected_flops
@@ -487,6 +487,13 @@ def _look_at_machine(
         else f"for packs of {images:,} images, as in the fullest of the first step",
     )
     found.lines += [f"  {line}".rstrip() for line in needs.table(card_gib).splitlines()]
+    if world.device.type != "cuda":
+        on_host = needs.device_bytes - RUNTIME_BYTES + needs.host_bytes
+        found.say(
+            "no GPU here",
+            f"the column is that of a run on GPUs. On a CPU both are host memory, without CUDA: at least "
+            f"{on_host / GIB:.2f} GiB a rank (plain operations keep more than the kernels)",
+        )
     if card_gib is not None and needs.fits(card_gib) is False:
         found.problems.append(
             f"memory: a rank needs {needs.device_bytes / GIB:.1f} GiB (+- {needs.device_spread / GIB:.1f}) "
