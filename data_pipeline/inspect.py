@@ -140,14 +140,19 @@ def _recipe(
         model.append(f"  text_dim: {index.text_width}")
     else:
         model.append(f"  num_classes: {index.num_classes}")
-    data = [f"  shards: {json.dumps(str(index.folder))}"]
+    data = [f"  shards: {_quoted(str(index.folder))}"]
     if kept_in is not None:
-        data.append(f"  index: {json.dumps(kept_in)}")
+        data.append(f"  index: {_quoted(kept_in)}")
     data += [f"  tokens_per_pack: {tokens_per_pack}", f"  packs_per_step: {packs_per_step}"]
     if index.online:
         data.append("  encode_online: true")
     data += _encoders(_places(index.folder, kept_in))
     return ["model:", *model, "data:", *data]
+
+
+def _quoted(path: str) -> str:
+    # As it is: the halves that JSON makes of a character beyond 16 bits are none to YAML.
+    return json.dumps(path, ensure_ascii=False)
 
 
 def _encoders(places: Sequence[str]) -> list[str]:
@@ -160,7 +165,7 @@ def _encoders(places: Sequence[str]) -> list[str]:
             plain = asdict(kinds[name](kind=values["kind"], path=values.get("path")))
             lines.append(f"  {name}:")
             lines += [
-                f"    {key}: {json.dumps(value) if key == 'path' else value}"
+                f"    {key}: {_quoted(value) if key == 'path' else value}"
                 for key, value in values.items()
                 if key == "kind" or value != plain[key] or (key == "path" and value is not None)
             ]

@@ -29,6 +29,7 @@ MISTAKES = {
     "tim_ds.trainer.bench.__main__": ["--render", "nowhere.json"],
     "tim_ds.trainer.export": ["nowhere", "--out", "out"],
     "tim_ds.trainer.memory": [RECIPE, "--ds", "nowhere.json", "--gpus", "1"],
+    "tim_ds.trainer.pieces": ["nowhere.yaml", "--ds", "nowhere.json", "--out", "out"],
     "tim_ds.trainer.post_hoc": ["nowhere", "--sigma-rel", "0.1"],
     "tim_ds.trainer.report": ["nowhere"],
     "tim_ds.trainer.scaling": [

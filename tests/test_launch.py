@@ -130,7 +130,7 @@ class TestSample:
         for out in (tmp_path / "file", tmp_path / "file" / "inside"):
             assert sample([*words, str(out)]) == 2
             assert f"{tmp_path / 'file'} is not a folder" in capsys.readouterr().err
-        monkeypatch.setattr("tim_ds.pipeline.os.access", lambda path, mode: False)
+        monkeypatch.setattr("tim_ds.pipeline.files.os.access", lambda path, mode: False)
         assert sample([*words, str(tmp_path / "new" / "deeper")]) == 2
         assert f"{tmp_path} cannot be written to" in capsys.readouterr().err
 

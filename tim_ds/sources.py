@@ -27,7 +27,7 @@ from tim_ds.model.export_folder import (
     meta_network,
     read_export,
 )
-from tim_ds.model.weights import check_weights
+from tim_ds.model.weights import check_weights, sha256
 
 MANIFEST = "manifest.json"
 _LATEST = Path("checkpoints", "latest")
@@ -64,7 +64,7 @@ def read_source(path: str | os.PathLike[str]) -> Source:
     if path.is_file():
         export, state = read_released(path)
         check_weights(meta_network(export.model).state_dict(), state, source=f"{path}: {export.source.name}")
-        return Source(export, state, _sha256(path))
+        return Source(export, state, sha256(path))
     if (path / MANIFEST).is_file():
         return _read_checkpoint(path)
     if not (path / EXPORT_FILE).exists():
@@ -73,7 +73,7 @@ def read_source(path: str | os.PathLike[str]) -> Source:
         elif (path / _LATEST).is_file():
             return _read_checkpoint(path / _LATEST.parent / (path / _LATEST).read_text().strip())
     export, state = read_export(path)
-    return Source(export, state, _sha256(path / WEIGHTS_FILE))
+    return Source(export, state, sha256(path / WEIGHTS_FILE))
 
 
 def _read_checkpoint(folder: Path) -> Source:
@@ -133,11 +133,3 @@ def _pieces(file: Path, prefix: str) -> list[tuple[str, int, Tensor]]:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: not a readable checkpoint file ({error})") from error
     return [(match[1], int(match[2]), values.float()) for match, values in found if match is not None]
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()

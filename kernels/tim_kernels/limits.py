@@ -60,11 +60,6 @@ class Device:
     programs: int = 32
 
     @property
-    def bytes_per_cycle(self) -> float:
-        """That one SM has to move in a cycle."""
-        return self.bandwidth / self.sms / self.hertz
-
-    @property
     def bytes_in_flight(self) -> float:
         """That one SM must have under way, reads and writes together (Little's law)."""
         return self.bandwidth * self.latency / self.sms

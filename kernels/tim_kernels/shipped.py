@@ -28,6 +28,16 @@ _INT32_POINTERS = ("chunks_ptr", "first_chunk_ptr", "tiles_ptr")
 _COEFFICIENTS = ("alpha_hat", "sigma_hat", "b_over_db", "d_alpha_hat", "d_sigma_hat")
 _TERMS = ("count", "denoising", "directional")
 
+LOSS_FORMS = (
+    (32, 32, False, True),
+    (32, 32, True, True),
+    (32, 32, False, False),
+    (16, 4, False, True),
+    (16, 4, True, True),
+    (64, 4, False, True),
+)
+"""(channels of a token, of a cell, whether the target is guided, whether there is a directional term)."""
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -322,14 +332,7 @@ def _transition_loss() -> list[Variant]:
     """
     name = "transition_loss"
     found = []
-    for width, cell, guided, directional in (
-        (32, 32, False, True),
-        (32, 32, True, True),
-        (32, 32, False, False),
-        (16, 4, False, True),
-        (16, 4, True, True),
-        (64, 4, False, True),
-    ):
+    for width, cell, guided, directional in LOSS_FORMS:
         label = f"{width} channels" if cell == width else f"{width} channels, {cell} a cell"
         options = loss.cell_options(width, cell)
         if directional and not guided:

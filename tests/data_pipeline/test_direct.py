@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from data_pipeline import loader as loader_module
+from data_pipeline import packs as packs_module
 from data_pipeline import storage as storage_module
 from data_pipeline.batch import PackedBatch
 from data_pipeline.errors import DataError
@@ -73,7 +73,7 @@ def test_packs_are_those_that_are_read_sample_by_sample(tmp_path, monkeypatch, d
         patch.setattr(ShardReader, "read_all", lambda *_: pytest.fail("a sample was read as a whole"))
         direct = packs_of(folder)
     assert {b.epoch for b in direct} >= {0, 1}
-    monkeypatch.setattr(loader_module, "open_direct", lambda _: None)
+    monkeypatch.setattr(packs_module, "open_direct", lambda _: None)
     assert_same(packs_of(folder), direct)
 
 
@@ -143,7 +143,7 @@ def test_a_checksum_vouches_for_the_size(tmp_path):
     height, width = (index.columns[name] for name in ("height", "width"))
     height[0], width[0] = width[0], height[0]
     reader = ShardReader(index)
-    direct = loader_module.open_direct(reader)
+    direct = packs_module.open_direct(reader)
     assert direct is not None
     assert direct.latents(np.array([1, 2]), np.array([False, True])) is not None
     assert direct.latents(np.array([1, 0]), np.array([False, False])) is None
@@ -159,7 +159,7 @@ def test_latents_of_two_types_are_read_sample_by_sample(tmp_path):
     write_tar(tmp_path / "s.tar", members)
     build_index(tmp_path, progress=False).save()
     index = load_index(tmp_path)
-    assert index.latent_dtype == "" and loader_module.open_direct(ShardReader(index)) is None
+    assert index.latent_dtype == "" and packs_module.open_direct(ShardReader(index)) is None
     config = data_config(tmp_path, text_encoder=None, packs_per_step=1)
     (batch,) = next(iter(build_loader(config, patch_size=1, num_steps=1)))
     assert torch.equal(batch.latents_TC, torch.ones(8, CHANNELS))

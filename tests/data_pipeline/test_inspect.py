@@ -62,7 +62,8 @@ def test_class_data_are_described(class_folder, capsys):
 def test_the_printed_settings_are_a_recipe_that_the_shards_agree_with(
     kind, folder, class_folder, tmp_path, capsys
 ):
-    shards = folder if kind == "text" else class_folder
+    shards = tmp_path / "größe 📷: a 'b' # c"
+    shards.symlink_to(folder if kind == "text" else class_folder)
     assert inspect.main([str(shards), "--no-sheet", "--packs-per-step", "2"]) == 0
     printed = capsys.readouterr().out.split("\nmodel:\n", 1)[1]
     lines = ["model:", "  hidden_size: 32", "  depth: 2", "  num_heads: 4", printed.rstrip()]

@@ -28,6 +28,14 @@ from data_pipeline.loader import build_loader
 from data_pipeline.reader import ShardReader
 from data_pipeline.resolution import SizeRules, fit
 from data_pipeline.schema import decode_tensor, decode_tensors, take_variants
+from data_pipeline.sources.item import (
+    BAD_CAPTION,
+    BAD_LATENT,
+    ESCAPES,
+    MISSING,
+    NO_PICTURE,
+    UNREADABLE,
+)
 from tests.data_pipeline import odd_pictures, source_folders
 from tests.data_pipeline.tiny_models import save_autoencoders, save_gemma, save_t5
 
@@ -195,7 +203,7 @@ def test_stored_latents_keep_their_mirror_image_and_label(models, tmp_path):
     options = ["--autoencoder", "sd_vae", "--autoencoder-path", str(models / "sd_vae"), "--num-classes", "10"]
     assert run(source, out, *options, "--max-drop-share", "0.5") == 0
     manifest = manifest_of(out)
-    assert manifest["report"]["dropped"] == {sources.BAD_LATENT: 1}
+    assert manifest["report"]["dropped"] == {BAD_LATENT: 1}
     assert "mirror" in manifest["augmentation"]
     index = load_index(out)
     assert (index.num_classes, len(index)) == (10, 7)
@@ -326,7 +334,7 @@ def test_odd_captions_follow_the_rules(tmp_path, caplog):
     share = ["--max-drop-share", "0.9"]
     assert run(source, tmp_path / "out", *PIXELS, *WORDS, *share, "--max-caption-characters", "100") == 0
     report = manifest_of(tmp_path / "out")["report"]
-    assert report["dropped"] == {"empty caption": 1, "no caption": 1, sources.BAD_CAPTION: 1}
+    assert report["dropped"] == {"empty caption": 1, "no caption": 1, BAD_CAPTION: 1}
     assert report["notes"]["caption cut"] == 1
     assert "caption of 100001 characters cut to 100" in caplog.text
     found = {meta["source"]: meta["caption"] for meta in metas(tmp_path / "out")}
@@ -350,8 +358,8 @@ def test_paths_that_leave_the_source_are_refused(tmp_path):
     assert run(root / "list.jsonl", tmp_path / "out", *PIXELS, *WORDS, *share) == 0
     report = manifest_of(tmp_path / "out")["report"]
     assert report["samples"] == 2
-    assert report["dropped"] == {sources.ESCAPES: 4, sources.MISSING: 1}
-    assert report["examples"][sources.ESCAPES][0] == f"../secret.png is not in {root} (--root)"
+    assert report["dropped"] == {ESCAPES: 4, MISSING: 1}
+    assert report["examples"][ESCAPES][0] == f"../secret.png is not in {root} (--root)"
     # A wider root is a decision of the user.
     assert run(root / "list.jsonl", tmp_path / "wide", *PIXELS, *WORDS, *share, "--root", str(tmp_path)) == 0
     assert manifest_of(tmp_path / "wide")["report"]["samples"] == 1
@@ -389,8 +397,8 @@ def test_odd_tars_are_used_as_far_as_they_go(tmp_path):
     assert run(root, tmp_path / "out", *PIXELS, *WORDS, "--max-drop-share", "0.9") == 0
     report = manifest_of(tmp_path / "out")["report"]
     assert "a good one" in {meta["caption"] for meta in metas(tmp_path / "out")}
-    assert report["dropped"][sources.ESCAPES] == 1 and report["dropped"][sources.NO_PICTURE] == 1
-    assert report["dropped"][sources.UNREADABLE] == 1 and report["samples"] == 5
+    assert report["dropped"][ESCAPES] == 1 and report["dropped"][NO_PICTURE] == 1
+    assert report["dropped"][UNREADABLE] == 1 and report["samples"] == 5
     (root / "b.tar").write_bytes(b"no tar at all")
     assert run(root, tmp_path / "other", *PIXELS, *WORDS) == 2
 

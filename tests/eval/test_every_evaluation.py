@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from data_pipeline.handwriting import build
 from tests.eval.test_geneval import LINES
 from tests.eval.tiny_scorers import TinyFeatures, save_clip, save_detector, save_vilt, write_random_picture
 from tests.networks import export_of, write_tiny_export
+from tests.small_files import small_files
 from tim_ds.eval import cli
 from tim_ds.eval.detector import Detector
 from tim_ds.eval.inception import Inception
@@ -173,17 +172,6 @@ def test_a_damaged_picture_is_refused_by_name(
     assert path.read_bytes() == whole
 
 
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """No file may become larger: what a full disk is to a program."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SIX)
 def test_a_full_disk_is_told_and_leaves_nothing_half_written(
@@ -193,7 +181,7 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_written(
     refused = 0
     # From where nothing can be written to where all but the largest files can.
     for size in (1, 300, 900, 2_000, 6_000, 20_000, 60_000):
-        with largest_file(size):
+        with small_files(size):
             status = cli.main([name, *words[name], "--out", str(out)])
         error = capsys.readouterr().err
         if status == 0:

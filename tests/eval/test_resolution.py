@@ -21,7 +21,8 @@ from tim_ds.eval import cli, geneval, resolution
 from tim_ds.eval.benchmarks import Imagenet, Mjhq
 from tim_ds.eval.clip import Clip
 from tim_ds.eval.detector import Detection, Detector
-from tim_ds.pipeline import TiMPipeline, read_settings, sha256
+from tim_ds.model.weights import sha256
+from tim_ds.pipeline import TiMPipeline, read_settings
 
 
 @pytest.fixture(scope="module")

@@ -333,7 +333,7 @@ class TestTooMuch:
         assert "are left on cpu; squares fit up to" in error
 
     def test_what_is_said_to_fit_does(self, export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        from tim_ds import pipeline as module
+        from tim_ds.pipeline import memory as module
 
         pipe = TiMPipeline.from_pretrained(export)
         config = pipe.export.sampler
@@ -348,7 +348,7 @@ class TestTooMuch:
         pipe.request("a", "40000x40000")
 
     def test_automatic_batches_follow_memory(self, export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        from tim_ds import pipeline as module
+        from tim_ds.pipeline import memory as module
 
         pipe = TiMPipeline.from_pretrained(export)
         found = []

@@ -31,7 +31,7 @@ from tim_kernels import (
     varlen_attention_jvp,
 )
 from tim_kernels.qk_norm_rope import RotaryTable, kv_norm_rope, qk_norm_rope, qkv_norm_rope
-from tim_kernels.shipped import Variant, variants
+from tim_kernels.shipped import LOSS_FORMS, Variant, variants
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
 
@@ -75,16 +75,44 @@ class Launch:
 def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
     """Launches of the shipped kernels within the block. The kernels still run."""
     launches: list[Launch] = []
-    with monkeypatch.context() as patch:
-        for kernel in {id(v.kernel): v.kernel for v in variants()}.values():
-            patch.setattr(kernel, "run", _spy(kernel, launches))
+
+    def keep(kernel: Any, args: Any, grid: Any, options: dict[str, Any]) -> None:
+        launches.append(Launch.of(kernel, args, grid, options))
+
+    with _told(monkeypatch, keep, runs=True):
         yield launches
 
 
+@contextmanager
+def without_running(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[Any]]:
+    """The shipped kernels write nothing within the block: for what does not depend on their results. Which
+    of them were launched; nothing that they were given is held."""
+    launched: set[Any] = set()
+    with _told(monkeypatch, lambda kernel, *_: launched.add(kernel), runs=False):
+        yield launched
+
+
+@contextmanager
+def _told(monkeypatch: pytest.MonkeyPatch, tell: Callable[..., None], *, runs: bool) -> Iterator[None]:
+    def spy(kernel: Any) -> Callable[..., Any]:
+        run = kernel.run
+
+        def spied(*args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+            tell(kernel, args, grid, options)
+            return run(*args, grid=grid, warmup=warmup, **options) if runs else None
+
+        return spied
+
+    with monkeypatch.context() as patch:
+        for kernel in {id(v.kernel): v.kernel for v in variants()}.values():
+            patch.setattr(kernel, "run", spy(kernel))
+        yield
+
+
 def record_launches(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
-    """Run every op in its shipped forms, forward and backward."""
+    """Every op in its shipped forms, forward and backward, up to its kernels."""
     lengths = (3, 2)
-    with recorded(monkeypatch) as launches, use_path("triton"):
+    with without_running(monkeypatch), recorded(monkeypatch) as launches, use_path("triton"):
         _modulated_layer_norm(lengths, device)
         _gated_residual(lengths, device)
         _qk_norm_rope(lengths, device)
@@ -93,16 +121,6 @@ def record_launches(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> li
         _tangents(device)
         _attention_tangents(device)
     return launches
-
-
-def _spy(kernel: Any, launches: list[Launch]) -> Callable[..., Any]:
-    run = kernel.run
-
-    def spied(*args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        launches.append(Launch.of(kernel, args, grid, options))
-        return run(*args, grid=grid, warmup=warmup, **options)
-
-    return spied
 
 
 def _leaf(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -176,14 +194,7 @@ def _swiglu(rows: int, device: torch.device) -> None:
 def _transition_loss(lengths: tuple[int, ...], device: torch.device) -> None:
     coefficients = TargetCoefficients(*(torch.ones(len(lengths), device=device) for _ in range(5)))
     plan = ChunkPlan.from_lengths(lengths, device=device)
-    for width, cell, guided, directional in (
-        (32, 32, False, True),
-        (32, 32, True, True),
-        (32, 32, False, False),
-        (16, 4, False, True),
-        (16, 4, True, True),
-        (64, 4, False, True),
-    ):
+    for width, cell, guided, directional in LOSS_FORMS:
         F, x, z, dF_dt = (_leaf(sum(lengths), width, dtype=torch.float32, device=device) for _ in range(4))
         for slope in (dF_dt, None):
             denoising_S, directional_S = transition_loss(

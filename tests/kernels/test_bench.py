@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.kernels.launches import recorded
+from tests.kernels.launches import recorded, without_running
 from tim_kernels import bench, use_path
 from tim_kernels.bench import report, tune
 from tim_kernels.bench.__main__ import main
@@ -114,7 +114,7 @@ def test_the_byte_model_is_what_the_kernels_touch(case, device, monkeypatch):
             if x.ndim >= 2 and x.shape[0] == tokens and name != "statistics_ptr"
         )
 
-    with use_path("triton"):
+    with without_running(monkeypatch), use_path("triton"):
         with recorded(monkeypatch) as launches:
             outputs = case.ours(inputs, plan)
         assert touched(launches) == case.forward_bytes_per_token * tokens

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import resource
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from tests.small_files import small_files
 from tim_ds.errors import CheckpointError
 from tim_ds.model.weights import load_weights_into, read_weights, write_weights
 
@@ -211,14 +211,8 @@ def test_a_write_that_the_system_stops_leaves_the_old_file_and_nothing_else(tmp_
     path = tmp_path / "tim.safetensors"
     write_weights(path, _state())
     large = {"weight": torch.zeros(200_000)}
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # The process may not grow a file beyond 64 KiB: the write fails in the middle, as it does on a full disk.
-    resource.setrlimit(resource.RLIMIT_FSIZE, (65_536, hard))
-    try:
-        with pytest.raises(CheckpointError, match="800,000 bytes needed") as caught:
-            write_weights(path, large)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with small_files(65_536), pytest.raises(CheckpointError, match="800,000 bytes needed") as caught:
+        write_weights(path, large)
     assert str(path) in str(caught.value)
     assert _names(tmp_path) == ["tim.safetensors"]
     assert _same(read_weights(path), _state())

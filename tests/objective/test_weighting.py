@@ -90,8 +90,19 @@ def test_the_domain_is_that_of_the_transport_given() -> None:
 
 def test_the_adaptive_weight_turns_the_gradient_into_that_of_the_logarithm() -> None:
     loss = torch.tensor([0.3, 2.0], dtype=torch.float64, requires_grad=True)
-    (adaptive_weight(loss) * loss).sum().backward()
+    kinds = torch.tensor([True, False])
+    (adaptive_weight(WeightConfig(adaptive_over="image"), loss, kinds) * loss).sum().backward()
     torch.testing.assert_close(loss.grad, 1 / (loss.detach() + 1e-5), rtol=1e-14, atol=0)
+
+
+def test_the_adaptive_weight_compares_kinds_unless_told_otherwise_and_is_one_when_off() -> None:
+    loss = torch.tensor([0.25, 2.0, 0.75, 4.0], dtype=torch.float64, requires_grad=True)
+    kinds = torch.tensor([True, False, True, False])
+    found = adaptive_weight(WeightConfig(), loss, kinds)
+    expected = 1 / (torch.tensor([0.5, 3.0, 0.5, 3.0], dtype=torch.float64) + 1e-5)
+    torch.testing.assert_close(found, expected, rtol=1e-15, atol=0)
+    assert not found.requires_grad
+    assert adaptive_weight(WeightConfig(adaptive=False), loss, kinds).tolist() == [1.0] * 4
 
 
 def test_the_mean_of_a_kind_is_over_the_images_of_that_kind() -> None:

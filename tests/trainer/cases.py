@@ -8,12 +8,11 @@ import itertools
 import json
 import math
 import os
-import resource
 import shutil
 import threading
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from data_pipeline.loader import StepLoader
 from data_pipeline.storage import Folder
 from tests.memory import LiveBytes
+from tests.small_files import small_files
 from tests.trainer.drawing import draw_where_needed
 from tests.trainer.plain import steps_of
 from tests.trainer.ranks import UNEVEN_SIZES, engine_file, recipe, write_data
@@ -46,6 +46,7 @@ from tim_ds.trainer.ema import Ema
 from tim_ds.trainer.engine import (
     Engine,
     Splitter,
+    collectives_through,
     merge_config,
     read_engine_file,
     start_world,
@@ -56,6 +57,7 @@ from tim_ds.trainer.in_step import InStep
 from tim_ds.trainer.loop import Loop
 from tim_ds.trainer.memory import Ranks, estimate
 from tim_ds.trainer.metrics import METRICS_FILE
+from tim_ds.trainer.pieces import Trial, Wire, measure
 from tim_ds.trainer.preview import describe_export
 from tim_ds.trainer.run import train
 from tim_ds.trainer.scaling import step_volume
@@ -689,7 +691,7 @@ def gather_little(world: World, folder: Path, shards: Path, poisoned: Path) -> d
             exported(settings, run_dir, ema, *arguments)
         peaks["export"] = live.peak
         moves["export"] = watch._moves - before
-        with _small_files(8192 if world.is_main else None):
+        with small_files(8192 if world.is_main else None):
             try:
                 exported(settings, folder / "full", ema, *arguments)
             except CheckpointError as error:
@@ -801,6 +803,14 @@ def count_traffic(world: World, folder: Path, shards: Path, poisoned: Path) -> d
         "zero3_guided": (3, (GUIDED,), whole),
         "zero3_kept": (3, (), {"stage3_param_persistence_threshold": 0}),
         "zero3_nodes": (3, (), {**whole, "zero_hpz_partition_size": 2}),
+        "zero3_small": (3, (), {**TIGHT, "stage3_param_persistence_threshold": 500}),
+        "zero3_small_guided": (3, (GUIDED,), {**TIGHT, "stage3_param_persistence_threshold": 500}),
+        # 45,000 parameters.
+        "zero3_ahead": (
+            3,
+            ("model.depth=8", "data.packs_per_step=2"),
+            {**whole, "stage3_max_live_parameters": 20_000, "stage3_prefetch_bucket_size": 2_000},
+        ),
     }
     found = {}
     for name, (stage, overrides, zero) in variants.items():
@@ -819,6 +829,37 @@ def count_traffic(world: World, folder: Path, shards: Path, poisoned: Path) -> d
         file = read_engine_file(shared_engine_file(world, folder, stage, **zero))
         volume = step_volume(settings, file, Ranks(world.size, world.size), packs)
         found[name] = (wire.sent, volume.everywhere + volume.in_node)
+    return found
+
+
+def measure_pieces(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[str, Any]:
+    """The pieces of a step, and steps whose wire is cut."""
+    found: dict[str, Any] = {"stored": []}
+    for stage, overrides in ((2, (GUIDED,)), (3, ())):
+        settings = recipe(shards, *overrides, "data.text_encoder.max_tokens=2")
+        engine = read_engine_file(shared_engine_file(world, folder, stage))
+        pieces = measure(settings, engine, world, image_tokens=6, repetitions=3)
+        path = folder / f"{world.rank}_{stage}.json"
+        pieces.store(path)
+        modelled = [step_volume(settings, engine, Ranks(2, 2), step.packs) for step in pieces.steps]
+        found["stored"].append((path, [volume.everywhere for volume in modelled]))
+    wire = Wire(fills=True)
+
+    def wrap(backend: Any) -> Wire:
+        wire.backend = backend
+        return wire
+
+    with collectives_through(wrap):
+        trial = Trial(settings, engine, world, wire, image_tokens=6)
+        for _ in range(2):
+            trial.step(1)
+        before = masters(trial.engine)
+        with wire.cut():
+            # Nobody waits: the ranks take different numbers of steps.
+            for _ in range(1 + world.rank):
+                trial.step(1)
+        trial.step(1)
+        found["kept"] = all(torch.equal(before[name], value) for name, value in masters(trial.engine).items())
     return found
 
 
@@ -969,20 +1010,6 @@ def give_up(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[st
     return {"messages": messages, "gradients": gradients, "steps": steps}
 
 
-@contextmanager
-def _small_files(limit: int | None) -> Iterator[None]:
-    """Files of this process cannot grow beyond `limit`: the system refuses the write, as a full disk does."""
-    if limit is None:
-        yield
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def fill_the_disk(world: World, folder: Path, shards: Path, poisoned: Path) -> dict[str, Any]:
     """Saves that fail in every way a full disk can make them fail, between two that succeed."""
     keeper = CheckpointFolder(folder / "checkpoints", world, keep=5)
@@ -1002,7 +1029,7 @@ def fill_the_disk(world: World, folder: Path, shards: Path, poisoned: Path) -> d
 
     results: dict[str, Any] = {"first": save(1)}
     last = world.size - 1
-    with _small_files(8192 if world.rank == last else None):
+    with small_files(8192 if world.rank == last else None):
         results["half_written"] = save(2)
     results["left_after_half"] = left()
     plain = shutil.disk_usage
@@ -1185,6 +1212,7 @@ CASES: dict[str, Callable[[World, Path, Path, Path], Any]] = {
         gather_little,
         watch_trace,
         count_traffic,
+        measure_pieces,
         refresh_teacher,
         meet_poison,
         meet_poisoned_gradient,

@@ -140,6 +140,12 @@ class Cluster:
         """Pull a host's cable: its connections stay open and say nothing more."""
         self.login.run("ip", "link", "set", name, "down")
 
+    def limit(self, name: str, mbit: float) -> None:
+        """Let a host send no more than so many million bits a second."""
+        # What waits is kept: a queue that drops would slow down large messages more than small ones.
+        limit = ["rate", f"{mbit}mbit", "burst", "128kb", "limit", "64mb"]
+        self.hosts[name].run("tc", "qdisc", "replace", "dev", "card", "root", "tbf", *limit)
+
     def end(self, name: str) -> None:
         """Switch a host off."""
         os.kill(self.hosts[name].pid, signal.SIGKILL)

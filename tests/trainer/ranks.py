@@ -18,8 +18,7 @@ from typing import Any
 import torch
 
 from data_pipeline.index import build_index
-from data_pipeline.loader import NULL_NAME
-from data_pipeline.schema import Sample
+from data_pipeline.schema import NULL_NAME, Sample
 from data_pipeline.shards import write_shard
 from tim_ds.config.load import parse_recipe
 from tim_ds.config.recipe import Recipe

@@ -14,6 +14,7 @@ from tim_ds.errors import RequestError
 from tim_ds.eval.inception import Inception
 from tim_ds.eval.results import read_rows
 from tim_ds.pipeline import PipelineOutput, TiMPipeline
+from tim_ds.pipeline.request import RequestRules
 from tim_ds.trainer.benchmarks import Benchmarks
 from tim_ds.trainer.preview import Previews
 from tim_ds.trainer.world import World
@@ -100,7 +101,7 @@ def test_pictures_are_drawn_while_the_encoders_are_beside_the_network(
     imagenet(pipeline, tmp_path, [], batch=5)(1)
     preview = "train.preview={every_steps: 1, prompts: [a, b], sizes: [8x8, 8x8], num_steps: [1, 2]}"
     previews = Previews(recipe(Path("shards"), preview), pipeline, tmp_path / "run", World(), None)
-    monkeypatch.setattr(pipeline, "_check_prompts", lambda prompts: [0] * len(prompts))
+    monkeypatch.setattr(RequestRules, "prompts", lambda _, prompts: [0] * len(prompts))
     previews(1)
     assert (tmp_path / "run" / "previews" / "step_000000001.png").stat().st_size > 0
     # Two calls at each of two step counts, and two sheets' rows.

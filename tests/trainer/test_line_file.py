@@ -5,15 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import os
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.small_files import small_files
 from tim_ds.trainer.board import Board
 from tim_ds.trainer.line_file import LineFile
 
@@ -113,17 +111,6 @@ def test_lines_that_are_lost_in_the_end_are_counted(
         file.add({"n": n})
     file.close()
     assert "3 lines are lost" in caplog.text
-
-
-@contextmanager
-def small_files(size: int) -> Iterator[None]:
-    """No file may grow beyond `size`: a write fails in the middle, as it does on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_scalars_that_a_disk_refused_are_on_the_board_in_the_end(

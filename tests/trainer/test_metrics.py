@@ -12,10 +12,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.small_files import small_files
 from tests.trainer.conftest import Groups
 from tests.trainer.plain import steps_of
 from tests.trainer.ranks import recipe
-from tests.trainer.test_line_file import small_files
 from tim_ds.errors import CheckpointError
 from tim_ds.objective.loss import LossTerms
 from tim_ds.objective.transport import build_transport
@@ -31,7 +31,7 @@ from tim_ds.trainer.metrics import (
     memory_of_process,
     read_metrics,
 )
-from tim_ds.trainer.run import restore
+from tim_ds.trainer.run_state import restore
 from tim_ds.trainer.world import World
 
 DEVICE = torch.device("cpu")

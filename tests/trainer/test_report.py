@@ -15,7 +15,17 @@ from tim_ds.config.load import dump
 from tim_ds.config.recipe import to_dict
 from tim_ds.errors import TimError
 from tim_ds.pipeline import write_png
-from tim_ds.trainer.charts import MAX_POINTS, Point, Series, line_chart, number, stacked_chart, thinned, ticks
+from tim_ds.trainer.charts import (
+    MAX_POINTS,
+    Point,
+    Series,
+    labels,
+    line_chart,
+    number,
+    stacked_chart,
+    thinned,
+    ticks,
+)
 from tim_ds.trainer.checkpoint import CheckpointFolder, Piece
 from tim_ds.trainer.events import Events
 from tim_ds.trainer.metrics import METRICS_FILE, NUM_BINS, MetricsLog
@@ -257,6 +267,18 @@ def test_ticks_are_round_and_inside(low: float, high: float) -> None:
     assert all(low - room <= tick <= high + room for tick in found)
     assert np.ptp(np.diff(found)) < room
     assert all(len(number(tick)) <= 7 for tick in found)
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(1.332, 1.342), (400_010.0, 400_060.0), (1000.2, 1002.3), (2e-5, 2.002e-5), (0.0, 1.0)]
+)
+def test_ticks_of_a_narrow_range_are_told_apart(low: float, high: float) -> None:
+    found = ticks(low, high, 5)
+    told = labels(found)
+    assert len(set(told)) == len(found) >= 4
+    assert all(len(label) <= 9 for label in told)
+    assert number(9999.7) == "10000"
+    assert labels([0.0, 0.25, 0.5]) == ["0", "0.25", "0.5"]
 
 
 def test_a_long_curve_is_thinned_to_means_and_keeps_its_end() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from tim_ds.compat.authors import AUTHORS_SWITCHES, RELEASED, detect_model, released_config
 from tim_ds.errors import CheckpointError
 from tim_ds.model.export_folder import Export, SourceConfig, read_export, write_export
-from tim_ds.model.weights import read_weights, write_aside, write_weights
+from tim_ds.model.weights import read_weights, sha256, write_aside, write_weights
 
 
 def import_weights(
@@ -58,7 +57,7 @@ def read_released(
         autoencoder=released.autoencoder,
         text_encoder=released.text_encoder,
         step=0,
-        source=SourceConfig(kind="authors", name=name, file=Path(file).name, sha256=_sha256(Path(file))),
+        source=SourceConfig(kind="authors", name=name, file=Path(file).name, sha256=sha256(Path(file))),
     )
     return export, state
 
@@ -97,11 +96,3 @@ def differences_from_authors(export: Export) -> list[str]:
     if export.transport.kind == "edm" and export.transport.sigma_data != 1.0:
         found.append("transport is edm with sigma_data other than 1; their step is inconsistent there")
     return found
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
 
 from tim_ds.eval.benchmarks import Scored, notes_of
 from tim_ds.eval.generate import PictureSet, digest
-from tim_ds.eval.report import markdown_table
+from tim_ds.eval.report import draw_step_axis, markdown_table
 from tim_ds.eval.results import RESULTS_NAME, Column, ResultRow, SheetItem, flattened
 from tim_ds.eval.sheet import (
     Picture,
@@ -181,13 +180,7 @@ def plot(rows: Sequence[ResultRow], columns: Sequence[Column]) -> Picture:
             )
         better = "lower" if column.is_lower_better else "higher"
         axes.set_title(f"{column.header}{', %' if column.percent else ''} ({better} is better)", fontsize=11)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(ticks, [str(nfe) for nfe in ticks])
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xlabel("network evaluations a picture")
-        axes.grid(True, which="major", color="#e3e3e3", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        draw_step_axis(axes, ticks, "network evaluations a picture")
         if column.percent:
             # A share of nothing lies on the axis, not in the middle of a scale with negative shares.
             low, high = axes.get_ylim()

@@ -25,7 +25,8 @@ from tim_ds.eval.pretrained import fingerprint
 from tim_ds.eval.report import markdown_table
 from tim_ds.eval.results import Column, ResultRow, ScoreLog, SheetItem, kept_arrays, make_row, spread
 from tim_ds.eval.vqa import Answerer, load_answerer
-from tim_ds.pipeline import PromptLike, TiMPipeline, sha256
+from tim_ds.model.weights import sha256
+from tim_ds.pipeline import PromptLike, TiMPipeline
 
 T = TypeVar("T")
 

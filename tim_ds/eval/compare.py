@@ -18,12 +18,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter
 
 from data_pipeline.command import command
 from tim_ds.errors import RequestError, TimError
 from tim_ds.eval.nfe import RESULTS_NAME, Row, read_rows
-from tim_ds.eval.report import PLOT_NAME, TABLE_NAME, markdown_table
+from tim_ds.eval.report import PLOT_NAME, TABLE_NAME, draw_step_axis, markdown_table
 from tim_ds.eval.sheet import Picture
 from tim_ds.model.weights import write_aside
 from tim_ds.pipeline import refuse_unwritable, write_png
@@ -166,13 +166,7 @@ def plot(settings: Sequence[Setting]) -> Picture:
     accuracy.set_title("Pictures that show what the prompt says, % (higher is better)", fontsize=11)
     ticks = _all_steps(settings)
     for axes in (distance, accuracy):
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(ticks, [str(k) for k in ticks])
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xlabel("steps")
-        axes.grid(True, which="both", color="#e3e3e3", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        draw_step_axis(axes, ticks, "steps", grid="both")
     handles, labels = accuracy.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     canvas.draw()

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from tim_ds.config.recipe import parse_size
 from tim_ds.errors import RequestError
-from tim_ds.model.weights import write_aside
-from tim_ds.pipeline import PNG_KEY, OutputType, PipelineOutput, PromptLike, TiMPipeline, sha256, write_png
+from tim_ds.model.weights import sha256, write_aside
+from tim_ds.pipeline import PNG_KEY, OutputType, PipelineOutput, PromptLike, TiMPipeline, write_png
 
 MANIFEST_NAME = "pictures.json"
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")

@@ -21,7 +21,7 @@ from tim_ds.eval.frechet import GaussianFit
 from tim_ds.eval.generate import PictureSet, Wanted
 from tim_ds.eval.inception import FeatureNetwork, extract, picture_batches
 from tim_ds.eval.results import kept_arrays
-from tim_ds.pipeline import sha256
+from tim_ds.model.weights import sha256
 
 TITLE = "ImageNet, metrics of ADM's evaluator on torch-fidelity's Inception"
 PROTOCOL = 1

@@ -18,8 +18,7 @@ from tqdm import tqdm
 
 from tim_ds.errors import RequestError
 from tim_ds.eval.generate import load_picture
-from tim_ds.model.weights import read_weights
-from tim_ds.pipeline import sha256
+from tim_ds.model.weights import read_weights, sha256
 
 WEIGHTS_NAME = "weights-inception-2015-12-05-6726825d.pth"
 """torch-fidelity's conversion of the network of 2015-12-05, in its releases and in torch's cache."""

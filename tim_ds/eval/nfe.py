@@ -7,7 +7,6 @@ has changed.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import platform
@@ -38,10 +37,11 @@ from data_pipeline.handwriting import (
 )
 from tim_ds import __version__
 from tim_ds.errors import RequestError
+from tim_ds.eval.generate import digest
 from tim_ds.eval.handwriting import HandwritingScorer, Scores
 from tim_ds.model.export_folder import EXPORT_FILE
-from tim_ds.model.weights import write_aside
-from tim_ds.pipeline import PipelineOutput, TiMPipeline, sha256
+from tim_ds.model.weights import sha256, write_aside
+from tim_ds.pipeline import PipelineOutput, TiMPipeline
 
 PROTOCOL = 1
 """Raised whenever the meaning of a score changes: rows of an older protocol are computed again."""
@@ -160,7 +160,7 @@ def run(
     scorer = HandwritingScorer.from_folder(data)
     common = {
         "protocol": PROTOCOL,
-        "prompts_sha256": _digest([[s.name, s.captions, s.seeds] for s in sets]),
+        "prompts_sha256": digest([[s.name, s.captions, s.seeds] for s in sets]),
         "scans_sha256": sha256(data / REFERENCE_NAME),
     }
     networks = [_Network.load(label, folder, device) for label, folder in exports]
@@ -365,10 +365,6 @@ def _check_networks(networks: Sequence[_Network]) -> None:
                     f"{network.folder}: both networks are called {network.label!r}; "
                     f"give --label or --baseline-label"
                 )
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def read_rows(path: Path) -> list[Row]:

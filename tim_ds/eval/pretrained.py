@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tim_ds.errors import RequestError
-from tim_ds.pipeline import sha256
+from tim_ds.model.weights import sha256
 
 T = TypeVar("T")
 

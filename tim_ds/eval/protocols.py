@@ -38,13 +38,12 @@ from tim_ds.eval.distribution import (
     precision_recall,
 )
 from tim_ds.eval.generate import load_picture
-from tim_ds.eval.inception import FeatureNetwork, Inception, clean_resizer, need
+from tim_ds.eval.inception import INPUT_PX, FeatureNetwork, Inception, clean_resizer, need
 from tim_ds.eval.report import markdown_table
 
 Features = NDArray[np.float32]
 Scores = dict[str, float]
 _NAMES = ("FID", "sFID", "Inception score", "precision", "recall")
-_INPUT_PX = 299
 _JPEG_QUALITY = 75
 """Pillow's default, with which the authors of the paper store pictures."""
 
@@ -159,7 +158,7 @@ Feed = Callable[[Image.Image], Tensor]
 def _squashed(picture: Image.Image) -> Tensor:
     """To 299 x 299 with a filter, as torchvision resizes tensors."""
     values = torch.from_numpy(np.asarray(picture, dtype=np.float32)).permute(2, 0, 1)[None]
-    size = (_INPUT_PX, _INPUT_PX)
+    size = (INPUT_PX, INPUT_PX)
     return nnf.interpolate(values, size=size, mode="bilinear", align_corners=False, antialias=True)[0]
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
@@ -155,18 +157,26 @@ def plot(evaluation: Evaluation) -> Picture:
     accuracy.set_ylim(-3, 103)
     accuracy.set_title("Pictures that show what the prompt says, % (higher is better)", fontsize=11)
     ticks = sorted({row.num_steps for row in evaluation.rows})
+    label = "steps (network evaluations a picture)" if _unguided(evaluation) else "steps"
     for axes in (distance, accuracy):
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(ticks, [str(k) for k in ticks])
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xlabel("steps (network evaluations a picture)" if _unguided(evaluation) else "steps")
-        axes.grid(True, which="major", color="#e3e3e3", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        draw_step_axis(axes, ticks, label)
     handles, labels = accuracy.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9.5)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def draw_step_axis(
+    axes: Axes, ticks: Sequence[int], label: str, *, grid: Literal["major", "both"] = "major"
+) -> None:
+    """Steps, or evaluations, on a scale of powers of two with a tick at each that was measured."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [str(k) for k in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel(label)
+    axes.grid(True, which=grid, color="#e3e3e3", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def write_tensorboard(

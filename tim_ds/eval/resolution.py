@@ -9,7 +9,6 @@ classifier. Every finished (network, steps, size) row is kept in `results.json`,
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 from collections.abc import Mapping, Sequence
@@ -30,15 +29,15 @@ from tim_ds.errors import RequestError
 from tim_ds.eval.benchmarks import Benchmark, check_network
 from tim_ds.eval.clip import Clip
 from tim_ds.eval.draw import draw, find_finished, form_batches, picture_path
-from tim_ds.eval.generate import PictureSet, picture_set
+from tim_ds.eval.generate import PictureSet, digest, picture_set
 from tim_ds.eval.handwriting import HandwritingScorer
 from tim_ds.eval.handwriting import Scores as HandwritingScores
 from tim_ds.eval.jobs import Job, read_lines
 from tim_ds.eval.nfe import device_name, library_versions, read_manifest
 from tim_ds.eval.pretrained import fingerprint
 from tim_ds.eval.results import versions
-from tim_ds.model.weights import write_aside
-from tim_ds.pipeline import PromptLike, TiMPipeline, read_settings, sha256
+from tim_ds.model.weights import sha256, write_aside
+from tim_ds.pipeline import PromptLike, TiMPipeline, read_settings
 
 PROTOCOL = 1
 """Raised whenever the meaning of a score changes: rows of an older protocol are computed again."""
@@ -452,7 +451,7 @@ class _Task:
             **suite.identity(),
             "group": group.name,
             "size": group.size,
-            "prompts_sha256": _digest([group.captions, group.seeds]),
+            "prompts_sha256": digest([group.captions, group.seeds]),
             "settings": pipe.settings(self.batches[0].request.config),
         }
         identity = json.loads(json.dumps(identity))
@@ -596,7 +595,3 @@ def load_picture(path: Path) -> Picture:
     with Image.open(path) as image:
         pixels = np.asarray(image)
     return pixels[..., None] if pixels.ndim == 2 else pixels
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

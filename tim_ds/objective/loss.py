@@ -1,5 +1,11 @@
 """The transition objective on one pack (Eq. 13): pure, per image, unreduced.
 
+    x_t = alpha_t x + sigma_t z                    where the image is, on its way to r <= t
+    F_target = h + B / (dB/dt) (dh/dt - dF/dt)     what F(x_t, t, r) has to be for the step to r    (Eq. 9)
+    loss = w(t, r) a d(F, F_target)                                                           (Eqs. 11-13)
+
+h and B are the transport's (`transport.py`), d is the squared error plus 1 - cos, a the adaptive weight.
+
 Letters used in shapes: T image tokens, C channels of a token (patch^2 cells of latent channels), S images,
 Z width of aligned features.
 """
@@ -20,8 +26,8 @@ from tim_ds.objective.noised import NoisedPack
 from tim_ds.objective.target import output_and_parts
 from tim_ds.objective.time_sampling import Times
 from tim_ds.objective.transport import TargetCoefficients, Transport
-from tim_ds.objective.weighting import adaptive_weight, check_warp_domain, mean_of_kind, time_weight
-from tim_ds.packed import Condition, Network, Segments
+from tim_ds.objective.weighting import adaptive_weight, check_warp_domain, time_weight
+from tim_ds.packed import Condition, Network, NetworkOutput, Segments
 
 # Smallest norm by which a cell's vector is divided. Differs from reference (1e-8): there the cosine of a
 # zero-initialised output has a gradient of order 1e8, so that the first step is all clipping. Cells of a
@@ -128,15 +134,9 @@ def transition_loss(
     Source: Eq. 13.
     """
     pack = NoisedPack(transport, x_TC, z_TC, times, segments, condition)
-    pack.check()
-    if latent_channels < 1 or x_TC.shape[1] % latent_channels:
-        raise ShapeError(f"pack: {x_TC.shape[1]} channels a token are not whole cells of {latent_channels}")
-    if (config.repa_weight > 0) != (features_TZ is not None):
-        raise ConfigError(
-            f"objective.repa_weight: {config.repa_weight}, but encoder features are "
-            f"{'given' if features_TZ is not None else 'missing'}"
-        )
-    check_warp_domain(config.weight, transport)
+    _check(pack, config, latent_channels, features_TZ)
+
+    # F(x_t, t, r), and dF/dt along the path at fixed r (Eq. 10).
     output, parts = output_and_parts(
         network,
         config,
@@ -145,8 +145,9 @@ def transition_loss(
         null_condition=null_condition,
         with_features=features_TZ is not None,
     )
-    if output.F_TC.shape != x_TC.shape:
-        raise ShapeError(f"network: F is {list(output.F_TC.shape)}, expected {list(x_TC.shape)}")
+    _check_output(output, pack)
+
+    # How far F is from its target (Eq. 9).
     denoising_S, directional_S = terms_of_images(
         output.F_TC,
         x_TC,
@@ -158,25 +159,49 @@ def transition_loss(
         latent_channels=latent_channels,
         directional=config.directional,
     )
-    alignment_S = torch.zeros_like(denoising_S)
-    if features_TZ is not None:
-        if output.features_TZ is None:
-            raise ConfigError("objective.repa_weight: the network returned no features; set model.z_dim")
-        projected_TZ = output.features_TZ.to(denoising_S.dtype)
-        alignment_S = alignment_loss(projected_TZ, features_TZ, segments)
+    distance_S = denoising_S + directional_S
+    alignment_S = _alignment(output, features_TZ, segments, distance_S)
 
+    # How much each image counts (Eqs. 11-12, and the adaptive weight), and the sum (Eq. 13).
     is_diffusion_S = torch.tensor(times.is_diffusion).to(times.t_S.device, non_blocking=True)
     weight_S = time_weight(config.weight, times.t_S, times.r_S, is_diffusion_S, transport.sigma_data)
     weight_S = weight_S.to(pack.dtype)
-    loss_S = denoising_S + directional_S
-    adaptive_S = torch.ones_like(weight_S)
-    if config.weight.adaptive:
-        of_kind = config.weight.adaptive_over == "kind"
-        adaptive_S = adaptive_weight(mean_of_kind(loss_S, is_diffusion_S) if of_kind else loss_S)
-    total_S = weight_S * adaptive_S * loss_S + config.repa_weight * alignment_S
+    adaptive_S = adaptive_weight(config.weight, distance_S, is_diffusion_S)
+    total_S = weight_S * adaptive_S * distance_S + config.repa_weight * alignment_S
     return LossTerms(
         total_S, denoising_S.detach(), directional_S.detach(), alignment_S.detach(), weight_S, adaptive_S
     )
+
+
+def _check(
+    pack: NoisedPack, config: ObjectiveConfig, latent_channels: int, features_TZ: Tensor | None
+) -> None:
+    pack.check()
+    channels = pack.x_TC.shape[1]
+    if latent_channels < 1 or channels % latent_channels:
+        raise ShapeError(f"pack: {channels} channels a token are not whole cells of {latent_channels}")
+    if (config.repa_weight > 0) != (features_TZ is not None):
+        raise ConfigError(
+            f"objective.repa_weight: {config.repa_weight}, but encoder features are "
+            f"{'given' if features_TZ is not None else 'missing'}"
+        )
+    check_warp_domain(config.weight, pack.transport)
+
+
+def _check_output(output: NetworkOutput, pack: NoisedPack) -> None:
+    if output.F_TC.shape != pack.x_TC.shape:
+        raise ShapeError(f"network: F is {list(output.F_TC.shape)}, expected {list(pack.x_TC.shape)}")
+
+
+def _alignment(
+    output: NetworkOutput, features_TZ: Tensor | None, segments: Segments, like_S: Tensor
+) -> Tensor:
+    """The REPA term in the dtype of `like_S`; zero where the recipe has none."""
+    if features_TZ is None:
+        return torch.zeros_like(like_S)
+    if output.features_TZ is None:
+        raise ConfigError("objective.repa_weight: the network returned no features; set model.z_dim")
+    return alignment_loss(output.features_TZ.to(like_S.dtype), features_TZ, segments)
 
 
 def non_finite_samples(terms: LossTerms, keys: Sequence[str]) -> list[str]:

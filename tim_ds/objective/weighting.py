@@ -73,9 +73,21 @@ def _warp(config: WeightConfig, t_S: Tensor) -> Tensor:
             return t_S / (1 - t_S)
 
 
-def adaptive_weight(loss_S: Tensor) -> Tensor:
-    """1 / (L + 1e-5) with L detached: the gradient becomes that of log L.   Source: the authors' code."""
-    return 1 / (loss_S.detach() + ADAPTIVE_FLOOR)
+def adaptive_weight(config: WeightConfig, loss_S: Tensor, is_diffusion_S: Tensor) -> Tensor:
+    """1 / (L + 1e-5), detached, with L each image's loss or the mean of its kind; 1 if switched off.
+
+    Over images, the gradient becomes that of log L.
+
+    Shapes:
+        loss_S: [S].   is_diffusion_S: bool [S].
+    Source: the authors' code, over images.
+    """
+    if not config.adaptive:
+        return torch.ones_like(loss_S)
+    L_S = loss_S.detach()
+    if config.adaptive_over == "kind":
+        L_S = mean_of_kind(L_S, is_diffusion_S)
+    return 1 / (L_S + ADAPTIVE_FLOOR)
 
 
 def mean_of_kind(loss_S: Tensor, is_diffusion_S: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from data_pipeline.loader import StepLoader, build_loader, load_null_states
+from data_pipeline.loader import StepLoader, build_loader
+from data_pipeline.shard_encoders import load_null_states
 from tim_ds.config.recipe import Recipe
 from tim_ds.model.blocks import FinalLayer, TransitionBlock
 from tim_ds.model.init import initial_values

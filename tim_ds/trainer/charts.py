@@ -50,7 +50,7 @@ _MARK_TICK = 12
 """Height of a tick."""
 
 
-def number(value: float) -> str:
+def number(value: float, digits: int = 3) -> str:
     """Short, for axes and legends."""
     if value == 0:
         return "0"
@@ -58,11 +58,21 @@ def number(value: float) -> str:
     for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
         if size >= limit:
             divisor = 1e3 if unit == "k" else limit
-            return f"{value / divisor:.3g}{unit}"
-    if size >= 1000:
+            return f"{value / divisor:.{digits}g}{unit}"
+    if size >= 1000 and digits <= 4:
         return f"{value:.0f}"
     # Python writes 8e-05.
-    return f"{value:.3g}".replace("e-0", "e-")
+    return f"{value:.{digits}g}".replace("e-0", "e-")
+
+
+def labels(values: Sequence[float]) -> list[str]:
+    """Of the ticks of an axis: as short as `number` has them, unless two would read the same."""
+    found: list[str] = []
+    for digits in range(3, 9):
+        found = [number(value, digits) for value in values]
+        if len(set(found)) == len(found):
+            break
+    return found
 
 
 def line_chart(
@@ -190,16 +200,18 @@ class _Frame:
 
     def axes(self) -> list[str]:
         parts = []
-        for value in self._value_ticks():
+        values = self._value_ticks()
+        for value, label in zip(values, labels(values), strict=True):
             y = self.y(value)
             parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
             label = number(value)
             parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
-        for step in ticks(self.first, self.last, 5, whole=True):
+        steps = ticks(self.first, self.last, 5, whole=True)
+        for step, label in zip(steps, labels(steps), strict=True):
             x, y = self.x(step), HEIGHT - _BOTTOM
             parts.append(f'<line class="tick" x1="{x:.1f}" x2="{x:.1f}" y1="{y}" y2="{y + 4}"/>')
             anchor = "end" if x > WIDTH - _RIGHT - 14 else "middle"
-            parts.append(f'<text x="{x:.1f}" y="{y + 17}" text-anchor="{anchor}">{number(step)}</text>')
+            parts.append(f'<text x="{x:.1f}" y="{y + 17}" text-anchor="{anchor}">{label}</text>')
         bottom = HEIGHT - _BOTTOM
         parts.append(f'<line class="axis" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{bottom}" y2="{bottom}"/>')
         middle = (_LEFT + WIDTH - _RIGHT) / 2

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from tim_ds.errors import ConfigError
 
@@ -111,16 +111,7 @@ class AdapterConfig:
     rank: int = 16
     alpha: float = 16.0
     """What an adapter adds is multiplied by alpha / rank."""
-    targets: tuple[AdapterTarget, ...] = (
-        "attn.qkv",
-        "attn.proj",
-        "cross_attn.q",
-        "cross_attn.kv",
-        "cross_attn.proj",
-        "mlp.fc1_g",
-        "mlp.fc1_x",
-        "mlp.fc2",
-    )
+    targets: tuple[AdapterTarget, ...] = get_args(AdapterTarget)
 
     def __post_init__(self) -> None:
         if self.rank < 1:

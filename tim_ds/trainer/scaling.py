@@ -1,12 +1,13 @@
-"""A model of how a run scales over GPUs and nodes, from counted operations and bytes. Nothing is measured.
+"""A model of how a run scales over GPUs and nodes: counted operations and bytes, measured or given rates.
 
+    python -m tim_ds.trainer.scaling RECIPE --ds FILE --gpus 8,16,64,512 --measured pieces.json
     python -m tim_ds.trainer.scaling RECIPE --ds FILE --gpus 8,16,64,512 --mfu 0.4 --peak-tflops 989 \\
         --intra-gbs 400 --inter-gbs 200 --overlap 0.7 [--packs-per-gpu 4] [section.key=value ...]
 
 Operations of a step are those of `flops.py`. Bytes of a step follow from what DeepSpeed gathers and reduces
-at the stage of the engine file. How fast a GPU computes (its peak and the share that a step reaches alone),
-how fast GPUs of a node and nodes talk, and how much of that passes behind the computation are inputs: none
-is assumed here, and none of the results is more true than they are.
+at the stage of the engine file. How fast a GPU computes, how fast GPUs of a node and nodes talk, and how much
+of that passes behind the computation are measured by `tim_ds.trainer.pieces`, or given: none is assumed here,
+and none of the results is more true than they are.
 """
 
 from __future__ import annotations
@@ -15,48 +16,85 @@ import argparse
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from data_pipeline.command import command
 from tim_ds.config.load import load_recipe, split_arguments
 from tim_ds.config.recipe import Recipe, latent_stride
-from tim_ds.errors import ConfigError, TimError
+from tim_ds.errors import ConfigError, RequestError, TimError
 from tim_ds.model.export_folder import meta_network
 from tim_ds.trainer.engine import GATHER_ELEMENTS, read_engine_file, zero_settings, zero_stage
 from tim_ds.trainer.flops import PackShape, StepFlops, step_flops
+from tim_ds.trainer.measured import (
+    Kind,
+    Link,
+    Pieces,
+    Sent,
+    differences,
+    load_pieces,
+    sent_bytes,
+)
 from tim_ds.trainer.memory import IMAGE_SIDE_PIXELS, Ranks, trained_sizes
 
 GRADIENT_BYTES = 4
 """Of one element of a gradient on the wire (`communication_data_type` is float32)."""
+PER_NODE = 8
+"""GPUs of a node, where nothing says otherwise."""
+
+Links = Mapping[Kind, Link]
 
 
-@dataclass(frozen=True, slots=True)
+def even_links(bytes_per_s: float, message_s: float = 0.0) -> Links:
+    """The same for collectives of every kind."""
+    return dict.fromkeys(get_args(Kind), Link(bytes_per_s, message_s))
+
+
+@dataclass(frozen=True)
 class Hardware:
     """What the model is told about the machines."""
 
     flops_per_s: float
-    """Of one GPU on this step, alone: its peak times the utilisation of the model's operations (MFU), with
-    optimiser, recomputation and all else that is no communication in the time."""
-    intra_bytes_per_s: float
-    """That a GPU sends to others of its node in a collective (bus bandwidth)."""
-    inter_bytes_per_s: float
-    """That a node sends to others in a collective, all its network cards together."""
+    """Of one GPU on the packs of this recipe, alone, with recomputation and all else that is no communication
+    in the time."""
+    within: Links
+    """Collectives of the GPUs of a node: what a GPU sends."""
+    between: Links
+    """Collectives over nodes: what a node sends, all its network cards together."""
     overlap: float
-    """Share of the communication that can pass behind computation, 0 to 1."""
-    message_s: float = 0.0
-    """Latency of one message of a ring."""
+    """Share of what can pass behind computation, the shorter of both, that does: 0 to 1."""
+    update_s: float = 0.0
+    """Of optimiser and averages on a GPU that updates all parameters, where `flops_per_s` leaves it out."""
+
+    def everywhere(self, ranks: Ranks) -> Links:
+        """Of collectives over all GPUs."""
+        if ranks.nodes == 1:
+            return self.within
+        # A ring over all GPUs leaves every node once for each of its channels, which share the node's cards.
+        return {
+            kind: replace(link, bytes_per_s=min(link.bytes_per_s, self.within[kind].bytes_per_s))
+            if kind in self.within
+            else link
+            for kind, link in self.between.items()
+        }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Volume:
-    """Bytes that one GPU sends in a step, in collectives over all GPUs and over those of a node."""
+    """What one GPU sends in a step."""
 
-    everywhere: float
-    in_node: float
-    messages: float
-    """Messages that follow each other."""
+    parts: tuple[Sent, ...]
+
+    @property
+    def everywhere(self) -> float:
+        """Bytes, in collectives over all GPUs."""
+        return sum(part.sent_bytes for part in self.parts if part.scope == "everywhere")
+
+    @property
+    def in_node(self) -> float:
+        """Bytes, in collectives over the GPUs of a node."""
+        return sum(part.sent_bytes for part in self.parts if part.scope == "node")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +104,8 @@ class Scaled:
     ranks: Ranks
     images: float
     """Of a step, over all GPUs."""
+    alone_s: float
+    """Of one GPU without others, with as many packs."""
     compute_s: float
     communication_s: float
     exposed_s: float
@@ -79,7 +119,7 @@ class Scaled:
     @property
     def efficiency(self) -> float:
         """Throughput of a GPU over that of one GPU alone with as many packs."""
-        return self.compute_s / self.step_s
+        return self.alone_s / self.step_s
 
     @property
     def images_per_s(self) -> float:
@@ -131,50 +171,86 @@ def step_volume(recipe: Recipe, engine: Mapping[str, Any], ranks: Ranks, packs_p
     or a reduction to shards, twice that where the sum goes to all."""
     N, stage = ranks.size, zero_stage(engine)
     if N == 1:
-        return Volume(0.0, 0.0, 0.0)
+        return Volume(())
     settings = zero_settings(engine)
-    network = meta_network(recipe.model)
-    trained = sum(trained_sizes(recipe, network))
-    whole = sum(p.numel() for p in network.parameters()) + (trained if recipe.train.adapter else 0)
-    weight_bytes = 2 if recipe.train.precision == "bf16" else 4
-    ring, gradients, weights = (N - 1) / N, GRADIENT_BYTES * trained, weight_bytes * trained
+    sizes = trained_sizes(recipe, meta_network(recipe.model))
+    trained, guided = sum(sizes), recipe.objective.guided_target is not None
+    gradients, weights = GRADIENT_BYTES * trained, _weight_bytes(recipe) * trained
     buckets = math.ceil(trained / int(settings.reduce_bucket_size))
+
+    def sent(kind: Kind, whole_bytes: float, calls: float) -> Sent:
+        return Sent(kind, "everywhere", N, sent_bytes(kind, whole_bytes, N), calls)
+
     if stage == 0:
-        return Volume(2 * ring * gradients, 0.0, 2 * buckets * (N - 1))
-    if stage < 3:
-        # Stage 1 reduces once a step, stage 2 after every micro-step; both gather the new weights once.
-        reductions = packs_per_gpu if stage == 2 else 1
-        if settings.use_multi_rank_bucket_allreduce or not settings.reduce_scatter:
-            # DeepSpeed's default: the sum goes to everyone, who keep their part.
-            reductions *= 2
-        gathers = math.ceil(weights / max(1, int(settings.allgather_bucket_size)))
-        volume = ring * (reductions * gradients + weights)
-        messages = (reductions * buckets + gathers) * (N - 1)
-        if recipe.objective.guided_target is not None:
-            # The teacher is whole on every GPU; after each step the parts of the average are summed into it.
-            volume += 2 * ring * gradients
-            messages += 2 * math.ceil(trained / GATHER_ELEMENTS) * (N - 1)
-        return Volume(volume, 0.0, messages)
+        return Volume((sent("all_reduce", gradients, buckets),))
+    # The norm of the gradient is one number.
+    norm = sent("all_reduce", 8, 1)
+    if stage == 3:
+        return Volume((*_sharded_volume(recipe, engine, ranks, packs_per_gpu), norm))
+    # Stage 1 reduces once a step, stage 2 after every micro-step; both gather the new weights once, at once.
+    reductions = packs_per_gpu if stage == 2 else 1
+    # DeepSpeed's default: the sum goes to everyone, who keep their part. Else each part goes to its owner.
+    to_all = settings.use_multi_rank_bucket_allreduce or not settings.reduce_scatter
+    calls = reductions * (buckets if to_all else max(buckets, N))
+    parts = [
+        sent("all_reduce" if to_all else "reduce", reductions * gradients, calls),
+        sent("all_gather", weights, 1),
+        norm,
+    ]
+    if guided:
+        # The teacher is whole on every GPU; after each step the parts of the average are summed into it.
+        parts.append(sent("all_reduce", gradients, math.ceil(trained / GATHER_ELEMENTS)))
+    return Volume(tuple(parts))
+
+
+def _weight_bytes(recipe: Recipe) -> int:
+    return 2 if recipe.train.precision == "bf16" else 4
+
+
+def _sharded_volume(
+    recipe: Recipe, engine: Mapping[str, Any], ranks: Ranks, packs_per_gpu: int
+) -> Sequence[Sent]:
+    """Weights and gradients of ZeRO-3."""
+    N, settings = ranks.size, zero_settings(engine)
+    network = meta_network(recipe.model)
+    trained = trained_sizes(recipe, network)
+    every = [p.numel() for p in network.parameters()] + (trained if recipe.train.adapter else [])
+    # Small parameters stay whole between steps: each is gathered by itself when it has a new value, and those
+    # of a teacher once more when that is refreshed.
+    kept = [size for size in every if size <= int(settings.param_persistence_threshold)]
+    passing = sum(every) - sum(kept)
+    guided = recipe.objective.guided_target is not None
+    networks, refreshes = (2, 3) if guided else (1, 1)
     # For the forward, with which dF/dt comes, and where it was dropped since for the backward. A teacher is
     # gathered for its forward.
-    own, networks = weight_bytes * whole, 1 if recipe.objective.guided_target is None else 2
-    again = _dropped_share(whole, int(settings.max_reuse_distance))
-    first = packs_per_gpu * networks * own
-    second = packs_per_gpu * again * own
-    units = recipe.model.depth + 1
-    messages = packs_per_gpu * ((again + networks) * units + buckets) * (N - 1)
+    again = _dropped_share(passing, settings)
+    units = recipe.model.depth + 1 if passing else 0
+    buckets = math.ceil(sum(trained) / int(settings.reduce_bucket_size))
+    w, A = _weight_bytes(recipe), packs_per_gpu
+
+    def sent(kind: Kind, whole_bytes: float, calls: float, size: int = N) -> Sent:
+        scope = "everywhere" if size == N else "node"
+        return Sent(kind, scope, size, sent_bytes(kind, whole_bytes, size), calls)
+
+    # Hierarchical partitioning: the backward gathers from a second copy inside the node.
     group = min(settings.zero_hpz_partition_size, N)
-    if group > 1:
-        # Hierarchical partitioning: the backward gathers from a second copy inside the node.
-        in_node = (group - 1) / group * second
-        return Volume(ring * (first + packs_per_gpu * gradients), in_node, messages)
-    return Volume(ring * (first + second + packs_per_gpu * gradients), 0.0, messages)
+    parts = [
+        sent("all_gather", A * networks * w * passing, A * networks * units),
+        sent("all_gather", refreshes * w * sum(kept), refreshes * len(kept)),
+        sent("all_gather", A * again * w * passing, A * again * units, group if group > 1 else N),
+        sent("reduce_scatter", A * GRADIENT_BYTES * sum(trained), A * buckets),
+    ]
+    return [part for part in parts if part.calls]
 
 
-def _dropped_share(parameters: int, reuse_distance: int) -> float:
-    """Share of the weights that ZeRO-3 drops after the forward: those that the backward reaches only after
-    more than `reuse_distance` parameters, of which what follows in the forward counts twice."""
-    return max(0.0, 1.0 - reuse_distance / (2 * parameters))
+def _dropped_share(parameters: int, settings: Any) -> float:
+    """Share of the weights that ZeRO-3 drops after the forward and gathers again for the backward. It keeps
+    what the backward reaches within the reuse distance, of which what follows in the forward counts twice,
+    and, where it fetches ahead, as much as may be gathered at a time: what it meets then and finds gathered
+    is not dropped any more (counted with DeepSpeed 0.19.8)."""
+    ahead = int(settings.max_live_parameters) if settings.prefetch_bucket_size else 0
+    kept = int(settings.max_reuse_distance) / 2 + ahead
+    return max(0.0, 1.0 - kept / parameters) if parameters else 0.0
 
 
 def scale(
@@ -186,22 +262,30 @@ def scale(
     packs_per_gpu: int,
     pack: PackShape,
 ) -> Scaled:
-    """One step on `ranks`, each with `packs_per_gpu` packs like `pack`."""
-    operations = packs_per_gpu * expected_flops(recipe, pack).model
-    compute_s = operations / hardware.flops_per_s
+    """One step on `ranks`, each with `packs_per_gpu` packs like `pack`.
+
+    Raises:
+        RequestError: if nothing says how fast a collective of this step is.
+    """
+    packs_s = packs_per_gpu * expected_flops(recipe, pack).model / hardware.flops_per_s
+    # From stage 1 on the ranks share the update.
+    compute_s = packs_s + hardware.update_s / (ranks.size if zero_stage(engine) else 1)
     volume = step_volume(recipe, engine, ranks, packs_per_gpu)
-    everywhere = hardware.intra_bytes_per_s
-    if ranks.nodes > 1:
-        # A ring over all GPUs leaves every node once for each of its channels, which share the node's cards.
-        everywhere = min(everywhere, hardware.inter_bytes_per_s)
-    communication_s = (
-        volume.everywhere / everywhere
-        + volume.in_node / hardware.intra_bytes_per_s
-        + volume.messages * hardware.message_s
-    )
-    hidden_s = min(hardware.overlap * communication_s, compute_s)
+    communication_s = 0.0
+    for part in volume.parts:
+        inside = part.scope == "node" or ranks.nodes == 1
+        links = hardware.within if inside else hardware.everywhere(ranks)
+        if part.kind not in links:
+            where, option = ("in a node", "--intra-gbs") if inside else ("between nodes", "--inter-gbs")
+            raise RequestError(
+                f"{ranks.size} GPUs on {ranks.nodes} nodes: nothing says how fast {part.kind} is {where}; "
+                f"give {option}, or --measured with a file of machines where it was measured"
+            )
+        communication_s += links[part.kind].seconds(part)
+    hidden_s = hardware.overlap * min(communication_s, compute_s)
     images = packs_per_gpu * ranks.size * len(pack.image_lengths)
-    return Scaled(ranks, images, compute_s, communication_s, communication_s - hidden_s, volume)
+    alone_s = packs_s + hardware.update_s
+    return Scaled(ranks, images, alone_s, compute_s, communication_s, communication_s - hidden_s, volume)
 
 
 def table(rows: Sequence[Scaled]) -> str:
@@ -219,6 +303,119 @@ def table(rows: Sequence[Scaled]) -> str:
     return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Given:
+    """Rates of the command line, in place of measured ones; None: not given."""
+
+    peak_tflops: float | None = None
+    mfu: float | None = None
+    intra_gbs: float | None = None
+    inter_gbs: float | None = None
+    message_us: float | None = None
+    overlap: float | None = None
+
+
+def hardware_of(recipe: Recipe, given: Given, pieces: Pieces | None) -> tuple[Hardware, list[str]]:
+    """What the model is told, and for every rate in words whether it was measured or given.
+
+    Raises:
+        RequestError: if a rate is neither, or none that a rate can be.
+    """
+    _check(given, pieces)
+    told = []
+    update_s = 0.0
+    if given.peak_tflops is not None and given.mfu is not None:
+        flops_per_s = 1e12 * given.peak_tflops * given.mfu
+        told.append(f"computation   given: {given.peak_tflops:g} TFLOP/s a GPU at {given.mfu:.0%}")
+    else:
+        assert pieces is not None  # _check
+        measured = even_pack(recipe, pieces.image_tokens)
+        flops_per_s = expected_flops(recipe, measured).model / pieces.pack_s
+        shards = pieces.ranks if pieces.stage else 1
+        update_s = shards * pieces.update_s
+        told.append(
+            f"computation   measured at stage {pieces.stage}: {pieces.pack_s:.4g} s a pack "
+            f"({flops_per_s / 1e12:.4g} TFLOP/s), {pieces.update_s:.4g} s an update of 1/{shards} of "
+            "the parameters"
+        )
+    within, between = {}, {}
+    if pieces is not None:
+        within = pieces.links("everywhere" if pieces.nodes == 1 else "node")
+        between = pieces.links("everywhere") if pieces.nodes > 1 else {}
+    message_s = None if given.message_us is None else 1e-6 * given.message_us
+    used = _overridden(within, given.intra_gbs, message_s), _overridden(between, given.inter_gbs, message_s)
+    told.append(f"in a node     {_told(within, used[0], given.intra_gbs, message_s)}")
+    told.append(f"over nodes    {_told(between, used[1], given.inter_gbs, message_s)}")
+    overlap = given.overlap
+    if overlap is None:
+        assert pieces is not None and pieces.overlap is not None  # _check
+        overlap = pieces.overlap
+    told.append(f"overlap       {'measured' if given.overlap is None else 'given'}: {overlap:.0%}")
+    return Hardware(flops_per_s, *used, overlap, update_s), told
+
+
+def _check(given: Given, pieces: Pieces | None) -> None:
+    problems = []
+    for option, value, top in (
+        ("--peak-tflops", given.peak_tflops, None),
+        ("--mfu", given.mfu, 1.0),
+        ("--intra-gbs", given.intra_gbs, None),
+        ("--inter-gbs", given.inter_gbs, None),
+    ):
+        if value is not None and not (value > 0 and (top is None or value <= top)):
+            problems.append(
+                f"{option}: expected a number above 0{' up to 1' if top else ''}, received {value}"
+            )
+    if given.overlap is not None and not 0 <= given.overlap <= 1:
+        problems.append(f"--overlap: expected 0 to 1, received {given.overlap}")
+    if given.message_us is not None and given.message_us < 0:
+        problems.append(f"--message-us: expected 0 or more, received {given.message_us}")
+    if (given.peak_tflops is None) != (given.mfu is None):
+        problems.append("--peak-tflops and --mfu go together")
+    if pieces is None:
+        absent = [
+            f"--{name.replace('_', '-')}"
+            for name in ("peak_tflops", "mfu", "intra_gbs", "inter_gbs", "overlap")
+            if getattr(given, name) is None
+        ]
+        if absent:
+            problems.append(f"give {', '.join(absent)}, or --measured with a file of tim_ds.trainer.pieces")
+    else:
+        if given.mfu is None and pieces.pack_s <= 0:
+            problems.append(
+                "--measured: more packs took no longer; measure again on machines with less to do"
+            )
+        if given.overlap is None and pieces.overlap is None:
+            problems.append("--measured: of one rank, which talks to nobody; give --overlap")
+    if problems:
+        raise RequestError("\n".join(problems))
+
+
+def _overridden(found: Links, gbs: float | None, message_s: float | None) -> Links:
+    """Measured links with what was given: the bandwidth of the fastest kind; others keep their share."""
+    if gbs is not None and not found:
+        return even_links(1e9 * gbs, message_s or 0.0)
+    factor = 1.0 if gbs is None else 1e9 * gbs / max(link.bytes_per_s for link in found.values())
+    return {
+        kind: Link(factor * link.bytes_per_s, link.message_s if message_s is None else message_s)
+        for kind, link in found.items()
+    }
+
+
+def _told(found: Links, used: Links, gbs: float | None, message_s: float | None) -> str:
+    if not used:
+        return "unknown"
+    if not found:
+        link = next(iter(used.values()))
+        return f"given: {gbs:g} GB/s, {1e6 * link.message_s:g} us a message"
+    rates = ", ".join(
+        f"{kind} {link.bytes_per_s / 1e9:.4g} GB/s {1e6 * link.message_s:.3g} us"
+        for kind, link in used.items()
+    )
+    told = "measured" if gbs is None else "given for the fastest kind, the others in the measured proportion"
+    return f"{told}: {rates}" + ("" if message_s is None else " (latency given)")
+
+
 def _numbers(text: str) -> list[int]:
     values = [int(part) for part in text.split(",")]
     if min(values) < 1:
@@ -229,31 +426,31 @@ def _numbers(text: str) -> list[int]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tim_ds.trainer.scaling",
-        description="A model of step time and efficiency over GPUs and nodes. All rates are yours to give.",
+        description="A model of step time and efficiency over GPUs and nodes. Rates are measured, or given.",
     )
     parser.add_argument("recipe", nargs="+", help="a YAML file, and section.key=value to override settings")
     parser.add_argument("--ds", required=True, type=Path, help="engine file: ds_configs/*.json")
     parser.add_argument("--gpus", required=True, type=_numbers, metavar="N,N,...")
-    parser.add_argument("--per-node", type=int, default=8, metavar="N", help="GPUs of a node (8)")
-    parser.add_argument("--peak-tflops", required=True, type=float, help="dense peak of one GPU")
     parser.add_argument(
-        "--mfu", required=True, type=float, help="share of the peak that a step reaches on one GPU, 0 to 1"
+        "--measured", type=Path, metavar="FILE", help="of tim_ds.trainer.pieces; what is given goes before it"
     )
-    parser.add_argument("--intra-gbs", required=True, type=float, help="GB/s a GPU sends within its node")
-    parser.add_argument("--inter-gbs", required=True, type=float, help="GB/s a node sends to other nodes")
     parser.add_argument(
-        "--overlap",
-        required=True,
-        type=float,
-        help="share of communication that passes behind computation",
+        "--per-node", type=int, metavar="N", help=f"GPUs of a node (as measured, or {PER_NODE})"
     )
-    parser.add_argument("--message-us", type=float, default=0.0, help="latency of a ring's message (0)")
+    parser.add_argument("--peak-tflops", type=float, help="dense peak of one GPU")
+    parser.add_argument("--mfu", type=float, help="share of the peak that a step reaches on one GPU, 0 to 1")
+    parser.add_argument("--intra-gbs", type=float, help="GB/s a GPU sends within its node")
+    parser.add_argument("--inter-gbs", type=float, help="GB/s a node sends to other nodes")
+    parser.add_argument("--overlap", type=float, help="share of what can pass behind computation that does")
+    parser.add_argument("--message-us", type=float, help="latency of a ring's message (as measured, or 0)")
     parser.add_argument(
         "--packs-per-gpu",
         type=int,
         help="packs a GPU and step, at any number of GPUs; without it the recipe's global batch is divided",
     )
-    parser.add_argument("--image-tokens", type=int, metavar="T", help="of one image (of 1024 pixels a side)")
+    parser.add_argument(
+        "--image-tokens", type=int, metavar="T", help="of one image (as measured, or of 1024 pixels a side)"
+    )
     return parser
 
 
@@ -263,17 +460,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_intermixed_args(arguments)
     paths, overrides = split_arguments(options.recipe)
-    if len(paths) != 1 or not 0 < options.mfu <= 1 or not 0 <= options.overlap <= 1:
-        parser.error("expected one recipe, 0 < --mfu <= 1 and 0 <= --overlap <= 1")
-    hardware = Hardware(
-        flops_per_s=1e12 * options.peak_tflops * options.mfu,
-        intra_bytes_per_s=1e9 * options.intra_gbs,
-        inter_bytes_per_s=1e9 * options.inter_gbs,
-        overlap=options.overlap,
-        message_s=1e-6 * options.message_us,
-    )
+    if len(paths) != 1:
+        parser.error("expected one recipe")
     recipe, engine = load_recipe(paths[0], overrides), read_engine_file(options.ds)
-    pack = even_pack(recipe, options.image_tokens)
+    pieces = None if options.measured is None else load_pieces(options.measured)
+    given = Given(**{name: getattr(options, name) for name in Given.__dataclass_fields__})
+    if pieces is not None and given.mfu is None and (wrong := differences(pieces, recipe)):
+        raise ConfigError(
+            f"{options.measured}: of another recipe, so its computation says nothing:\n" + "\n".join(wrong)
+        )
+    hardware, told = hardware_of(recipe, given, pieces)
+    per_node = options.per_node or (pieces.per_node if pieces is not None and pieces.ranks > 1 else PER_NODE)
+    image_tokens = options.image_tokens or (None if pieces is None else pieces.image_tokens)
+    pack = even_pack(recipe, image_tokens)
     rows = []
     for gpus in options.gpus:
         packs, rest = divmod(recipe.data.packs_per_step, gpus)
@@ -287,19 +486,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 recipe,
                 engine,
                 hardware,
-                Ranks(gpus, options.per_node),
+                Ranks(gpus, per_node),
                 packs_per_gpu=options.packs_per_gpu or packs,
                 pack=pack,
             )
         )
     batch = "grows with the GPUs" if options.packs_per_gpu else "is the recipe's"
+    source = "nothing is measured" if pieces is None else f"measured means {pieces.where}"
     print(
-        f"A model, nothing is measured. {recipe.name}, ZeRO stage {zero_stage(engine)}; "
-        f"the global batch {batch}.\n"
-        f"Given: {options.peak_tflops:g} TFLOP/s a GPU at {options.mfu:.0%}; {options.intra_gbs:g} GB/s a "
-        f"GPU in a node of {options.per_node}, {options.inter_gbs:g} GB/s a node; "
-        f"overlap {options.overlap:.0%}; {options.message_us:g} us a message.\n"
-        f"Packs of {len(pack.image_lengths)} images of {pack.image_lengths[0]} tokens.\n"
+        f"A model, {source}. {recipe.name}, ZeRO stage {zero_stage(engine)}; "
+        f"the global batch {batch}; {per_node} GPUs a node.\n"
+        + "\n".join(told)
+        + f"\nPacks of {len(pack.image_lengths)} images of {pack.image_lengths[0]} tokens.\n"
     )
     print(table(rows))
     return 0

@@ -61,6 +61,17 @@ def load_tokens(ptr, row, stride, head, row_mask, H: tl.constexpr, BLOCKS: tl.co
 
 
 @triton.jit
+def store_tokens(ptr, parts, row, stride, head, row_mask, H: tl.constexpr, BLOCKS: tl.constexpr):
+    for b in tl.static_range(len(BLOCKS)):
+        column = BLOCKS[b][0] + tl.arange(0, BLOCKS[b][1])
+        mask = row_mask[:, None]
+        if BLOCKS[b][0] + BLOCKS[b][1] > H:
+            mask = mask & (column < H)[None, :]
+        at = ptr + row[:, None] * stride + (head * H + column)[None, :]
+        tl.store(at, parts[b].to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def zero_tokens(ROWS: tl.constexpr, BLOCKS: tl.constexpr):
     parts = ()
     for b in tl.static_range(len(BLOCKS)):
@@ -91,6 +102,15 @@ def scale_tokens(parts, factor, BLOCKS: tl.constexpr):
     out = ()
     for b in tl.static_range(len(BLOCKS)):
         out = out + (parts[b] * factor[:, None],)
+    return out
+
+
+@triton.jit
+def subtract(parts, factor, others, BLOCKS: tl.constexpr):
+    """parts - factor others, a factor a row."""
+    out = ()
+    for b in tl.static_range(len(BLOCKS)):
+        out = out + (parts[b] - factor[:, None] * others[b].to(tl.float32),)
     return out
 
 
@@ -182,14 +202,7 @@ def jvp_kernel(
         mu = mu * inverse
         total = scale_tokens(total, inverse, BLOCKS)
     out = load_tokens(out_ptr, row, out_stride, head, is_query, H, BLOCKS)
-    for b in tl.static_range(len(BLOCKS)):
-        column = BLOCKS[b][0] + tl.arange(0, BLOCKS[b][1])
-        mask = is_query[:, None]
-        if BLOCKS[b][0] + BLOCKS[b][1] > H:
-            mask = mask & (column < H)[None, :]
-        value = total[b] - mu[:, None] * out[b].to(tl.float32)
-        at = d_out_ptr + moving[:, None] * (N * H) + (head * H + column)[None, :]
-        tl.store(at, value.to(d_out_ptr.dtype.element_ty), mask=mask)
+    store_tokens(d_out_ptr, subtract(total, mu, out, BLOCKS), moving, N * H, head, is_query, H, BLOCKS)
 
 
 def tile_of(head_dim: int, dtype: torch.dtype) -> Tile:

@@ -25,7 +25,7 @@ from tim_ds.objective.config import ObjectiveConfig, WeightConfig
 from tim_ds.trainer.bench.baseline_network import BaselineNetwork
 from tim_ds.trainer.bench.baseline_step import DIFFERENCE_STEP, Terms, batch_loss, transition_terms
 from tim_ds.trainer.bench.work import Work, as_inputs
-from tim_ds.trainer.materialise import materialise
+from tim_ds.trainer.materialise import Values, materialise
 from tim_ds.trainer.step import TransitionStep
 
 Objective = Literal["flow matching", "dde", "paired"]
@@ -311,9 +311,14 @@ def objective_of(objective: Objective, config: ObjectiveConfig) -> ObjectiveConf
 
 
 def random_network(recipe: Recipe, device: torch.device, seed: int) -> TiM:
-    """No weight is zero: a GPU multiplies zeros faster, and a gate of zero would hide its branch."""
     with torch.device("meta"):
         network = TiM(recipe.model, checkpoint_blocks=recipe.train.activation_checkpointing)
+    materialise(network, random_values(device, seed), device=device)
+    return network
+
+
+def random_values(device: torch.device, seed: int) -> Values:
+    """No weight is zero: a GPU multiplies zeros faster, and a gate of zero would hide its branch."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def value(name: str, like: Tensor) -> Tensor:
@@ -321,8 +326,7 @@ def random_network(recipe: Recipe, device: torch.device, seed: int) -> TiM:
         fan_in = like[0].numel() if like.ndim > 1 else 16
         return drawn / fan_in**0.5 + (1.0 if "norm.weight" in name else 0.0)
 
-    materialise(network, value, device=device)
-    return network
+    return value
 
 
 def shared_baseline(recipe: Recipe, network: TiM) -> BaselineNetwork:

@@ -98,6 +98,9 @@ class Row:
         return asdict(self)
 
 
+RefusalKind = Literal["parity", "out of memory", "no time", "error"]
+
+
 @dataclass(frozen=True)
 class Refusal:
     """Why there is no row."""
@@ -105,7 +108,7 @@ class Refusal:
     size: str
     implementation: Implementation
     objective: Objective
-    kind: Literal["parity", "out of memory", "no time", "error"]
+    kind: RefusalKind
     message: str
 
     @property
@@ -171,73 +174,112 @@ def measure(
         sizes_left: sizes that the remaining time is for, this one included.
         say: is told what became of each contender, as soon as it is known.
     """
-    device = work.batches[0].x.device
-    num_parameters = sum(p.numel() for p in field.parameters)
-    found: list[Row | Refusal] = []
-    ready: list[_Ready] = []
-    comparison = _Comparison(work, field, recipe)
-
-    def refuse(contender: Contender, error: Exception) -> None:
-        # Its traceback would keep tensors alive.
-        error.__traceback__ = None
-        kind: Literal["parity", "out of memory", "error"] = "error"
-        if isinstance(error, ParityError):
-            kind = "parity"
-        elif isinstance(error, torch.OutOfMemoryError):
-            kind = "out of memory"
-        text = str(error).splitlines()[0] if str(error) else ""
-        message = text if kind != "error" else f"{type(error).__name__}: {text}"
-        found.append(Refusal(size, contender.implementation, contender.objective, kind, message))
-        say(f"{size}, {found[-1]}")
-        clear(field.parameters, device)
-
-    def time_for(contender: Contender) -> bool:
-        name = contender.implementation, contender.objective
-        preparing = len(work.batches) * budget.spent.get(name, 0.0)
-        least = LEAST_REPETITIONS * 1e-3 * sum(one.warm_ms for one in ready)
-        if budget.left > preparing + least:
-            return True
-        message = (
-            f"{budget.left:.0f} s left, expected: {preparing:.0f} s to prepare it, {least:.0f} s for "
-            f"{LEAST_REPETITIONS} repetitions of the others"
-        )
-        found.append(Refusal(size, *name, "no time", message))
-        say(f"{size}, {found[-1]}")
-        return False
-
+    race = _Race(size, work, field, recipe, budget, clock, say)
     for contender in field.contenders:
-        if not time_for(contender):
-            continue
+        race.prepare(contender)
+    # Every size gets its share of what is left, counting preparations to come as another share.
+    race.run(until=budget.left - budget.left / (sizes_left + 1))
+    return [*race.refusals, *race.rows()]
+
+
+class _Race:
+    """The contenders at one size: prepared one after the other, then timed in turn."""
+
+    def __init__(
+        self,
+        size: str,
+        work: Work,
+        field: Field,
+        recipe: Recipe,
+        budget: Budget,
+        clock: Clock,
+        say: Callable[[str], None],
+    ) -> None:
+        self._size = size
+        self._work = work
+        self._field = field
+        self._recipe = recipe
+        self._budget = budget
+        self._clock = clock
+        self._say = say
+        self._device = work.batches[0].x.device
+        self._num_parameters = sum(p.numel() for p in field.parameters)
+        self._comparison = _Comparison(work, field, recipe)
+        self._ready: list[_Ready] = []
+        self.refusals: list[Refusal] = []
+
+    def prepare(self, contender: Contender) -> None:
+        """Compare it in float32 and warm it up, if the time allows."""
+        name, budget, batches = _name(contender), self._budget, len(self._work.batches)
+        preparing = batches * budget.spent.get(name, 0.0)
+        others = LEAST_REPETITIONS * 1e-3 * sum(one.warm_ms for one in self._ready)
+        if budget.left <= preparing + others:
+            message = (
+                f"{budget.left:.0f} s left, expected: {preparing:.0f} s to prepare it, {others:.0f} s for "
+                f"{LEAST_REPETITIONS} repetitions of the others"
+            )
+            self._refuse(contender, "no time", message)
+            return
         start = budget.now()
         try:
-            ready.append(_prepare(contender, work, comparison, clock, num_parameters))
+            ready = _prepare(contender, self._work, self._comparison, self._clock, self._num_parameters)
         # A contender that fails for whatever reason must not cost the others their measurement.
         except Exception as error:
-            refuse(contender, error)
-            continue
-        ready[-1].prepare_s = budget.now() - start
-        name = contender.implementation, contender.objective
-        budget.spent[name] = ready[-1].prepare_s / len(work.batches)
-        say(f"{size}, {', '.join(name)}: ready after {ready[-1].prepare_s:.1f} s, {budget.left:.0f} s left")
+            self._fail(contender, error)
+            return
+        self._ready.append(ready)
+        ready.prepare_s = budget.now() - start
+        budget.spent[name] = ready.prepare_s / batches
+        self._say(
+            f"{self._size}, {', '.join(name)}: ready after {ready.prepare_s:.1f} s, {budget.left:.0f} s left"
+        )
 
-    # In turn, so that a clock that drifts or a busy machine meets all of them. Every size gets its share of
-    # what is left, counting preparations to come as another share. What is prepared is measured.
-    end = budget.left - budget.left / (sizes_left + 1)
-    for number in range(max(LEAST_REPETITIONS, budget.repetitions)):
-        if not ready or (number >= LEAST_REPETITIONS and budget.left < end):
-            break
-        for one in list(ready):
-            retries = _retries(device)
-            try:
-                taken, denoising = clock(one.step)
-                one.timed_error = max(one.timed_error, comparison.timed_error(one.contender, denoising))
-            except Exception as error:
-                ready.remove(one)
-                refuse(one.contender, error)
-                continue
-            one.times.append(taken)
-            one.retries += _retries(device) - retries
-    return [*found, *(_row(size, work, one, recipe, device) for one in ready)]
+    def run(self, *, until: float) -> None:
+        """Time what is prepared, at least LEAST_REPETITIONS times each, and on while more than `until`
+        seconds are left.
+
+        In turn, so that a clock that drifts or a busy machine meets all of them.
+        """
+        for number in range(max(LEAST_REPETITIONS, self._budget.repetitions)):
+            if not self._ready or (number >= LEAST_REPETITIONS and self._budget.left < until):
+                break
+            for one in list(self._ready):
+                self._time(one)
+
+    def _time(self, one: _Ready) -> None:
+        retries = _retries(self._device)
+        try:
+            taken, denoising = self._clock(one.step)
+            one.timed_error = max(one.timed_error, self._comparison.timed_error(one.contender, denoising))
+        except Exception as error:
+            self._ready.remove(one)
+            self._fail(one.contender, error)
+            return
+        one.times.append(taken)
+        one.retries += _retries(self._device) - retries
+
+    def rows(self) -> list[Row]:
+        return [_row(self._size, self._work, one, self._recipe, self._device) for one in self._ready]
+
+    def _fail(self, contender: Contender, error: Exception) -> None:
+        # Its traceback would keep tensors alive.
+        error.__traceback__ = None
+        text = str(error).splitlines()[0] if str(error) else ""
+        if isinstance(error, ParityError):
+            self._refuse(contender, "parity", text)
+        elif isinstance(error, torch.OutOfMemoryError):
+            self._refuse(contender, "out of memory", text)
+        else:
+            self._refuse(contender, "error", f"{type(error).__name__}: {text}")
+        clear(self._field.parameters, self._device)
+
+    def _refuse(self, contender: Contender, kind: RefusalKind, message: str) -> None:
+        self.refusals.append(Refusal(self._size, *_name(contender), kind, message))
+        self._say(f"{self._size}, {self.refusals[-1]}")
+
+
+def _name(contender: Contender) -> tuple[Implementation, Objective]:
+    return contender.implementation, contender.objective
 
 
 def cuda_clock(device: torch.device) -> Clock:
