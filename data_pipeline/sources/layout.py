@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Protocol
 
 from data_pipeline.errors import DataError
+from data_pipeline.index import INDEX_NAME
+from data_pipeline.schema import NULL_NAME
 from data_pipeline.sources.folder import FolderSource
 from data_pipeline.sources.item import PICTURE_ENDINGS, Item
 from data_pipeline.sources.lists import JsonlSource, ParquetSource
@@ -67,7 +69,7 @@ def detect_kind(path: Path) -> str:
         return "tim_toy"
     if any(path.glob("*.tar")):
         return "webdataset"
-    if next(path.glob("*/*.safetensors"), None) is not None:
+    if any(found.name not in (INDEX_NAME, NULL_NAME) for found in path.glob("*/*.safetensors")):
         return "tim_latents"
     return "folder" if _list_in(path) is None else "list"
 

@@ -9,19 +9,26 @@ from hashlib import blake2b
 from pathlib import Path
 
 from data_pipeline.errors import DataError
+from data_pipeline.index import INDEX_NAME
 from data_pipeline.sources.item import display
 
 logger = logging.getLogger(__name__)
 
 
 def walk_files(root: Path, endings: tuple[str, ...]) -> list[str]:
-    """Relative names beneath `root` with one of the endings, sorted; hidden files and folders are skipped."""
+    """Relative names beneath `root` with one of the endings, sorted; hidden files and folders, and shards,
+    are skipped."""
     if not root.is_dir():
         raise DataError(f"{root}: expected a folder")
     found: list[str] = []
     links: list[str] = []
     for folder, folders, files in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        # Shards that were made of this folder may lie in it, with a contact sheet.
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not (name.startswith(".") or os.path.isfile(os.path.join(folder, name, INDEX_NAME)))
+        )
         prefix = os.path.relpath(folder, root)
         links += [
             os.path.join(folder, name) for name in folders if os.path.islink(os.path.join(folder, name))

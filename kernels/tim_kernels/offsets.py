@@ -37,18 +37,58 @@ class _Value:
     source: str = ""
 
 
+@dataclass
+class _Region:
+    """An operation with a body: a loop, a condition, or another.
+
+    name: of its results, if it has some.  suspects: of what it yields.  arguments: what a loop hands from one
+    round to the next.
+    """
+
+    name: str | None = None
+    suspects: frozenset[str] = frozenset()
+    arguments: tuple[_Argument, ...] = ()
+
+
+_Argument = tuple[int, int]
+"""A value that a loop carries: the line of the loop, and its place there."""
+
+
 def narrow_offsets(ttir: str) -> list[str]:
     """The lines of 32-bit products, and of values cut to 32 bits, that reach an address and may not fit."""
+    carried: dict[_Argument, frozenset[str]] = {}
+    while True:
+        known = dict(carried)
+        # What a round yields, the next one takes: read again until nothing is added.
+        found = _once(ttir, carried)
+        if carried == known:
+            return sorted(found)
+
+
+def _once(ttir: str, carried: dict[_Argument, frozenset[str]]) -> set[str]:
+    """The lines that are found in one reading, which adds to what loops carry."""
     # A name may come again in a region beside its own: what was defined last is what is meant.
     values: dict[str, _Value] = {}
     found: set[str] = set()
-    for raw in ttir.splitlines():
+    regions: list[_Region] = []
+    for number, raw in enumerate(ttir.splitlines()):
         line = re.sub(r" loc\(.*", "", raw).strip()
-        if "scf.for" in line:
-            # The counter, and what the loop hands from one round to the next.
-            for name in re.findall(r"(%\w+) = ", line.partition("scf.for")[2]):
-                values.pop(name, None)
+        if line.startswith("scf.yield") and regions:
+            names = _NAME.findall(line.partition(" : ")[0])
+            for name, argument in zip(names, regions[-1].arguments, strict=False):
+                carried[argument] = carried.get(argument, frozenset()) | values.get(name, _Value()).suspects
+            regions[-1].suspects |= frozenset().union(*(values.get(n, _Value()).suspects for n in names))
+        if line.startswith("}") and not line.endswith("{") and regions:
+            closed = regions.pop()
+            if closed.name is not None:
+                values[closed.name] = _Value(suspects=closed.suspects)
         match = _DEFINITION.match(line)
+        if line.endswith(("{", "({")) and not line.startswith("}"):
+            region = _Region(None if match is None else match[1])
+            if "scf.for" in line:
+                _enter_loop(line, number, region, values, carried)
+            regions.append(region)
+            continue
         if match is None:
             continue
         name, op, rest = match.groups()
@@ -65,7 +105,28 @@ def narrow_offsets(ttir: str) -> list[str]:
         if is_narrow and bound >= 2**31:
             suspects |= {line}
         values[name] = _Value(bound, suspects, source)
-    return sorted(found)
+    return found
+
+
+def _enter_loop(
+    line: str,
+    number: int,
+    region: _Region,
+    values: dict[str, _Value],
+    carried: dict[_Argument, frozenset[str]],
+) -> None:
+    """Define the counter of a loop, which has no bound, and what it carries."""
+    head = line.partition("scf.for")[2]
+    for name in re.findall(r"(%\w+) = ", head.partition("iter_args")[0]):
+        values.pop(name, None)
+    pairs = re.findall(r"(%\w+) = (%\w+)", head.partition("iter_args")[2])
+    region.arguments = tuple((number, place) for place in range(len(pairs)))
+    first = [values.get(start, _Value(source=start)) for _, start in pairs]
+    for (name, _), argument, value in zip(pairs, region.arguments, first, strict=True):
+        suspects = value.suspects | carried.get(argument, frozenset())
+        values[name] = _Value(suspects=suspects, source=value.source)
+        # A loop of no round yields what it began with.
+        region.suspects |= suspects
 
 
 def _bound(op: str, rest: str, parts: list[float]) -> float:

@@ -375,6 +375,16 @@ def test_a_list_may_lie_in_the_working_folder(path, tmp_path, monkeypatch):
     assert manifest_of(tmp_path / "out")["samples"] == 6
 
 
+def test_shards_may_lie_within_the_pictures(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(source_folders.folder(tmp_path / "source", 6))
+    here, out = Path(), Path("shards")
+    assert run(here, out, *PIXELS, *WORDS) == 0
+    # With its sheet, which is a picture, too.
+    assert inspect.main([str(out)]) == 0
+    assert run(here, out, *PIXELS, *WORDS) == 0
+    assert "already there with these settings" in capsys.readouterr().out
+
+
 def test_odd_tars_are_used_as_far_as_they_go(tmp_path):
     root = tmp_path / "source"
     root.mkdir()

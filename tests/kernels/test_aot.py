@@ -205,6 +205,26 @@ def copy_kernel(x_ptr, out_ptr, row_ptr, row_size, D: tl.constexpr, HOW: tl.cons
     elif HOW == "counter":
         for i in range(row):
             tl.store(out_ptr + i * D + column, x)
+    elif HOW == "carried into a loop":
+        begin = row * row_size
+        for i in range(D):
+            tl.store(out_ptr + begin + column, x)
+            begin += 128
+    elif HOW == "carried to the next round":
+        begin = row
+        for i in range(D):
+            tl.store(out_ptr + begin + column, x)
+            begin = begin * row_size
+    elif HOW == "carried out of a loop":
+        begin = row
+        for i in range(D):
+            begin = begin * row_size + i
+        tl.store(out_ptr + begin + column, x)
+    elif HOW == "out of a condition":
+        begin = row
+        if row_size > 7:
+            begin = row * row_size
+        tl.store(out_ptr + begin + column, x)
     elif HOW == "add":
         tl.atomic_add(out_ptr + column, x)
     elif HOW == "lock":
@@ -223,7 +243,10 @@ print(json.dumps(found))
 
 def test_narrow_offsets_and_atomics_of_mutants_are_found(tmp_path):
     """The interpreter runs programs one by one: repeated runs agree there, whatever a kernel adds to."""
-    narrow = ("dense rows", "rows of a size", "widened too late", "cut", "counter")
+    narrow = (
+        *("dense rows", "rows of a size", "widened too late", "cut", "counter", "carried into a loop"),
+        *("carried to the next round", "carried out of a loop", "out of a condition"),
+    )
     # Triton reads a kernel's source from its file.
     script = tmp_path / "mutants.py"
     script.write_text(_MUTANTS)
