@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -106,11 +107,16 @@ def sources(root: Path) -> Iterator[tuple[str, Path]]:
             yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
 
 
-def imports(module: str, path: Path) -> Iterator[tuple[str, int]]:
+@cache
+def imports(module: str, path: Path) -> tuple[tuple[str, int], ...]:
     """(dotted name, line) of everything that a file imports, relative imports resolved.
 
-    `from a import b` yields a.b: whether b is a module or a name in a, a rule about a covers it.
+    `from a import b` gives a.b: whether b is a module or a name in a, a rule about a covers it.
     """
+    return tuple(_imports(module, path))
+
+
+def _imports(module: str, path: Path) -> Iterator[tuple[str, int]]:
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
         if isinstance(node, ast.Import):

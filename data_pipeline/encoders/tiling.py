@@ -112,6 +112,7 @@ def exact_bytes(decoder: Any, height: int, width: int, tile_area: int, stride: i
     """
     layers, first_local = _split(decoder)
     channels, side = decoder.conv_in.out_channels, math.isqrt(tile_area)
+    margin = margin_px(decoder, stride)
     whole = work = 0
     for layer in layers[:first_local]:
         cells = height * width // stride**2
@@ -125,7 +126,6 @@ def exact_bytes(decoder: Any, height: int, width: int, tile_area: int, stride: i
             channels, stride = _width(layer, channels), stride // scale
             whole = max(whole, coarse * cells + channels * cells * scale**2)
     whole = max(whole, channels * height * width // stride**2)
-    margin = _reach_of([*layers[first_local:], decoder.conv_out])[0] * stride
     for layer in layers[first_local:]:
         channels, stride = _width(layer, channels), stride // _reach(layer)[1]
         work = max(work, TENSORS_ALIVE * channels * ((side + 2 * margin) // stride) ** 2)

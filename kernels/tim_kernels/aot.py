@@ -77,20 +77,13 @@ class Resources:
     """Run-time lengths (num_*) on whose value Triton would compile anew."""
 
 
-def compile_variant(variant: Variant, architecture: int) -> Resources:
-    """Compile for one architecture.
-
-    Raises:
-        RuntimeError: if Triton was imported for interpretation.
-    """
-    return disassemble(variant, architecture)[0]
-
-
 def disassemble(variant: Variant, architecture: int, *, is_aligned: bool = True) -> tuple[Resources, str]:
     """Compile for one architecture; also the machine code, as nvdisasm prints it.
 
     Args:
         is_aligned: whether 16 divides addresses and strides; of views it may not.
+    Raises:
+        RuntimeError: if Triton was imported for interpretation.
     """
     return _read(*_compile(variant, architecture, is_aligned=is_aligned))
 

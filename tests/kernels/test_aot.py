@@ -215,7 +215,7 @@ types = {"x_ptr": "*fp32", "out_ptr": "*fp32", "row_ptr": "*i32", "row_size": "i
 found = {}
 for how in sys.argv[1:]:
     variant = Variant("op", how, copy_kernel, types, {"D": 128, "HOW": how}, 4, 0)
-    of = aot.compile_variant(variant, 90)
+    of, _ = aot.disassemble(variant, 90)
     found[how] = [of.narrow_offsets, of.atomics > 0]
 print(json.dumps(found))
 """

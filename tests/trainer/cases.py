@@ -311,27 +311,27 @@ def hold_little(world: World, folder: Path, shards: Path, poisoned: Path) -> dic
         ("fresh", initial_values(network, 0)),
         ("exported", open_export(export)[1]),
     ):
+        # Only what is made from here on is looked at: the process holds a million objects besides.
         gc.collect()
-        before = bytes_alive()
+        gc.freeze()
         seen: list[int] = []
 
-        def watched(
-            name: str, like: Tensor, make: Any = values, seen: list[int] = seen, before: int = before
-        ) -> Tensor:
+        def watched(name: str, like: Tensor, make: Any = values, seen: list[int] = seen) -> Tensor:
             value = make(name, like)
             # Looking is slow: now and then, and always around the largest.
             look = len(seen) % 50 == 0 or value.nbytes == max(sizes)
-            seen.append(bytes_alive() - before if look else 0)
+            seen.append(bytes_alive() if look else 0)
             return value
 
         root = build_root(settings, world.size, values=watched, split=Splitter(merged))
-        found[start] = {"peak": max(seen), "end": bytes_alive() - before, "questions": len(seen)}
+        found[start] = {"peak": max(seen), "end": bytes_alive(), "questions": len(seen)}
         del root
+        gc.unfreeze()
     return {**found, "model": sum(sizes), "largest": max(sizes), "parameters": len(sizes)}
 
 
 def bytes_alive() -> int:
-    """Memory of all tensors of the process that have some."""
+    """Memory of all tensors that have some, among what `gc` looks at."""
     storages = {}
     for thing in gc.get_objects():
         if type(thing) in (Tensor, torch.nn.Parameter) and thing.device.type == "cpu":
