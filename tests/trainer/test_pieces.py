@@ -23,6 +23,7 @@ from tim_ds.trainer.measured import (
     Pieces,
     Scope,
     Seconds,
+    Sent,
     Step,
     differences,
     load_pieces,
@@ -115,6 +116,23 @@ def test_pieces_of_machines_as_the_model_has_them_give_the_model_back() -> None:
     row = scale(RECIPE, ENGINE, hardware, Ranks(16, 8), packs_per_gpu=3, pack=even_pack(RECIPE))
     assert row.compute_s == pytest.approx(3 * PACK_S + UPDATE_S)
     assert row.exposed_s == pytest.approx((1 - OVERLAP) * row.communication_s)
+
+
+def test_what_collectives_take_in_a_step_corrects_what_they_take_by_themselves() -> None:
+    pieces = pieces_of(2)
+    sent = (
+        Sent("all_reduce", "everywhere", 16, 8e9, 10),
+        Sent("all_gather", "everywhere", 16, 1e9, 1),
+        Sent("all_gather", "node", 8, 2e9, 4),
+    )
+    by_itself_s = 8e9 / 8e10 + 300 * 9e-6 + 1e9 / 1e11 + 15 * 9e-6 + 2e9 / 4e11 + 28 * 2e-6
+    steps = tuple(replace(step, wire=exactly(1.25 * by_itself_s), sent=sent) for step in pieces.steps)
+    pieces = replace(pieces, steps=steps)
+    # Latency is that of a kilobyte, not of nothing.
+    assert pieces.in_step == pytest.approx(1.25, rel=1e-3)
+    found = pieces.links("node")["all_gather"]
+    assert found.bytes_per_s == pytest.approx(4e11 / 1.25, rel=2e-3)
+    assert found.message_s == pytest.approx(2e-6 * 1.25, rel=2e-2)
 
 
 def test_an_update_is_shared_from_stage_1_on() -> None:

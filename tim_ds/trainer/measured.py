@@ -109,6 +109,11 @@ class Step:
     sent: tuple[Sent, ...]
 
     @property
+    def wire_s(self) -> float:
+        """Of the step's collectives in the step, where some pass beside each other: at most the whole."""
+        return min(self.wire.p50, self.whole.p50)
+
+    @property
     def exposed_s(self) -> float:
         return self.whole.p50 - self.alone.p50
 
@@ -157,15 +162,37 @@ class Pieces:
     def overlap(self) -> float | None:
         """Share of what can pass behind computation, the shorter of communication and computation, that did,
         over all steps; None for one rank. Beyond 0 and 1 there is only noise."""
-        possible = sum(min(step.wire.p50, step.alone.p50) for step in self.steps)
+        possible = sum(min(step.wire_s, step.alone.p50) for step in self.steps)
         if self.ranks == 1 or possible <= 0:
             return None
-        hidden = sum(step.wire.p50 - step.exposed_s for step in self.steps)
+        hidden = sum(step.wire_s - step.exposed_s for step in self.steps)
         return min(1.0, max(0.0, hidden / possible))
 
+    @property
+    def in_step(self) -> float:
+        """How many times longer the collectives of a step take than the same by themselves, with latency and
+        bandwidth of each kind: sizes between and what a kind leaves behind for the next are in it."""
+        alone = {
+            (kind, scope): link for scope in get_args(Scope) for kind, link in self._alone(scope).items()
+        }
+        expected = sum(
+            alone[sent.kind, sent.scope].seconds(sent)
+            for step in self.steps
+            for sent in step.sent
+            if (sent.kind, sent.scope) in alone
+        )
+        return sum(step.wire_s for step in self.steps) / expected if expected else 1.0
+
     def links(self, scope: Scope) -> dict[Kind, Link]:
-        """Of each kind that was measured there: latency from the smallest tensor, bandwidth from the rest of
-        the time that the largest takes."""
+        """Of each kind that was measured there, as fast as it is in a step."""
+        factor = self.in_step
+        return {
+            kind: Link(link.bytes_per_s / factor, link.message_s * factor)
+            for kind, link in self._alone(scope).items()
+        }
+
+    def _alone(self, scope: Scope) -> dict[Kind, Link]:
+        """Latency from the smallest tensor, bandwidth from the rest of the time that the largest takes."""
         found: dict[Kind, Link] = {}
         for kind in get_args(Kind):
             same = [c for c in self.collectives if c.kind == kind and c.scope == scope]

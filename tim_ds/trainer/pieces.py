@@ -524,6 +524,7 @@ def page(pieces: Pieces, recipe: Recipe) -> str:
     if pieces.overlap is not None:
         exposed = ", ".join(f"{step.exposed_s:.4g}" for step in pieces.steps)
         lines[-1] += f" The ranks wait {exposed} s for the wire: overlap {pieces.overlap:.0%}."
+        lines[-1] += f" In the step the wire takes {pieces.in_step:.2f} times as long as by kinds:"
         lines += ["", f"{'':<15} {'ranks':>5} {'bytes':>12} {'ms':>24} {'bus GB/s':>9}"]
     for one in pieces.collectives:
         lines.append(
