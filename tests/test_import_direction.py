@@ -70,6 +70,7 @@ EXCEPTIONS = {
     "tim_ds.objective.derivative_error": (
         "tim_ds.config.load",
         "tim_ds.model",
+        "tim_ds.sources",
         "data_pipeline.errors",
         "data_pipeline.index",
         "data_pipeline.reader",

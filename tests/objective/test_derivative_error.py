@@ -61,7 +61,7 @@ def test_flops_of_a_step() -> None:
     assert all(row.seconds > 0 and row.memory is None for row in rows.values())
 
 
-def test_the_command_reads_an_export_and_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_reads_a_run_and_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = text_config(z_dim=None)
     export = Export(
         model=config,
@@ -78,7 +78,8 @@ def test_the_command_reads_an_export_and_shards(tmp_path: Path, capsys: pytest.C
     ]
     write_shard(shards / "shard-000000.tar", samples)
     build_index(shards, progress=False).save()
-    command = [str(tmp_path / "export"), "--data", str(shards), "--steps", "0.005", "--repeats", "1"]
+    # The folder of a run; what else is taken: tests/test_sources.py.
+    command = [str(tmp_path), "--data", str(shards), "--steps", "0.005", "--repeats", "1"]
     assert derivative_error.main([*command, "--images", "4"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("| dde |") == 4 and printed.count("| paired |") == 4

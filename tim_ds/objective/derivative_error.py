@@ -1,6 +1,6 @@
 """How well, and at what price, each estimator finds dF/dt: tables for a trained or a random network.
 
-python -m tim_ds.objective.derivative_error runs/NAME/export --data runs/handwriting
+python -m tim_ds.objective.derivative_error runs/NAME --data runs/handwriting
 python -m tim_ds.objective.derivative_error --recipe launch/recipes/t2i_xl.yaml --images 2
 python -m tim_ds.objective.derivative_error --hidden-size 384 --depth 12 --num-heads 6 --grid 16x16
 
@@ -36,9 +36,10 @@ from tim_ds.errors import RequestError, TimError
 from tim_ds.model.blocks import TransitionBlock
 from tim_ds.model.config import ModelConfig
 from tim_ds.model.embed import PatchProjection, PreciseLinear
-from tim_ds.model.export_folder import load_network, meta_network
+from tim_ds.model.export_folder import meta_network
 from tim_ds.model.ops import transition_loss_terms
 from tim_ds.model.tim import TiM
+from tim_ds.model.weights import load_weights_into
 from tim_ds.objective.config import ObjectiveConfig, TransportConfig, WeightConfig
 from tim_ds.objective.derivative import Derivative, central_difference, forward_mode, path_direction
 from tim_ds.objective.loss import transition_loss
@@ -46,6 +47,7 @@ from tim_ds.objective.noised import NoisedPack
 from tim_ds.objective.time_sampling import Times, draw_times
 from tim_ds.objective.transport import Transport, build_transport
 from tim_ds.packed import ClassCondition, Condition, Segments, TextCondition, patchify
+from tim_ds.sources import read_source
 
 Precision = Literal["float32", "bf16 products", "bf16 everywhere"]
 """`bf16 products`: matrix products and attention in bfloat16, the rest (residual, times, norms, head) in
@@ -327,10 +329,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print both tables and what they are of; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m tim_ds.objective.derivative_error",
-        description="Error and cost of the estimators of dF/dt, for an export folder or a random network.",
+        description="Error and cost of the estimators of dF/dt, for trained weights or a random network.",
     )
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("export", type=Path, nargs="?", help="export folder; without it, random weights")
+    source.add_argument(
+        "source", type=Path, nargs="?", help="run, checkpoint, export or released file; else random weights"
+    )
     source.add_argument("--recipe", type=Path, help="whose network and transport the random weights are for")
     parser.add_argument("--data", type=Path, help="shards to take images from (default: noise for latents)")
     parser.add_argument("--images", type=int, default=8, help="in the pack (default: %(default)s)")
@@ -357,9 +361,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _case_of(options: argparse.Namespace) -> Case:
-    if options.export is not None:
-        network, export = load_network(options.export)
-        transport = build_transport(export.transport)
+    if options.source is not None:
+        found = read_source(options.source)
+        network = meta_network(found.export.model).to_empty(device="cpu")
+        load_weights_into(network, found.state, source=str(options.source))
+        network, transport = network.eval(), build_transport(found.export.transport)
     elif options.recipe is not None:
         recipe = load_recipe(options.recipe)
         network = random_network(recipe.model, options.seed)
