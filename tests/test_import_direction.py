@@ -249,7 +249,7 @@ def test_a_wrong_import_is_found(tmp_path: Path, file: str, line: str):
     ("file", "line"),
     [
         ("launch/train.py", "from tim_ds.trainer.run import train"),
-        ("tim_ds/trainer/engine.py", "import deepspeed"),
+        ("tim_ds/trainer/engine/process_group.py", "import deepspeed"),
         ("tim_ds/trainer/loop.py", "from data_pipeline.loader import build_loader"),
         ("tim_ds/eval/table.py", "from tim_ds.sampler.transition import sample"),
         ("tim_ds/pipeline/encoders.py", "from data_pipeline.encoders.autoencoder import build_autoencoder"),

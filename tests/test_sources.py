@@ -19,7 +19,8 @@ from tim_ds.model.tim import TiM
 from tim_ds.model.weights import write_weights
 from tim_ds.pipeline import TiMPipeline
 from tim_ds.sources import read_source
-from tim_ds.trainer.checkpoint import CheckpointFolder, Piece
+from tim_ds.trainer.checkpoint import Piece
+from tim_ds.trainer.checkpoint_folder import CheckpointFolder
 from tim_ds.trainer.ema import piece_kind
 from tim_ds.trainer.world import World
 

@@ -38,10 +38,11 @@ from tim_ds.model.init import initial_values
 from tim_ds.model.tim import TiM
 from tim_ds.pipeline import TiMPipeline
 from tim_ds.trainer import assembly
-from tim_ds.trainer import checkpoint as checkpoint_module
+from tim_ds.trainer import checkpoint_folder as folder_module
 from tim_ds.trainer import run as run_module
 from tim_ds.trainer.assembly import UNITS, build_root, teacher_parameters
-from tim_ds.trainer.checkpoint import CheckpointFolder, Piece, find_checkpoints
+from tim_ds.trainer.checkpoint import Piece, find_checkpoints
+from tim_ds.trainer.checkpoint_folder import CheckpointFolder
 from tim_ds.trainer.ema import Ema
 from tim_ds.trainer.engine import (
     Engine,
@@ -1038,7 +1039,7 @@ def fill_the_disk(world: World, folder: Path, shards: Path, poisoned: Path) -> d
     results["no_room"] = save(3)
     shutil.disk_usage = plain
     results["left_after_no_room"] = left()
-    import tim_ds.trainer.checkpoint as module
+    import tim_ds.trainer.checkpoint_folder as module
 
     write = module.write_flushed
 
@@ -1058,7 +1059,7 @@ def save_on_a_bad_disk(world: World, folder: Path, shards: Path, poisoned: Path)
     """Runs whose saves at some steps are refused: by the disk of the last rank, or by all."""
     settings = ("train.steps=6", "train.checkpoint={every_steps: 2, keep: 2}")
     file = shared_engine_file(world, folder, 1)
-    plain = checkpoint_module.write_rank_file
+    plain = folder_module.write_rank_file
     signals = StopSignals()
 
     def run(name: str, refused: tuple[int, ...], *, stop_after: int | None = None) -> str:
@@ -1076,7 +1077,7 @@ def save_on_a_bad_disk(world: World, folder: Path, shards: Path, poisoned: Path)
 
         plain_step = Loop._step
         signals.reason = None
-        with patch.object(checkpoint_module, "write_rank_file", write), patch.object(Loop, "_step", step):
+        with patch.object(folder_module, "write_rank_file", write), patch.object(Loop, "_step", step):
             try:
                 return train(recipe(shards, *settings), folder / name, file, world, signals=signals)
             except CheckpointError as error:

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from tests.trainer.cases import AVERAGES
 from tests.trainer.ranks import recipe
-from tim_ds.trainer import checkpoint as checkpoint_module
-from tim_ds.trainer.checkpoint import CheckpointFolder
+from tim_ds.trainer import checkpoint_folder as folder_module
+from tim_ds.trainer.checkpoint_folder import CheckpointFolder
 from tim_ds.trainer.engine import start_world, stop_world
 from tim_ds.trainer.loop import Loop
 from tim_ds.trainer.run import train
@@ -62,8 +62,8 @@ def _after_step(count: int) -> None:
 
 
 def _in(name: str, when: Callable[..., bool], *, before: bool) -> None:
-    """In a function of the checkpoint module, before or after its work, at the first call that fits."""
-    plain = getattr(checkpoint_module, name)
+    """In a function of the module that writes, before or after its work, at the first call that fits."""
+    plain = getattr(folder_module, name)
 
     def dying(*args: Any, **kwargs: Any) -> Any:
         if before and when(*args):
@@ -73,11 +73,11 @@ def _in(name: str, when: Callable[..., bool], *, before: bool) -> None:
             _die()
         return result
 
-    setattr(checkpoint_module, name, dying)
+    setattr(folder_module, name, dying)
 
 
 def _half_a_file() -> None:
-    plain = checkpoint_module.write_rank_file
+    plain = folder_module.write_rank_file
 
     def half(path: Path, tensors: Any) -> Any:
         record = plain(path, tensors)
@@ -85,7 +85,7 @@ def _half_a_file() -> None:
         _die()
         return record
 
-    checkpoint_module.write_rank_file = half
+    folder_module.write_rank_file = half
 
 
 MOMENTS: dict[str, Callable[[], None]] = {

@@ -34,7 +34,8 @@ from torch import Tensor
 from tests.trainer.ranks import run_ranks
 from tim_ds.config.load import load_recipe
 from tim_ds.model.export_folder import meta_network
-from tim_ds.trainer.checkpoint import CheckpointFolder, Piece
+from tim_ds.trainer.checkpoint import Piece
+from tim_ds.trainer.checkpoint_folder import CheckpointFolder
 from tim_ds.trainer.engine import start_world, stop_world
 
 RECIPE = Path(__file__).parents[2] / "launch" / "recipes" / "t2i_xl.yaml"

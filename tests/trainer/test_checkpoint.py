@@ -19,14 +19,9 @@ from tests.trainer.conftest import Groups
 from tests.trainer.disks import BadDisk
 from tim_ds.errors import CheckpointError
 from tim_ds.trainer import checkpoint as checkpoint_module
-from tim_ds.trainer.checkpoint import (
-    FORMAT,
-    MANIFEST,
-    CheckpointFolder,
-    CheckpointGoneError,
-    Piece,
-    find_checkpoints,
-)
+from tim_ds.trainer import checkpoint_folder as folder_module
+from tim_ds.trainer.checkpoint import FORMAT, MANIFEST, CheckpointGoneError, Piece, find_checkpoints
+from tim_ds.trainer.checkpoint_folder import CheckpointFolder
 from tim_ds.trainer.rank_file import check_rank_file, write_rank_file
 from tim_ds.trainer.world import World
 
@@ -156,7 +151,7 @@ class Held:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, error: Exception | None = None) -> None:
         self.go = threading.Event()
         self.under_way = 0
-        plain = checkpoint_module.write_rank_file
+        plain = folder_module.write_rank_file
 
         def held(path: Path, tensors: Any) -> Any:
             self.under_way += 1
@@ -167,7 +162,7 @@ class Held:
                 raise error
             return plain(path, tensors)
 
-        monkeypatch.setattr(checkpoint_module, "write_rank_file", held)
+        monkeypatch.setattr(folder_module, "write_rank_file", held)
 
 
 def start(folder: CheckpointFolder, step: int, values: torch.Tensor) -> None:
@@ -279,7 +274,7 @@ def test_what_an_interrupted_save_left_and_cannot_be_deleted_is_named(
 
 def test_a_save_whose_folder_is_deleted_while_another_rank_is_waited_for_ends(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path, World(rank=0, size=2), keep=2)
-    writing = checkpoint_module._Writing(tmp_path / "step_1", tmp_path / ".tmp-step_1", 0, {})
+    writing = folder_module._Writing(tmp_path / "step_1", tmp_path / ".tmp-step_1", 0, {})
     with pytest.raises(OSError, match=r"tmp-step_1: deleted while it was written"):
         folder._receipts(writing)
 

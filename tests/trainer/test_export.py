@@ -18,7 +18,8 @@ from tim_ds.model.config import ModelConfig
 from tim_ds.model.export_folder import load_network, meta_network
 from tim_ds.model.tim import TiM
 from tim_ds.sampler.config import SamplerConfig
-from tim_ds.trainer.checkpoint import Checkpoint, CheckpointFolder, Piece, find_checkpoints, remove_checkpoint
+from tim_ds.trainer.checkpoint import Checkpoint, Piece, find_checkpoints, remove_checkpoint
+from tim_ds.trainer.checkpoint_folder import CheckpointFolder
 from tim_ds.trainer.export import main
 from tim_ds.trainer.world import World
 

@@ -14,7 +14,8 @@ import torch
 from tests.trainer.conftest import Groups
 from tests.trainer.test_checkpoint import Held, start
 from tim_ds.trainer import host_copy as host_copy_module
-from tim_ds.trainer.checkpoint import CheckpointFolder, Piece, find_checkpoints
+from tim_ds.trainer.checkpoint import Piece, find_checkpoints
+from tim_ds.trainer.checkpoint_folder import CheckpointFolder
 from tim_ds.trainer.host_copy import (
     SLAB_BYTES,
     HostCopy,

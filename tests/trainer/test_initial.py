@@ -20,7 +20,8 @@ from tim_ds.model.export_folder import meta_network, read_export
 from tim_ds.model.tim import TiM
 from tim_ds.trainer.agreement import check_same_encoders
 from tim_ds.trainer.assembly import build_root
-from tim_ds.trainer.checkpoint import CheckpointFolder, Piece, find_checkpoints
+from tim_ds.trainer.checkpoint import Piece, find_checkpoints
+from tim_ds.trainer.checkpoint_folder import CheckpointFolder
 from tim_ds.trainer.ema import piece_kind
 from tim_ds.trainer.initial import StoredState, check_initial, read_initial
 from tim_ds.trainer.world import World

@@ -26,7 +26,8 @@ from tim_ds.trainer.charts import (
     thinned,
     ticks,
 )
-from tim_ds.trainer.checkpoint import CheckpointFolder, Piece
+from tim_ds.trainer.checkpoint import Piece
+from tim_ds.trainer.checkpoint_folder import CheckpointFolder
 from tim_ds.trainer.events import Events
 from tim_ds.trainer.metrics import METRICS_FILE, NUM_BINS, MetricsLog
 from tim_ds.trainer.report import _seconds_of, main, render

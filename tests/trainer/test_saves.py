@@ -23,7 +23,8 @@ from tests.trainer.disks import BadDisk
 from tests.trainer.test_checkpoint import Held, pieces
 from tim_ds.errors import CheckpointError
 from tim_ds.trainer import saves as saves_module
-from tim_ds.trainer.checkpoint import CheckpointFolder, find_checkpoints
+from tim_ds.trainer.checkpoint import find_checkpoints
+from tim_ds.trainer.checkpoint_folder import CheckpointFolder
 from tim_ds.trainer.events import Events, read_events
 from tim_ds.trainer.loop import LossyStream, Progress
 from tim_ds.trainer.metrics import read_metrics

@@ -38,7 +38,8 @@ from tim_ds.model.ops import prove_attention
 from tim_ds.pipeline import TiMPipeline
 from tim_ds.trainer.agreement import DataFacts, check_parts, check_same_run
 from tim_ds.trainer.assembly import UNITS, build_root, initial_weights, prepare_of
-from tim_ds.trainer.checkpoint import SPARE_BYTES, find_checkpoints, free_bytes
+from tim_ds.trainer.checkpoint import find_checkpoints
+from tim_ds.trainer.checkpoint_folder import SPARE_BYTES, free_bytes
 from tim_ds.trainer.ema import Ema
 from tim_ds.trainer.ema_profiles import remark_on_start
 from tim_ds.trainer.engine import (

@@ -31,7 +31,8 @@ from tim_ds.trainer.assembly import (
     initial_weights,
     teacher_parameters,
 )
-from tim_ds.trainer.checkpoint import SPARE_BYTES, Checkpoint, CheckpointFolder, free_bytes
+from tim_ds.trainer.checkpoint import Checkpoint
+from tim_ds.trainer.checkpoint_folder import SPARE_BYTES, CheckpointFolder, free_bytes
 from tim_ds.trainer.drawing import drawing_pipeline, prepare_captions
 from tim_ds.trainer.ema import Ema
 from tim_ds.trainer.ema_profiles import remark_on_start

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tim_ds.errors import CheckpointError
-from tim_ds.trainer.checkpoint import write_flushed
+from tim_ds.trainer.checkpoint_folder import write_flushed
 from tim_ds.trainer.world import World
 
 logger = logging.getLogger(__name__)

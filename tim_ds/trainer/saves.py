@@ -17,7 +17,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from tim_ds.errors import CheckpointError
-from tim_ds.trainer.checkpoint import WITH_NEXT_S, CheckpointFolder, Piece
+from tim_ds.trainer.checkpoint import Piece
+from tim_ds.trainer.checkpoint_folder import WITH_NEXT_S, CheckpointFolder
 from tim_ds.trainer.events import SAVE_FAILED, SAVE_LEFT_OUT, SAVED_AGAIN, SNAPSHOT_FAILED, Events
 from tim_ds.trainer.metrics import MetricsLog
 from tim_ds.trainer.run_folder import FolderTakenError, RunFolder

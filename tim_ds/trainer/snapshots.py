@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from tim_ds.errors import CheckpointError
-from tim_ds.trainer.checkpoint import Checkpoint, CheckpointFolder, find_checkpoints, remove_checkpoint
+from tim_ds.trainer.checkpoint import Checkpoint, find_checkpoints, remove_checkpoint
+from tim_ds.trainer.checkpoint_folder import CheckpointFolder
 from tim_ds.trainer.config import SnapshotConfig
 from tim_ds.trainer.ema import Ema
 from tim_ds.trainer.world import World

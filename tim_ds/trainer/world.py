@@ -1,4 +1,4 @@
-"""The ranks of a run, and the few things they say to each other. Started and stopped by `engine.py`."""
+"""The ranks of a run, and the few things they say to each other. Started and stopped by `engine/`."""
 
 from __future__ import annotations
 
