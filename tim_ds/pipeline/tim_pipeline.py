@@ -186,7 +186,7 @@ class TiMPipeline:
         )
         output = self.run(request, progress, output_type=output_type, on_step_end=callback_on_step_end)
         # Typed as what nearly all callers get.
-        return output if return_dict else (output.images,)  # type: ignore[return-value]
+        return output if return_dict else (output.images,)  # type: ignore[return-value]  # as diffusers
 
     def request(
         self,

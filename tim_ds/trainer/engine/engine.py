@@ -249,14 +249,14 @@ class Engine:
         for parameter in gathered:
             parameter.partition()  # type: ignore[attr-defined]  # ZeRO-3 adds methods to parameters
         for shard in self.shards:
-            partition = targets[shard.name].ds_tensor  # type: ignore[attr-defined]
+            partition = targets[shard.name].ds_tensor  # type: ignore[attr-defined]  # likewise
             partition.data.narrow(0, 0, shard.numel).copy_(values[shard.name])
         for parameter in targets.values():
             # The copy within a node, under zero_hpz_partition_size. DeepSpeed forgets those of trained
             # parameters after its steps, and never those of frozen ones.
-            parameter.ds_secondary_tensor = None  # type: ignore[attr-defined]
+            parameter.ds_secondary_tensor = None  # type: ignore[attr-defined]  # likewise
         if gathered:
-            gathered[0].all_gather(gathered)  # type: ignore[attr-defined]
+            gathered[0].all_gather(gathered)  # type: ignore[attr-defined]  # likewise
 
     def full(self, values: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Full tensors from one flat tensor a shard, in the order of the parameters.
@@ -303,7 +303,7 @@ class Engine:
                 yield Shard(name, shape, 0, flat, parameter, 0)
             elif self.zero_stage < 3:
                 # Set by ZeRO; None if this rank updates none of the parameter.
-                mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]
+                mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]  # stages 1 and 2 add it
                 if mapping is not None:
                     owner = self._inner.param_groups[mapping.param_group_index]["params"][0]
                     where = mapping.hp_fragment_address
